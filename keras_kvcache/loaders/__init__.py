@@ -1,0 +1,22 @@
+"""Floor 5: models from files and by name, as plain data."""
+
+from keras_kvcache.loaders.cache_folder import cache_folder
+from keras_kvcache.loaders.chat_template import render_chat_template
+from keras_kvcache.loaders.checkpoint import Checkpoint
+from keras_kvcache.loaders.download import DownloadError, fetch
+from keras_kvcache.loaders.gguf import read_gguf
+from keras_kvcache.loaders.presets import PRESETS, Preset, known_presets
+from keras_kvcache.loaders.tokenizer import Tokenizer
+
+__all__ = [
+    "PRESETS",
+    "Checkpoint",
+    "DownloadError",
+    "Preset",
+    "Tokenizer",
+    "cache_folder",
+    "fetch",
+    "known_presets",
+    "read_gguf",
+    "render_chat_template",
+]

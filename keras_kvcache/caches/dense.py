@@ -1,0 +1,86 @@
+"""The dense cache: one tensor a layer, slots before heads."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from keras import ops
+
+from keras_kvcache.caches.base import Cache
+from keras_kvcache.caches.checks import check_arrays, nbytes
+from keras_kvcache.caches.static import StaticCache, segment_sizes
+from keras_kvcache.ops import Segment, View, splice, token_positions
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DenseCache(Cache):
+    """Keys and values of one layer in one tensor; the slot is the position.
+
+    This is the form that users hold in their hands and that `keras.Input` can
+    carry. It is updated in place when compiled and donated; it can't be read as
+    fast as a `StaticCache`.
+
+    Attributes:
+        tensor: `(B, 2, S, K, H)`, keys at 0 and values at 1 of axis 1.
+    """
+
+    tensor: Any
+
+    @property
+    def capacity(self):
+        """See `Cache.capacity`."""
+        return self.tensor.shape[2]
+
+    @property
+    def nbytes(self):
+        """See `Cache.nbytes`."""
+        return nbytes([self.tensor])
+
+    def check(self, batch_size, heads, key_dim, value_dim):
+        """See `Cache.check`."""
+        if len(self.tensor.shape) != 5 or self.tensor.shape[1] != 2:
+            raise ValueError(
+                "`cache` must be a tensor of shape (B, 2, S, K, H) or a cache "
+                f"object. Received: cache.shape={tuple(self.tensor.shape)}"
+            )
+        if key_dim != value_dim:
+            raise ValueError(
+                "`cache` can't be a dense tensor when `key_dim` and `value_dim` "
+                "differ, as keys and values share its last axis; use a "
+                f"StaticCache. Received: key_dim={key_dim}, value_dim={value_dim}"
+            )
+        check_arrays("`cache`", [self.tensor], batch_size, heads, key_dim, 3)
+
+    def update(self, key, value, index):
+        """See `Cache.update`."""
+        entries = ops.stack([key, value], axis=1)
+        cache = DenseCache(splice(self.tensor, entries, index))
+        fill = token_positions(index, 1)[:, 0] + key.shape[1]
+        return cache, cache.view(fill)
+
+    def view(self, fill=None):
+        """See `Cache.view`."""
+        segments, first = [], 0
+        for size in segment_sizes(self.capacity):
+            positions = first + ops.arange(size, dtype="int32")[None]
+            segments.append(Segment(self._reader(first, first + size), positions))
+            first += size
+        return View(tuple(segments), fill)
+
+    def _reader(self, first, last):
+        def read():
+            part = self.tensor[:, :, first:last]
+            part = ops.transpose(part, (1, 0, 3, 2, 4))
+            return part[0], part[1]
+
+        return read
+
+    def to_static(self):
+        """The same entries as a head-major `StaticCache`; exact."""
+        keys, values = [], []
+        for segment in self.view().segments:
+            key, value = segment.read()
+            keys.append(key)
+            values.append(value)
+        return StaticCache(tuple(keys), tuple(values))

@@ -1,0 +1,254 @@
+"""Generation from any Keras model built with caches."""
+
+import random
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_kvcache import samplers
+from keras_kvcache.generation.detokenizer import Detokenizer
+from keras_kvcache.generation.limits import read_stop_token_ids, row_ends
+from keras_kvcache.generation.program import make_program
+from keras_kvcache.generation.prompts import read_prompts, write_answers
+from keras_kvcache.generation.sizes import CHUNKS, capacity_for, chunk_sizes
+from keras_kvcache.generation.steps import (
+    NO_TOKEN,
+    DecodeState,
+    Limits,
+    StepFunctions,
+    decode,
+    ended,
+    prefill,
+)
+from keras_kvcache.generation.stream import TextStream
+
+# Tokens that `generate` decodes between two looks at whether to go on, such as
+# at Ctrl-C: many, so that the loop is hardly ever left.
+BURST = 64
+
+
+class Generator:
+    """Generates from a model that is called with token ids, caches and an index.
+
+    Args:
+        model: The `keras.Model` whose weights `step` and `logits` use.
+        step: `(token_ids (B, T), cache, index (B,)) -> (outputs (B, T, …), cache)`:
+            runs tokens at positions `index[b] … index[b] + T - 1` of row `b`.
+            Outputs are logits, or what `logits` makes logits of.
+        init_cache: `(batch_size, capacity) -> cache`: any pytree of arrays.
+        logits: `outputs (B, …) -> logits (B, V)`, applied where a token is
+            sampled only. `None` if `step` gives logits.
+        tokenizer: Object with `encode(text) -> ids`, `decode(ids) -> text` and
+            `stop_token_ids`; `None` if only ids come in.
+        max_sequence_length: The most positions that the model knows; `None` if
+            there is no limit.
+        vocabulary_size: `V`, to check ids against; `None` to leave them unchecked.
+        sampler: What to sample with unless told otherwise; see `samplers.get`.
+
+    On JAX, generation compiles: one program that decodes and up to three that
+    run prompts, for each batch size and cache capacity met. Lengths, limits, stop
+    tokens, seeds and the sampler's parameters compile nothing.
+    """
+
+    def __init__(
+        self,
+        model,
+        step,
+        init_cache,
+        logits=None,
+        tokenizer=None,
+        max_sequence_length=None,
+        vocabulary_size=None,
+        sampler="greedy",
+    ):
+        self._functions = StepFunctions(step, logits or (lambda outputs: outputs))
+        self._init_cache = init_cache
+        self.tokenizer = tokenizer
+        self.max_sequence_length = max_sequence_length
+        self.vocabulary_size = vocabulary_size
+        self.sampler = sampler
+        self._prefill = make_program(self._run_prefill, model, donate=("cache",))
+        self._decode = make_program(
+            self._run_decode, model, donate=("state",), static=("width",)
+        )
+
+    def _run_prefill(self, **arguments):
+        return prefill(self._functions, **arguments)
+
+    def _run_decode(self, **arguments):
+        return decode(self._functions, **arguments)
+
+    @property
+    def sampler(self):
+        """The sampler used unless told otherwise."""
+        return self._sampler
+
+    @sampler.setter
+    def sampler(self, identifier):
+        self._sampler = samplers.get(identifier)
+
+    def generate(
+        self,
+        inputs,
+        max_length=None,
+        max_new_tokens=None,
+        stop_token_ids="auto",
+        strip_prompt=False,
+        sampler=None,
+        seed=None,
+    ):
+        """Continues prompts.
+
+        Args:
+            inputs: A string, a list of strings, a list of ids, a list of lists of
+                ids, or keras-hub's dictionary of `"token_ids"` and
+                `"padding_mask"`, arrays `(B, T)` padded on the right.
+            max_length: The most tokens of prompt and answer together.
+            max_new_tokens: The most new tokens. The smallest of both and of the
+                model's own limit counts. For a dictionary without either, `T` is
+                the `max_length`, as in keras-hub.
+            stop_token_ids: Ids that end a row, which keeps them: `"auto"` for the
+                tokenizer's, `None` for none, or ids.
+            strip_prompt: Whether to give the new tokens or text only.
+            sampler: As in `samplers.get`; `None` for the default.
+            seed: Integer. The same seed gives the same answer; `None` draws one
+                from Python's `random`, which `keras.utils.set_random_seed` seeds.
+
+        Returns:
+            What came in, continued: a string, a list of strings, ids, lists of
+            ids, or a dictionary of NumPy arrays `(B, max_length)`.
+
+        Raises:
+            TypeError: An argument is of the wrong kind.
+            ValueError: A prompt is empty, too long or not in the vocabulary, or
+                an argument is out of range.
+        """
+        prompts = read_prompts(inputs, self.tokenizer, self.vocabulary_size)
+        if prompts.form == "arrays" and max_length is None and max_new_tokens is None:
+            max_length = prompts.width
+        ends = self._ends(prompts, max_length, max_new_tokens)
+        bursts = self._bursts(prompts.rows, ends, stop_token_ids, sampler, seed, BURST)
+        new_rows = [[] for _ in prompts.rows]
+        for tokens in bursts:
+            for row, burst in zip(new_rows, tokens, strict=True):
+                row.extend(burst[burst != NO_TOKEN].tolist())
+        texts = None
+        if prompts.form == "text":
+            texts = []
+            for prompt, new in zip(prompts.rows, new_rows, strict=True):
+                detokenizer = Detokenizer(self.tokenizer, prompt)
+                texts.append(detokenizer.push(new) + detokenizer.flush())
+        width = max_length or int(ends.max())
+        return write_answers(prompts, new_rows, texts, width, strip_prompt)
+
+    def stream(
+        self,
+        inputs,
+        max_length=None,
+        max_new_tokens=None,
+        stop_token_ids="auto",
+        sampler=None,
+        seed=None,
+    ):
+        """Like `generate`, token by token and without the prompt.
+
+        Args:
+            inputs: As in `generate`, dictionaries excepted.
+            max_length: As in `generate`.
+            max_new_tokens: As in `generate`.
+            stop_token_ids: As in `generate`.
+            sampler: As in `generate`.
+            seed: As in `generate`.
+
+        Returns:
+            A `TextStream`, an iterator over what was added: pieces of text for
+            text, lists of ids for ids; for a list of prompts a list of one such
+            piece a row. Put together they are what `generate` gives with
+            `strip_prompt=True`.
+
+        Raises:
+            TypeError: As in `generate`, at once.
+            ValueError: As in `generate`, at once.
+        """
+        prompts = read_prompts(inputs, self.tokenizer, self.vocabulary_size)
+        if prompts.form == "arrays":
+            raise TypeError(
+                "`inputs` can't be a dictionary to stream from; give text or ids."
+            )
+        ends = self._ends(prompts, max_length, max_new_tokens)
+        bursts = self._bursts(prompts.rows, ends, stop_token_ids, sampler, seed, 1)
+        return TextStream(bursts, prompts, self.tokenizer)
+
+    def _ends(self, prompts, max_length, max_new_tokens):
+        lengths = [len(row) for row in prompts.rows]
+        return row_ends(lengths, max_length, max_new_tokens, self.max_sequence_length)
+
+    def _bursts(self, rows, ends, stop_token_ids, sampler, seed, burst):
+        """Checks the remaining arguments, then iterates over new tokens.
+
+        Yields:
+            int32 arrays `(B, any)`, `NO_TOKEN` for rows that have ended.
+        """
+        stop = read_stop_token_ids(stop_token_ids, self.tokenizer)
+        sampler = self.sampler if sampler is None else samplers.get(sampler)
+        if seed is None:
+            seed = random.randrange(2**32)
+        if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
+            raise TypeError(f"`seed` must be an integer. Received: {seed!r}")
+        seed = np.uint32(seed % 2**32)
+        # A few sizes, so that the number of stop tokens compiles nothing.
+        padded = np.full(max(8, 1 << len(stop).bit_length()), NO_TOKEN, "int32")
+        padded[: len(stop)] = stop
+        return self._run(rows, Limits(ends, padded), sampler, seed, burst)
+
+    def _run(self, rows, limits, sampler, seed, burst):
+        # 1. Room for the longest row, in one of few sizes.
+        lengths = np.array([len(row) for row in rows], "int32")
+        capacity = capacity_for(int(limits.end.max()), self.max_sequence_length)
+        cache = self._init_cache(len(rows), capacity)
+        # 2. The prompts, chunk by chunk; each row's first new token.
+        cache, token = self._run_prompts(cache, rows, lengths, sampler, seed)
+        yield token[:, None]
+        done = ops.convert_to_numpy(ended(token, lengths, limits))
+        # 3. The rest. While the caller looks at one burst the next one is
+        # computed, at worst for nothing.
+        step = np.int32(1)
+        state = DecodeState(cache, token, lengths, done, step)
+        rest = dict(limits=limits, sampler=sampler, seed=seed, steps=np.int32(burst))
+        if done.all():
+            return
+        state, tokens = self._decode(state=state, width=capacity, **rest)
+        while True:
+            state, following = self._decode(state=state, width=capacity, **rest)
+            yield ops.convert_to_numpy(tokens.tokens)[:, : int(tokens.count)]
+            if tokens.finished:
+                return
+            tokens = following
+
+    def _run_prompts(self, cache, rows, lengths, sampler, seed):
+        longest = int(lengths.max())
+        if keras.backend.backend() == "jax":
+            sizes = chunk_sizes(longest)
+        else:
+            # Nothing is compiled, so nothing need be padded.
+            sizes = [
+                min(CHUNKS[-1], longest - first)
+                for first in range(0, longest, CHUNKS[-1])
+            ]
+        token_ids = np.zeros((len(rows), sum(sizes)), "int32")
+        for padded, row in zip(token_ids, rows, strict=True):
+            padded[: len(row)] = row
+        token, first = np.full(len(rows), NO_TOKEN, "int32"), 0
+        for size in sizes:
+            cache, token = self._prefill(
+                cache=cache,
+                token=token,
+                token_ids=token_ids[:, first : first + size],
+                first=np.int32(first),
+                lengths=lengths,
+                sampler=sampler,
+                seed=np.array([seed, 0], "uint32"),
+            )
+            first += size
+        return cache, ops.convert_to_numpy(token)

@@ -1,0 +1,55 @@
+"""Making a compiled program of a function that reads a model's weights."""
+
+import functools
+
+import keras
+import numpy as np
+
+
+def make_program(function, model, donate=(), static=()):
+    """A function that runs compiled on JAX, and as it is elsewhere.
+
+    Args:
+        function: A pure function of tensors and pytrees that uses the weights of
+            `model`.
+        model: A `keras.Model`. Its weights are arguments of the program: closed
+            over they would become constants of it, copied into it and out of
+            date after the next training step.
+        donate: Names of arguments whose buffers the program may reuse.
+        static: Names of arguments that are part of the program.
+
+    Returns:
+        A function with the arguments of `function`, to be given by name.
+    """
+    if keras.backend.backend() != "jax":
+        return _make_eager(function)
+
+    import jax
+
+    @functools.partial(jax.jit, donate_argnames=donate, static_argnames=static)
+    def program(weights, **arguments):
+        mapping = list(zip(model.variables, weights, strict=True))
+        with keras.StatelessScope(state_mapping=mapping):
+            return function(**arguments)
+
+    def run(**arguments):
+        return program([variable.value for variable in model.variables], **arguments)
+
+    return run
+
+
+def _make_eager(function):
+    """Runs `function` as it is, without gradients, on the backend's tensors."""
+    if keras.backend.backend() == "torch":
+        import torch
+
+        function = torch.no_grad()(function)
+
+    def convert(leaf):
+        is_array = isinstance(leaf, (np.ndarray, np.generic))
+        return keras.ops.convert_to_tensor(leaf) if is_array else leaf
+
+    def run(**arguments):
+        return function(**keras.tree.map_structure(convert, arguments))
+
+    return run

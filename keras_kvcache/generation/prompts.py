@@ -1,0 +1,167 @@
+"""What users generate from: texts, token ids, keras-hub's dictionaries."""
+
+import numbers
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts as rows of token ids, and what form the answer takes.
+
+    Attributes:
+        rows: Tuple of int32 arrays, one a prompt.
+        form: `"text"`, `"ids"` or `"arrays"` (keras-hub's dictionary).
+        single: Whether the user gave one prompt instead of a list.
+        texts: The prompts as the user wrote them, for `"text"`.
+        width: Columns of the user's arrays, for `"arrays"`.
+    """
+
+    rows: tuple[np.ndarray, ...]
+    form: str
+    single: bool
+    texts: tuple[str, ...] = ()
+    width: int | None = None
+
+
+def read_prompts(inputs, tokenizer, vocabulary_size):
+    """Brings any form of `inputs` to rows of token ids.
+
+    Args:
+        inputs: A string, a list of strings, a list of ids, a list of lists of ids
+            (or arrays), or a dictionary of `"token_ids"` and `"padding_mask"`,
+            arrays `(B, T)` padded on the right.
+        tokenizer: Needed for strings; else may be `None`.
+        vocabulary_size: `V`; ids must be below. `None` if unknown.
+
+    Returns:
+        `Prompts`.
+
+    Raises:
+        TypeError: `inputs` is none of these, or ids aren't integers.
+        ValueError: A prompt is empty, an id is outside the vocabulary, a mask
+            isn't right-padded, or a string came and there is no tokenizer.
+    """
+    if isinstance(inputs, dict):
+        return _read_arrays(inputs, vocabulary_size)
+    if isinstance(inputs, str):
+        rows = _tokenize((inputs,), tokenizer)
+        return Prompts(rows, "text", True, texts=(inputs,))
+    if not isinstance(inputs, (list, tuple)):
+        if not hasattr(inputs, "__array__"):
+            raise TypeError(
+                "`inputs` must be a string, a list of strings, token ids or a "
+                f"dictionary. Received: {type(inputs).__name__}"
+            )
+        inputs = list(np.asarray(inputs))
+    if not inputs:
+        raise ValueError("`inputs` must hold at least one prompt. Received: []")
+    if all(isinstance(prompt, str) for prompt in inputs):
+        texts = tuple(inputs)
+        return Prompts(_tokenize(texts, tokenizer), "text", False, texts=texts)
+    if all(isinstance(token, numbers.Integral) for token in inputs):
+        return Prompts((_check_row(inputs, vocabulary_size),), "ids", True)
+    rows = tuple(_check_row(row, vocabulary_size) for row in inputs)
+    return Prompts(rows, "ids", False)
+
+
+def _tokenize(texts, tokenizer):
+    if tokenizer is None:
+        raise ValueError(
+            "`inputs` may be text only if there is a tokenizer; give token ids. "
+            f"Received: {texts[0]!r}"
+        )
+    for text in texts:
+        if not text:
+            raise ValueError("`inputs` must not hold an empty prompt. Received: ''")
+    return tuple(np.asarray(tokenizer.encode(text), "int32") for text in texts)
+
+
+def _check_row(row, vocabulary_size):
+    """One prompt's ids as an int32 array."""
+    ids = np.asarray(row)
+    if isinstance(row, str) or ids.ndim != 1:
+        raise TypeError(
+            "`inputs` must be all strings or all rows of token ids. Received a row "
+            f"of type {type(row).__name__} and shape {ids.shape}"
+        )
+    if ids.size == 0:
+        raise ValueError("`inputs` must not hold an empty prompt. Received: []")
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise TypeError(
+            f"`inputs` must hold integer token ids. Received: dtype {ids.dtype}"
+        )
+    limit = np.iinfo("int32").max if vocabulary_size is None else vocabulary_size
+    outside = ids[(ids < 0) | (ids >= limit)]
+    if outside.size:
+        raise ValueError(
+            "`inputs` must hold token ids from 0 to below the vocabulary size, "
+            f"{limit}. Received: {outside[0]}"
+        )
+    return ids.astype("int32")
+
+
+def _read_arrays(inputs, vocabulary_size):
+    missing = {"token_ids", "padding_mask"} - set(inputs)
+    if missing:
+        raise ValueError(
+            "`inputs`, if a dictionary, must have the keys 'token_ids' and "
+            f"'padding_mask'. Received: {sorted(inputs)}"
+        )
+    ids, mask = np.asarray(inputs["token_ids"]), np.asarray(inputs["padding_mask"])
+    if ids.shape != mask.shape or ids.ndim not in (1, 2):
+        raise ValueError(
+            "`inputs` must have 'token_ids' and 'padding_mask' of one shape (B, T). "
+            f"Received: {ids.shape} and {mask.shape}"
+        )
+    single = ids.ndim == 1
+    ids, mask = np.atleast_2d(ids), np.atleast_2d(mask).astype(bool)
+    if not ids.shape[0]:
+        raise ValueError("`inputs` must hold at least one prompt. Received none")
+    lengths = mask.sum(axis=1)
+    if (mask != (np.arange(mask.shape[1]) < lengths[:, None])).any():
+        raise ValueError(
+            "`inputs` must be padded on the right: a row of 'padding_mask' is ones, "
+            f"then zeros. Received: {mask.astype(int).tolist()}"
+        )
+    rows = tuple(
+        _check_row(row[:length], vocabulary_size)
+        for row, length in zip(ids, lengths, strict=True)
+    )
+    return Prompts(rows, "arrays", single, width=ids.shape[1])
+
+
+def write_answers(prompts, new_rows, texts, total_width, strip_prompt):
+    """The answer in the form of the prompts.
+
+    Args:
+        prompts: `Prompts`.
+        new_rows: One list of new token ids a row.
+        texts: The new text of each row, for the form `"text"`.
+        total_width: Columns of the arrays, for the form `"arrays"`.
+        strip_prompt: Whether to leave the prompts out.
+
+    Returns:
+        A string, a list of strings, a list of ids, a list of lists of ids, or a
+        dictionary of NumPy arrays.
+    """
+    if prompts.form == "text":
+        answers = [
+            new if strip_prompt else old + new
+            for old, new in zip(prompts.texts, texts, strict=True)
+        ]
+        return answers[0] if prompts.single else answers
+    answers = [
+        ([] if strip_prompt else old.tolist()) + [int(token) for token in new]
+        for old, new in zip(prompts.rows, new_rows, strict=True)
+    ]
+    if prompts.form == "ids":
+        return answers[0] if prompts.single else answers
+    ids = np.zeros((len(answers), total_width), "int32")
+    mask = np.zeros(ids.shape, bool)
+    for row, answer in enumerate(answers):
+        ids[row, : len(answer)], mask[row, : len(answer)] = answer, True
+    if prompts.single:
+        ids, mask = ids[0], mask[0]
+    return {"token_ids": ids, "padding_mask": mask}

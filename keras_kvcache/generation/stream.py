@@ -1,0 +1,42 @@
+"""New tokens as they appear."""
+
+from keras_kvcache.generation.detokenizer import Detokenizer
+from keras_kvcache.generation.steps import NO_TOKEN
+
+
+class TextStream:
+    """An iterator over what generation adds.
+
+    For one prompt it gives pieces of text, or lists of ids if the prompt was ids;
+    for a list of prompts lists of these, one a row, with an empty piece for a row
+    that adds nothing.
+
+    Attributes:
+        token_ids: The new ids of each row up to now, a list of lists.
+    """
+
+    def __init__(self, bursts, prompts, tokenizer):
+        self.token_ids = [[] for _ in prompts.rows]
+        self._pieces = self._iterate(bursts, prompts, tokenizer)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self._pieces)
+
+    def _iterate(self, bursts, prompts, tokenizer):
+        is_text = prompts.form == "text"
+        detokenizers = [Detokenizer(tokenizer, row) for row in prompts.rows if is_text]
+        for tokens in bursts:
+            added = [burst[burst != NO_TOKEN].tolist() for burst in tokens]
+            for row, new in zip(self.token_ids, added, strict=True):
+                row.extend(new)
+            if is_text:
+                pairs = zip(detokenizers, added, strict=True)
+                added = [detokenizer.push(new) for detokenizer, new in pairs]
+            if any(added):
+                yield added[0] if prompts.single else added
+        held_back = [detokenizer.flush() for detokenizer in detokenizers]
+        if any(held_back):
+            yield held_back[0] if prompts.single else held_back

@@ -1,0 +1,270 @@
+"""One block of a decoder: attention, optionally cross-attention, feed-forward."""
+
+import keras
+from keras import ops
+
+from keras_kvcache.layers.activations import get_activation
+from keras_kvcache.layers.cached_multi_head_attention import CachedMultiHeadAttention
+from keras_kvcache.layers.feed_forward import FeedForward
+from keras_kvcache.layers.initializers import clone_initializer
+from keras_kvcache.layers.normalization import make_normalization
+
+
+@keras.saving.register_keras_serializable(package="keras_kvcache")
+class DecoderBlock(keras.layers.Layer):
+    """A pre-norm transformer decoder block with caches.
+
+    Each part normalizes its input, and its output is added to it: causal
+    self-attention, attention over an encoder's output if the block is built with
+    one, feed-forward.
+
+    Args:
+        num_query_heads: `N`.
+        intermediate_dim: Width of the feed-forward part.
+        num_key_value_heads: `K`; `None` for `N`.
+        head_dim: `H`; `None` for `D / N`.
+        normalization: `"rms_norm"` or `"layer_norm"`.
+        layer_norm_epsilon: Epsilon of the normalization.
+        activation: Activation of the feed-forward part.
+        gated_feedforward: Whether the feed-forward part is gated.
+        use_bias: Whether projections and dense layers have biases.
+        sliding_window: `W` of self-attention, or `None`.
+        logit_soft_cap: Soft cap of the attention scores, or `None`.
+        rotary_embedding: Layer for `CachedMultiHeadAttention`, or `None`.
+        dropout: Rate on attention weights and on each part's output.
+        kernel_initializer: Initializer of all kernels.
+        **kwargs: Arguments of `keras.layers.Layer`.
+
+    Call arguments:
+        decoder_sequence: `(B, T, D)`.
+        encoder_sequence: `(B, S', D')`, or `None` for a block without
+            cross-attention. Once `cross_attention_cache` is filled it isn't
+            read any more.
+        encoder_padding_mask: `(B, S')`, `False` for encoder positions to hide.
+        self_attention_cache: Cache of this block, dense or an object, or `None`.
+        self_attention_cache_update_index: As in `CachedMultiHeadAttention`.
+        cross_attention_cache: Cache of `S'` slots for the encoder's projections.
+        cross_attention_cache_update_index: 0 to fill that cache in this call;
+            `None` to read it only.
+        training: Whether dropout is active.
+
+    Returns:
+        `output`, `(output, self_attention_cache)` or `(output,
+        self_attention_cache, cross_attention_cache)`, by which caches were given;
+        `output` is `(B, T, D)`.
+
+    Raises:
+        ValueError: A block built with an encoder is called without, or the other
+            way round.
+    """
+
+    def __init__(
+        self,
+        num_query_heads,
+        intermediate_dim,
+        num_key_value_heads=None,
+        head_dim=None,
+        normalization="rms_norm",
+        layer_norm_epsilon=1e-5,
+        activation="silu",
+        gated_feedforward=True,
+        use_bias=False,
+        sliding_window=None,
+        logit_soft_cap=None,
+        rotary_embedding=None,
+        dropout=0.0,
+        kernel_initializer="glorot_uniform",
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        # Caches keep their own dtype.
+        self.autocast = False
+        self.num_query_heads = num_query_heads
+        self.intermediate_dim = intermediate_dim
+        self.num_key_value_heads = num_key_value_heads or num_query_heads
+        self.head_dim = head_dim
+        self.normalization = normalization
+        self.layer_norm_epsilon = layer_norm_epsilon
+        self.activation = get_activation(activation)
+        self.gated_feedforward = gated_feedforward
+        self.use_bias = use_bias
+        self.sliding_window = sliding_window
+        self.logit_soft_cap = logit_soft_cap
+        self.rotary_embedding = rotary_embedding
+        self.dropout = dropout
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+
+    def build(self, decoder_sequence_shape, encoder_sequence_shape=None):
+        """Creates the parts; cross-attention if there is an encoder's shape."""
+        shape = decoder_sequence_shape
+        head_dim = self.head_dim or shape[-1] // self.num_query_heads
+        if head_dim == 0 or (self.head_dim is None and shape[-1] % head_dim):
+            raise ValueError(
+                "`head_dim` must be given where the width D isn't a multiple of "
+                f"`num_query_heads`. Received: D={shape[-1]}, "
+                f"num_query_heads={self.num_query_heads}"
+            )
+        self.attention_norm = self._norm("attention_norm", shape)
+        self.attention = self._attention(
+            "attention",
+            head_dim,
+            sliding_window=self.sliding_window,
+            rotary_embedding=self.rotary_embedding,
+        )
+        self.attention.build(shape, shape)
+        self.cross_attention = None
+        if encoder_sequence_shape is not None:
+            self.cross_attention_norm = self._norm("cross_attention_norm", shape)
+            self.cross_attention = self._attention("cross_attention", head_dim)
+            self.cross_attention.build(shape, encoder_sequence_shape)
+        self.feedforward_norm = self._norm("feedforward_norm", shape)
+        self.feedforward = FeedForward(
+            self.intermediate_dim,
+            activation=self.activation,
+            gated=self.gated_feedforward,
+            use_bias=self.use_bias,
+            kernel_initializer=clone_initializer(self.kernel_initializer),
+            dtype=self.dtype_policy,
+            name="feedforward",
+        )
+        self.feedforward.build(shape)
+        self.residual_dropout = keras.layers.Dropout(
+            self.dropout, dtype=self.dtype_policy, name="residual_dropout"
+        )
+
+    def _norm(self, name, shape):
+        layer = make_normalization(
+            self.normalization, self.layer_norm_epsilon, name, self.dtype_policy
+        )
+        layer.build(shape)
+        return layer
+
+    def _attention(self, name, head_dim, **kwargs):
+        return CachedMultiHeadAttention(
+            self.num_query_heads,
+            head_dim,
+            num_key_value_heads=self.num_key_value_heads,
+            use_bias=self.use_bias,
+            dropout=self.dropout,
+            logit_soft_cap=self.logit_soft_cap,
+            kernel_initializer=clone_initializer(self.kernel_initializer),
+            dtype=self.dtype_policy,
+            name=name,
+            **kwargs,
+        )
+
+    def call(
+        self,
+        decoder_sequence,
+        encoder_sequence=None,
+        encoder_padding_mask=None,
+        self_attention_cache=None,
+        self_attention_cache_update_index=None,
+        cross_attention_cache=None,
+        cross_attention_cache_update_index=None,
+        training=None,
+    ):
+        """See the class."""
+        self._check_encoder(encoder_sequence, cross_attention_cache)
+        x = ops.cast(decoder_sequence, self.compute_dtype)
+        normed = self.attention_norm(x)
+        attended, self_attention_cache = _with_cache(
+            self.attention(
+                normed,
+                normed,
+                cache=self_attention_cache,
+                cache_update_index=self_attention_cache_update_index,
+                use_causal_mask=True,
+                training=training,
+            ),
+            self_attention_cache,
+        )
+        x = x + self.residual_dropout(attended, training=training)
+        if self.cross_attention is not None:
+            mask = encoder_padding_mask
+            attended, cross_attention_cache = _with_cache(
+                self.cross_attention(
+                    self.cross_attention_norm(x),
+                    encoder_sequence,
+                    attention_mask=None if mask is None else mask[:, None, :],
+                    cache=cross_attention_cache,
+                    cache_update_index=cross_attention_cache_update_index,
+                    training=training,
+                ),
+                cross_attention_cache,
+            )
+            x = x + self.residual_dropout(attended, training=training)
+        fed = self.feedforward(self.feedforward_norm(x))
+        x = x + self.residual_dropout(fed, training=training)
+
+        caches = (self_attention_cache, cross_attention_cache)
+        caches = tuple(cache for cache in caches if cache is not None)
+        return (x, *caches) if caches else x
+
+    def _check_encoder(self, encoder_sequence, cross_attention_cache):
+        given = encoder_sequence is not None or cross_attention_cache is not None
+        if given != (self.cross_attention is not None):
+            built = "with" if self.cross_attention is not None else "without"
+            raise ValueError(
+                f"This block was built {built} cross-attention, so it must be called "
+                f"{built} `encoder_sequence` or `cross_attention_cache`. Received: "
+                f"encoder_sequence={encoder_sequence}, "
+                f"cross_attention_cache={cross_attention_cache}"
+            )
+
+    def compute_output_spec(
+        self,
+        decoder_sequence,
+        encoder_sequence=None,
+        encoder_padding_mask=None,
+        self_attention_cache=None,
+        self_attention_cache_update_index=None,
+        cross_attention_cache=None,
+        cross_attention_cache_update_index=None,
+        training=None,
+    ):
+        """Shapes and dtypes of what a call returns."""
+        specs = [keras.KerasTensor(decoder_sequence.shape, self.compute_dtype)]
+        for cache in (self_attention_cache, cross_attention_cache):
+            if cache is not None:
+                specs.append(keras.KerasTensor(cache.shape, cache.dtype))
+        return tuple(specs) if len(specs) > 1 else specs[0]
+
+    def get_config(self):
+        """Constructor arguments."""
+        rotary = self.rotary_embedding
+        names = (
+            "num_query_heads",
+            "intermediate_dim",
+            "num_key_value_heads",
+            "head_dim",
+            "normalization",
+            "layer_norm_epsilon",
+            "gated_feedforward",
+            "use_bias",
+            "sliding_window",
+            "logit_soft_cap",
+            "dropout",
+        )
+        return {
+            **super().get_config(),
+            **{name: getattr(self, name) for name in names},
+            "rotary_embedding": rotary and keras.saving.serialize_keras_object(rotary),
+            "activation": keras.activations.serialize(self.activation),
+            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        """The block that `get_config` describes."""
+        config = dict(config)
+        if isinstance(config.get("rotary_embedding"), dict):
+            config["rotary_embedding"] = keras.saving.deserialize_keras_object(
+                config["rotary_embedding"]
+            )
+        return cls(**config)
+
+
+def _with_cache(returned, cache):
+    """`(output, cache)` from what attention returned with or without a cache."""
+    return returned if cache is not None else (returned, None)

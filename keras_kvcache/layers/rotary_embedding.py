@@ -1,0 +1,95 @@
+"""Rotary position embedding as a layer, to be given to an attention layer."""
+
+import keras
+
+from keras_kvcache.ops import inverse_frequencies, rotate
+
+
+@keras.saving.register_keras_serializable(package="keras_kvcache")
+class RotaryEmbedding(keras.layers.Layer):
+    """Rotates queries or keys by their positions.
+
+    Method: Su et al., 2021, https://arxiv.org/abs/2104.09864, pairing component
+    `j` with `j + rotary_dim / 2`, as Llama's published weights have it.
+
+    Args:
+        max_wavelength: Base of the frequencies ("rope theta").
+        scaling_factor: Positions are divided by it (linear interpolation, Chen
+            et al., 2023, https://arxiv.org/abs/2306.15595).
+        rotary_dim: How many of the `H` components are rotated, from the first
+            on; even. `None` for all.
+        frequency_factors: `rotary_dim // 2` numbers that divide the frequencies,
+            for long-context scaling. `None` for none.
+        **kwargs: Arguments of `keras.layers.Layer`.
+
+    Call arguments:
+        inputs: Tensor `(B, T, heads, H)`.
+        positions: Integer tensor `(1 | B, T)`.
+
+    Returns:
+        A tensor like `inputs`.
+    """
+
+    def __init__(
+        self,
+        max_wavelength=10000.0,
+        scaling_factor=1.0,
+        rotary_dim=None,
+        frequency_factors=None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        for name, value in (
+            ("max_wavelength", max_wavelength),
+            ("scaling_factor", scaling_factor),
+        ):
+            if not value > 0:
+                raise ValueError(f"`{name}` must be positive. Received: {value}")
+        if rotary_dim is not None and (rotary_dim <= 0 or rotary_dim % 2):
+            raise ValueError(
+                f"`rotary_dim` must be positive and even. Received: {rotary_dim}"
+            )
+        self.max_wavelength = max_wavelength
+        self.scaling_factor = scaling_factor
+        self.rotary_dim = rotary_dim
+        self.frequency_factors = (
+            None if frequency_factors is None else [float(f) for f in frequency_factors]
+        )
+
+    def build(self, input_shape):
+        """Checks that what is to be rotated has room for it."""
+        rotary_dim = self.rotary_dim or input_shape[-1]
+        if rotary_dim > input_shape[-1] or rotary_dim % 2:
+            raise ValueError(
+                "`rotary_dim` must be even and at most the head size H. Received: "
+                f"rotary_dim={rotary_dim}, H={input_shape[-1]}"
+            )
+        factors = self.frequency_factors
+        if factors is not None and len(factors) != rotary_dim // 2:
+            raise ValueError(
+                "`frequency_factors` must have one number a rotated pair, "
+                f"{rotary_dim // 2}. Received: {len(factors)}"
+            )
+
+    def call(self, inputs, positions):
+        """See the class."""
+        frequencies = inverse_frequencies(
+            self.rotary_dim or inputs.shape[-1],
+            self.max_wavelength,
+            self.frequency_factors,
+        )
+        return rotate(inputs, positions, frequencies / self.scaling_factor)
+
+    def compute_output_shape(self, input_shape):
+        """The shape of `inputs`."""
+        return input_shape
+
+    def get_config(self):
+        """Constructor arguments."""
+        return {
+            **super().get_config(),
+            "max_wavelength": self.max_wavelength,
+            "scaling_factor": self.scaling_factor,
+            "rotary_dim": self.rotary_dim,
+            "frequency_factors": self.frequency_factors,
+        }

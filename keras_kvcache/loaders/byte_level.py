@@ -1,0 +1,90 @@
+"""Byte-level BPE vocabularies and the rules that split text for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import tokenizers
+
+# GPT-2's words: contractions, letters, numbers and the rest, each with at most
+# one space before it, and runs of space.
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# The words of GPT-4 and its many descendants, which differ in how many digits
+# stay together.
+_GPT4 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{%s}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA3 = (_GPT4 % "1,3",)
+_QWEN2 = (_GPT4 % "1",)
+# For each pre-tokenizer a GGUF file may name, its regular expressions. Each
+# splits the pieces the one before it left, and what it doesn't match stays a
+# piece too.
+_SPLITS = {
+    # What llama.cpp falls back on when a file names none.
+    "default": (
+        r"[\p{P}\$\+<=>\^~\|]+",
+        _GPT2,
+        r"\p{N}+",
+        r"[0-9][0-9][0-9]",
+    ),
+    "gpt-2": (_GPT2,),
+    # Every digit on its own.
+    "smollm": (r"\p{N}", _GPT2),
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+}
+# Llama 3 takes a word that is a token whole, whatever the merges say.
+WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3")
+# Qwen composes characters before it splits.
+_COMPOSED = ("qwen2", "deepseek-r1-qwen")
+
+
+def byte_level_backend(
+    tokens: Sequence[str], merges: Sequence[tuple[str, ...]], pre_type: str
+) -> tokenizers.Tokenizer:
+    """Builds a byte-level BPE tokenizer (Radford et al., 2019).
+
+    Args:
+        tokens: The token of each id, bytes spelled in GPT-2's alphabet.
+        merges: Pairs of tokens, the first to be merged first.
+        pre_type: How text is split before merging, by the name GGUF files use.
+
+    Raises:
+        ValueError: If `pre_type` is unknown or a merge isn't a pair whose parts
+            and result are tokens.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+    if pre_type not in _SPLITS:
+        raise ValueError(
+            f"the pre-tokenizer must be one of {', '.join(_SPLITS)}; it is "
+            f"{pre_type!r}."
+        )
+    ids = {token: index for index, token in enumerate(tokens)}
+    for merge in merges:
+        if len(merge) != 2 or any(part not in ids for part in (*merge, "".join(merge))):
+            raise ValueError(
+                "a merge must be two tokens that form a third; found "
+                f"{' '.join(merge)!r}."
+            )
+    backend = tokenizers.Tokenizer(
+        models.BPE(ids, list(merges), ignore_merges=pre_type in WHOLE_WORDS)
+    )
+    if pre_type in _COMPOSED:
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated")
+            for pattern in _SPLITS[pre_type]
+        ]
+        + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend

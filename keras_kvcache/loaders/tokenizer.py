@@ -1,0 +1,201 @@
+"""A tokenizer: text to ids and back, and conversations to text."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from keras_kvcache.loaders.chat_template import render_chat_template
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_VOCABULARY_FILE = "tokenizer.json"
+_CONFIG_FILE = "tokenizer_config.json"
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    Args:
+        backend: A `tokenizers.Tokenizer`, which holds vocabulary and rules.
+        bos_token_id: The id that begins a sequence, if there is one.
+        eos_token_id: The id that ends one, if there is one.
+        stop_token_ids: The ids after which generation should stop.
+        add_bos: Whether `encode` begins with `bos_token_id`.
+        add_eos: Whether `encode` ends with `eos_token_id`.
+        chat_template: The Jinja template of the model's conversations.
+
+    Raises:
+        ValueError: If an id isn't in the vocabulary, or an id to add is None.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        stop_token_ids: Sequence[int] = (),
+        add_bos: bool = False,
+        add_eos: bool = False,
+        chat_template: str | None = None,
+    ):
+        self._backend = backend
+        self.vocabulary_size = backend.get_vocab_size()
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+        self.stop_token_ids = tuple(stop_token_ids)
+        self.add_bos = add_bos
+        self.add_eos = add_eos
+        self.chat_template = chat_template
+        for name, token_id in (
+            ("bos_token_id", bos_token_id),
+            ("eos_token_id", eos_token_id),
+            *(("stop_token_ids", token_id) for token_id in self.stop_token_ids),
+        ):
+            if token_id is not None:
+                self._check_id(name, token_id)
+        if add_bos and bos_token_id is None:
+            raise ValueError("`add_bos=True` needs a `bos_token_id`; it is None.")
+        if add_eos and eos_token_id is None:
+            raise ValueError("`add_eos=True` needs an `eos_token_id`; it is None.")
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text.
+
+        Special tokens written in the text, like `<|im_end|>`, become their ids.
+        A BOS or EOS id that the model expects is added unless it is there.
+
+        Raises:
+            TypeError: If `text` isn't a string.
+            ValueError: If `text` can't be written as UTF-8.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"`text` must be a string; got {text!r}.")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"`text` must be valid Unicode: {error}.") from error
+        ids = self._backend.encode(text, add_special_tokens=False).ids
+        if self.add_bos and ids[:1] != [self.bos_token_id]:
+            ids = [self.bos_token_id, *ids]
+        if self.add_eos and ids[-1:] != [self.eos_token_id]:
+            ids = [*ids, self.eos_token_id]
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of some ids; bytes that form no character become U+FFFD.
+
+        Args:
+            ids: Integers, one axis.
+            skip_special_tokens: Whether to leave out special tokens.
+
+        Raises:
+            TypeError: If `ids` aren't integers.
+            ValueError: If there is more than one axis, or if an id isn't in the
+                vocabulary.
+        """
+        ids = np.asarray(ids)
+        if ids.ndim != 1:
+            raise ValueError(f"`ids` must have one axis; got shape {ids.shape}.")
+        if ids.size == 0:
+            return ""
+        if ids.dtype.kind not in "iu":
+            raise TypeError(f"`ids` must be integers; got dtype {ids.dtype}.")
+        for extreme in (int(ids.min()), int(ids.max())):
+            self._check_id("ids", extreme)
+        return self._backend.decode(
+            ids.tolist(), skip_special_tokens=skip_special_tokens
+        )
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation as the text the model was trained on.
+
+        Args:
+            messages: The turns, each with a `"role"` and a `"content"`.
+            add_generation_prompt: Whether to open the assistant's turn at the end.
+
+        Raises:
+            TypeError: If `messages` isn't a list of such dictionaries.
+            ValueError: If the model has no template, or the template fails.
+        """
+        if self.chat_template is None:
+            raise ValueError(
+                "`apply_chat_template` needs a chat template; this model has none."
+            )
+        return render_chat_template(
+            self.chat_template,
+            messages,
+            bos_token=self._text_of(self.bos_token_id),
+            eos_token=self._text_of(self.eos_token_id),
+            add_generation_prompt=add_generation_prompt,
+        )
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Writes the tokenizer into a folder, making it if need be.
+
+        Each of the two files appears whole or not at all.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        config = {
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": self.eos_token_id,
+            "stop_token_ids": list(self.stop_token_ids),
+            "add_bos": self.add_bos,
+            "add_eos": self.add_eos,
+            "chat_template": self.chat_template,
+        }
+        _write(directory / _VOCABULARY_FILE, self._backend.to_str())
+        _write(directory / _CONFIG_FILE, json.dumps(config, indent=2))
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike) -> Tokenizer:
+        """Reads what `save` wrote.
+
+        Raises:
+            FileNotFoundError: If the folder lacks one of the two files.
+            ValueError: If one of them is damaged.
+        """
+        import tokenizers
+
+        directory = Path(directory)
+        vocabulary = (directory / _VOCABULARY_FILE).read_bytes()
+        config = (directory / _CONFIG_FILE).read_bytes()
+        try:
+            backend = tokenizers.Tokenizer.from_buffer(vocabulary)
+            return cls(backend, **json.loads(config))
+        # The library raises a bare Exception for a file it can't parse.
+        except Exception as error:
+            raise ValueError(
+                f"{directory} must hold a saved tokenizer, but "
+                f"{_VOCABULARY_FILE} or {_CONFIG_FILE} is damaged: {error}."
+            ) from error
+
+    def _check_id(self, name: str, token_id: int) -> None:
+        if not 0 <= token_id < self.vocabulary_size:
+            raise ValueError(
+                f"`{name}` must be ids from 0 to {self.vocabulary_size - 1}; got "
+                f"{token_id}."
+            )
+
+    def _text_of(self, token_id: int | None) -> str:
+        return "" if token_id is None else self._backend.id_to_token(token_id)
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes beside the file and moves into place."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)

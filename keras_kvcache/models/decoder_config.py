@@ -1,0 +1,63 @@
+"""What a decoder's configuration must satisfy."""
+
+import numbers
+
+import keras
+
+from keras_kvcache.layers.normalization import NORMALIZATIONS
+
+POSITION_EMBEDDINGS = ("rotary", "learned")
+
+
+def check_config(config):
+    """Refuses a configuration of `DecoderLM` that makes no model.
+
+    Args:
+        config: Dictionary of constructor arguments, complete.
+
+    Raises:
+        ValueError: An argument is out of range or doesn't go with another.
+    """
+    sizes = (
+        "vocabulary_size",
+        "num_layers",
+        "num_query_heads",
+        "hidden_dim",
+        "intermediate_dim",
+        "num_key_value_heads",
+        "head_dim",
+        "max_sequence_length",
+    )
+    for name in sizes:
+        value = config[name]
+        is_size = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if not is_size or value <= 0:
+            raise ValueError(
+                f"`{name}` must be a positive integer. Received: {value!r}"
+            )
+    heads, group_heads = config["num_query_heads"], config["num_key_value_heads"]
+    if heads % group_heads:
+        raise ValueError(
+            "`num_query_heads` must be a multiple of `num_key_value_heads`. Received: "
+            f"num_query_heads={heads}, num_key_value_heads={group_heads}"
+        )
+    choices = {
+        "normalization": list(NORMALIZATIONS),
+        "position_embedding": list(POSITION_EMBEDDINGS),
+    }
+    for name, known in choices.items():
+        if config[name] not in known:
+            raise ValueError(
+                f"`{name}` must be one of {known}. Received: {config[name]!r}"
+            )
+    if not 0 <= config["dropout"] < 1:
+        raise ValueError(
+            f"`dropout` must be from 0 to below 1. Received: {config['dropout']!r}"
+        )
+
+
+def get_initializer(identifier):
+    """An initializer by name, config or object; `None` is the usual one, GPT-2's."""
+    if identifier is None:
+        return keras.initializers.RandomNormal(stddev=0.02)
+    return keras.initializers.get(identifier)

@@ -1,0 +1,336 @@
+"""A decoder language model."""
+
+import keras
+from keras import ops
+
+from keras_kvcache.caches import CacheSpec
+from keras_kvcache.generation import GenerateMethods, Generator
+from keras_kvcache.layers import DecoderBlock, RotaryEmbedding
+from keras_kvcache.layers.normalization import make_normalization
+from keras_kvcache.models.decoder_config import check_config, get_initializer
+from keras_kvcache.models.presets import PresetMethods
+from keras_kvcache.ops import token_positions
+
+
+@keras.saving.register_keras_serializable(package="keras_kvcache")
+class DecoderLM(PresetMethods, GenerateMethods, keras.Model):
+    """Token ids in, logits out: embedding, blocks, final norm, projection.
+
+    The defaults are a Llama's (Touvron et al., 2023,
+    https://arxiv.org/abs/2302.13971). GPT-2 (Radford et al., 2019) is
+    `normalization="layer_norm"`, `position_embedding="learned"`,
+    `activation="gelu_tanh"`, `gated_feedforward=False`, `use_bias=True`.
+
+    Args:
+        vocabulary_size: `V`.
+        num_layers: `L`.
+        num_query_heads: `N`.
+        hidden_dim: `D`.
+        intermediate_dim: Width of the feed-forward parts.
+        num_key_value_heads: `K`; `None` for `N`.
+        head_dim: `H`; `None` for `D / N`.
+        max_sequence_length: The most positions that the model can tell apart.
+        normalization: `"rms_norm"` or `"layer_norm"`.
+        layer_norm_epsilon: Epsilon of the normalizations.
+        activation: Activation of the feed-forward parts.
+        gated_feedforward: Whether they are gated.
+        use_bias: Whether projections and dense layers have biases.
+        position_embedding: `"rotary"` or `"learned"`.
+        rope_max_wavelength, rope_position_scaling_factor,
+            rope_frequency_factors, rotary_dim: `max_wavelength`,
+            `scaling_factor`, `frequency_factors` and `rotary_dim` of
+            `keras_kvcache.layers.RotaryEmbedding`.
+        tie_word_embeddings: Whether the logits use the embedding's weights.
+        sliding_window: `W` of every layer, or `None`.
+        attention_logit_soft_cap, final_logit_soft_cap: Soft caps of attention
+            scores and of logits, or `None`.
+        dropout: Rate after the embedding, on attention weights and on each
+            part's output.
+        kernel_initializer: Initializer of kernels and embeddings; `None` for a
+            normal distribution of deviation 0.02.
+        tokenizer: Object with `encode(text) -> ids`, `decode(ids) -> text` and
+            `stop_token_ids`, for text in and out. It isn't part of the config;
+            presets save it.
+        **kwargs: Arguments of `keras.Model`, such as `dtype` and `name`.
+
+    Call arguments:
+        token_ids: Integer tensor `(B, T)`.
+        training: Whether dropout is active.
+
+    Returns:
+        Logits `(B, T, V)`.
+    """
+
+    def __init__(
+        self,
+        vocabulary_size,
+        num_layers,
+        num_query_heads,
+        hidden_dim,
+        intermediate_dim,
+        num_key_value_heads=None,
+        head_dim=None,
+        max_sequence_length=1024,
+        normalization="rms_norm",
+        layer_norm_epsilon=1e-5,
+        activation="silu",
+        gated_feedforward=True,
+        use_bias=False,
+        position_embedding="rotary",
+        rope_max_wavelength=10000.0,
+        rope_position_scaling_factor=1.0,
+        rope_frequency_factors=None,
+        rotary_dim=None,
+        tie_word_embeddings=True,
+        sliding_window=None,
+        attention_logit_soft_cap=None,
+        final_logit_soft_cap=None,
+        dropout=0.0,
+        kernel_initializer=None,
+        tokenizer=None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self._config = dict(
+            vocabulary_size=vocabulary_size,
+            num_layers=num_layers,
+            num_query_heads=num_query_heads,
+            hidden_dim=hidden_dim,
+            intermediate_dim=intermediate_dim,
+            num_key_value_heads=num_key_value_heads or num_query_heads,
+            head_dim=head_dim or hidden_dim // num_query_heads,
+            max_sequence_length=max_sequence_length,
+            normalization=normalization,
+            layer_norm_epsilon=layer_norm_epsilon,
+            activation=activation,
+            gated_feedforward=gated_feedforward,
+            use_bias=use_bias,
+            position_embedding=position_embedding,
+            rope_max_wavelength=rope_max_wavelength,
+            rope_position_scaling_factor=rope_position_scaling_factor,
+            rope_frequency_factors=rope_frequency_factors,
+            rotary_dim=rotary_dim,
+            tie_word_embeddings=tie_word_embeddings,
+            sliding_window=sliding_window,
+            attention_logit_soft_cap=attention_logit_soft_cap,
+            final_logit_soft_cap=final_logit_soft_cap,
+            dropout=dropout,
+        )
+        check_config(self._config)
+        self.kernel_initializer = get_initializer(kernel_initializer)
+        for name, value in self._config.items():
+            setattr(self, name, value)
+        self.tokenizer = tokenizer
+        self._generator = None
+        self._create_layers()
+        # All shapes are known, so that weights can be loaded before any call.
+        self.build((None, None))
+
+    def _create_layers(self):
+        dtype = self.dtype_policy
+        self.token_embedding = keras.layers.ReversibleEmbedding(
+            self.vocabulary_size,
+            self.hidden_dim,
+            tie_weights=self.tie_word_embeddings,
+            embeddings_initializer=self.kernel_initializer,
+            logit_soft_cap=self.final_logit_soft_cap,
+            dtype=dtype,
+            name="token_embedding",
+        )
+        if self.position_embedding == "learned":
+            self.position_table = keras.layers.Embedding(
+                self.max_sequence_length,
+                self.hidden_dim,
+                embeddings_initializer=self.kernel_initializer,
+                dtype=dtype,
+                name="position_embedding",
+            )
+        self.embedding_dropout = keras.layers.Dropout(self.dropout, dtype=dtype)
+        self.blocks = [
+            DecoderBlock(
+                self.num_query_heads,
+                self.intermediate_dim,
+                num_key_value_heads=self.num_key_value_heads,
+                head_dim=self.head_dim,
+                normalization=self.normalization,
+                layer_norm_epsilon=self.layer_norm_epsilon,
+                activation=self.activation,
+                gated_feedforward=self.gated_feedforward,
+                use_bias=self.use_bias,
+                sliding_window=self.sliding_window,
+                logit_soft_cap=self.attention_logit_soft_cap,
+                rotary_embedding=self._make_rotary(),
+                dropout=self.dropout,
+                kernel_initializer=self.kernel_initializer,
+                dtype=dtype,
+                name=f"block_{i}",
+            )
+            for i in range(self.num_layers)
+        ]
+        self.final_norm = make_normalization(
+            self.normalization, self.layer_norm_epsilon, "final_norm", dtype
+        )
+
+    def _make_rotary(self):
+        if self.position_embedding != "rotary":
+            return None
+        return RotaryEmbedding(
+            max_wavelength=self.rope_max_wavelength,
+            scaling_factor=self.rope_position_scaling_factor,
+            rotary_dim=self.rotary_dim,
+            frequency_factors=self.rope_frequency_factors,
+            dtype=self.dtype_policy,
+            name="rotary_embedding",
+        )
+
+    def build(self, input_shape):
+        """Creates all weights; the shape of the input doesn't matter."""
+        hidden_shape = (*input_shape, self.hidden_dim)
+        self.token_embedding.build(input_shape)
+        if self.position_embedding == "learned":
+            self.position_table.build(input_shape)
+        for block in self.blocks:
+            block.build(hidden_shape)
+        self.final_norm.build(hidden_shape)
+        self.built = True
+
+    def call(self, token_ids, training=None):
+        """See the class."""
+        x = self._embed(token_ids, 0, training)
+        for block in self.blocks:
+            x = block(x, training=training)
+        return self.logits(self.final_norm(x))
+
+    def call_with_cache(self, token_ids, cache, cache_update_index):
+        """One step of decoding, or a part of a prompt.
+
+        Args:
+            token_ids: Integer tensor `(B, T)`: the tokens at positions
+                `cache_update_index … cache_update_index + T - 1`.
+            cache: What `init_cache` or an earlier call gave: one cache a layer,
+                each a cache object or a dense tensor `(B, 2, S, K, H)`.
+            cache_update_index: An int, or an integer tensor of shape `()` or
+                `(B,)`.
+
+        Returns:
+            `(logits, hidden_states, cache)`: `(B, T, V)`, `(B, T, D)` and the
+            updated caches.
+
+        Raises:
+            ValueError: There isn't one cache a layer, or one doesn't fit.
+        """
+        hidden_states, cache = self.hidden_with_cache(
+            token_ids, cache, cache_update_index
+        )
+        return self.logits(hidden_states), hidden_states, cache
+
+    def hidden_with_cache(self, token_ids, cache, cache_update_index):
+        """`call_with_cache` without the logits: `(hidden_states, cache)`."""
+        if not isinstance(cache, (list, tuple)) or len(cache) != self.num_layers:
+            given = len(cache) if isinstance(cache, (list, tuple)) else type(cache)
+            raise ValueError(
+                "`cache` must be a list or tuple of one cache a layer, as "
+                f"`init_cache` gives it: {self.num_layers}. Received: {given}"
+            )
+        x = self._embed(token_ids, cache_update_index)
+        updated = []
+        for block, layer_cache in zip(self.blocks, cache, strict=True):
+            x, layer_cache = block(
+                x,
+                self_attention_cache=layer_cache,
+                self_attention_cache_update_index=cache_update_index,
+            )
+            updated.append(layer_cache)
+        return self.final_norm(x), tuple(updated)
+
+    def logits(self, hidden_states):
+        """Logits `(…, V)` of final hidden states `(…, D)`."""
+        return self.token_embedding(hidden_states, reverse=True)
+
+    def _embed(self, token_ids, index, training=None):
+        x = self.token_embedding(token_ids)
+        if self.position_embedding == "learned":
+            positions = token_positions(index, ops.shape(token_ids)[1])
+            # Padding may reach past the last position that the model knows.
+            positions = ops.minimum(positions, self.max_sequence_length - 1)
+            x = x + self.position_table(positions)
+        return self.embedding_dropout(x, training=training)
+
+    def cache_spec(self, batch_size, max_length=None, dtype=None, layout="head_major"):
+        """What one layer's cache would be; the model has `num_layers` of them.
+
+        Args:
+            batch_size: `B`.
+            max_length: `S`; `None` for `max_sequence_length`.
+            dtype: Dtype of the entries; `None` for the model's compute dtype.
+            layout: `"head_major"` or `"dense"`, as in `CacheSpec`.
+
+        Returns:
+            A `keras_kvcache.caches.CacheSpec`.
+        """
+        return CacheSpec(
+            batch_size,
+            max_length or self.max_sequence_length,
+            self.num_key_value_heads,
+            self.head_dim,
+            dtype=dtype or self.compute_dtype,
+            layout=layout,
+        )
+
+    def init_cache(self, batch_size, max_length=None, dtype=None, layout="head_major"):
+        """Empty caches, a tuple of one a layer. Arguments as in `cache_spec`."""
+        spec = self.cache_spec(batch_size, max_length, dtype, layout)
+        return tuple(spec.allocate() for _ in range(self.num_layers))
+
+    @property
+    def generator(self):
+        """The `Generator` behind `generate` and `stream`."""
+        if self._generator is None:
+            self._generator = Generator(
+                self,
+                step=self.hidden_with_cache,
+                init_cache=self.init_cache,
+                logits=self.logits,
+                tokenizer=self.tokenizer,
+                max_sequence_length=self.max_sequence_length,
+                vocabulary_size=self.vocabulary_size,
+            )
+        return self._generator
+
+    def compile(
+        self,
+        optimizer="auto",
+        loss="auto",
+        *,
+        weighted_metrics="auto",
+        sampler="greedy",
+        **kwargs,
+    ):
+        """As `keras.Model.compile`, with defaults for next-token training.
+
+        Args:
+            optimizer: `"auto"` is Adam with a learning rate of 2e-5.
+            loss: `"auto"` is sparse categorical cross-entropy from logits.
+            weighted_metrics: `"auto"` is sparse categorical accuracy.
+            sampler: What `generate` and `stream` use unless told otherwise, as
+                in `keras_kvcache.samplers.get`.
+            **kwargs: Other arguments of `keras.Model.compile`.
+        """
+        if optimizer == "auto":
+            optimizer = keras.optimizers.Adam(2e-5)
+        if loss == "auto":
+            loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        if weighted_metrics == "auto":
+            weighted_metrics = [keras.metrics.SparseCategoricalAccuracy()]
+        self.generator.sampler = sampler
+        super().compile(
+            optimizer=optimizer, loss=loss, weighted_metrics=weighted_metrics, **kwargs
+        )
+
+    def get_config(self):
+        """Constructor arguments, the tokenizer excepted."""
+        return {
+            **super().get_config(),
+            **self._config,
+            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+        }

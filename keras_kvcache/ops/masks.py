@@ -1,0 +1,157 @@
+"""Attention masks, made from positions alone.
+
+A mask is boolean, `True` where a query may attend a slot, and has the shape
+`(B, N, T, S)` in which `B`, `N` and `T` may be 1.
+"""
+
+from keras import ops
+
+from keras_kvcache.ops.positions import token_positions
+
+
+def position_mask(query_positions, slot_positions, fill, causal, sliding_window):
+    """Which slots a query may attend, by where both stand.
+
+    Args:
+        query_positions: int32 `(1 | B, T)`.
+        slot_positions: int32 `(1 | B, n)`, -1 for a slot without a position.
+        fill: int32 `(1 | B,)`; slots at or past it are empty. `None`: all full.
+        causal: Whether later positions are hidden.
+        sliding_window: `W`: a query sees positions less than `W` away from its
+            own, on either side (as `keras.layers.MultiHeadAttention` has it).
+            `None` for no window.
+
+    Returns:
+        A boolean mask `(1 | B, 1, 1 | T, n)`, or `None` if nothing is hidden.
+    """
+    query = query_positions[:, None, :, None]
+    slot = slot_positions[:, None, None, :]
+    rules = []
+    if fill is not None:
+        rules.append(ops.logical_and(slot >= 0, slot < fill[:, None, None, None]))
+    if causal:
+        rules.append(slot <= query)
+    if sliding_window is not None:
+        rules.append(ops.abs(query - slot) < sliding_window)
+    return _all_of(rules)
+
+
+def hide_new_entries(entry_mask, slot_positions, index):
+    """Hides slots that hold entries written in this call but masked out.
+
+    Args:
+        entry_mask: Boolean `(B, T)`: `False` hides new entry `t` of row `b`.
+        slot_positions: int32 `(1 | B, n)`.
+        index: int32 `(1 | B,)`, the position of entry 0.
+
+    Returns:
+        A boolean mask `(B, 1, 1, n)`; slots written before this call stay seen.
+    """
+    length = entry_mask.shape[1]
+    entry = slot_positions - index[:, None]
+    is_new = ops.logical_and(entry >= 0, entry < length)
+    batch = ops.shape(entry_mask)[0]
+    entry = ops.broadcast_to(
+        ops.clip(entry, 0, length - 1), (batch, ops.shape(slot_positions)[1])
+    )
+    seen = ops.take_along_axis(ops.cast(entry_mask, "bool"), entry, axis=1)
+    return ops.logical_or(ops.logical_not(is_new), seen)[:, None, None, :]
+
+
+def broadcast_mask(mask, shape):
+    """Brings a user's `attention_mask` to four axes and checks that it fits.
+
+    Args:
+        mask: Boolean or 0/1 tensor of shape `(T, S)`, `(B, T, S)` or
+            `(B, N, T, S)`; any axis may be 1, and none stands for `S` slots.
+        shape: `(B, N, T, S)`; `None` where a size is unknown.
+
+    Returns:
+        A boolean tensor with four axes.
+
+    Raises:
+        ValueError: The mask doesn't broadcast to `shape`.
+    """
+    mask_shape = tuple(mask.shape)
+    aligned = (1,) * (4 - len(mask_shape)) + mask_shape
+    if len(mask_shape) == 3:
+        aligned = (mask_shape[0], 1, *mask_shape[1:])
+    fits = len(mask_shape) <= 4 and all(
+        None in (have, need) or have in (1, need)
+        for have, need in zip(aligned, shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            "`attention_mask` must have the shape (T, S), (B, T, S) or "
+            "(B, N, T, S), sizes of 1 included, where (B, N, T, S) = "
+            f"{tuple(shape)}. Received: attention_mask.shape={mask_shape}"
+        )
+    mask = ops.cast(mask, "bool")
+    if len(mask_shape) == 3:
+        return mask[:, None]
+    for _ in range(4 - len(mask_shape)):
+        mask = mask[None]
+    return mask
+
+
+def view_masks(
+    view,
+    query_positions,
+    *,
+    causal=False,
+    sliding_window=None,
+    attention_mask=None,
+    query_mask=None,
+    entry_masks=(),
+    index=0,
+):
+    """All that hides slots from queries, as one mask a segment.
+
+    Args:
+        view: A `View`.
+        query_positions: int32 `(1 | B, T)`.
+        causal: Whether later positions are hidden.
+        sliding_window: `W` or `None`, as in `position_mask`.
+        attention_mask: Boolean with four axes over all slots, or `None`. It takes
+            the place of `view.fill`.
+        query_mask: Boolean `(B, T)`, `False` for a query that attends nothing.
+        entry_masks: Boolean `(B, T')` masks of the entries written in this call.
+        index: Position of the first of these entries, as in `token_positions`.
+
+    Returns:
+        A tuple with a boolean mask `(1 | B, 1 | N, 1 | T, n)` for each segment,
+        or `None` for one that is seen whole.
+    """
+    fill = view.fill if attention_mask is None else None
+    entry_index = token_positions(index, 1)[:, 0]
+    masks, first = [], 0
+    for segment in view.segments:
+        slots = segment.positions.shape[1]
+        rules = [
+            position_mask(
+                query_positions, segment.positions, fill, causal, sliding_window
+            )
+        ]
+        if attention_mask is not None:
+            every_slot = attention_mask.shape[-1] == 1
+            rules.append(
+                attention_mask
+                if every_slot
+                else attention_mask[..., first : first + slots]
+            )
+        if query_mask is not None:
+            rules.append(ops.cast(query_mask, "bool")[:, None, :, None])
+        for mask in entry_masks:
+            rules.append(hide_new_entries(mask, segment.positions, entry_index))
+        masks.append(_all_of(rules))
+        first += slots
+    return tuple(masks)
+
+
+def _all_of(rules):
+    """Conjunction of masks of which some are `None`."""
+    mask = None
+    for rule in rules:
+        if rule is not None:
+            mask = rule if mask is None else ops.logical_and(mask, rule)
+    return mask

@@ -1,0 +1,46 @@
+"""Rotary position embedding (Su et al., 2021, https://arxiv.org/abs/2104.09864)."""
+
+from keras import ops
+
+
+def inverse_frequencies(rotary_dim, max_wavelength, frequency_factors=None):
+    """Angle in radians per position of each rotated pair.
+
+    Args:
+        rotary_dim: How many components are rotated; even.
+        max_wavelength: The base of the geometric progression.
+        frequency_factors: `rotary_dim // 2` numbers that divide the frequencies
+            (Llama 3's long-context scaling comes as such a list), or `None`.
+
+    Returns:
+        A float32 tensor of shape `(rotary_dim // 2,)`.
+    """
+    exponent = ops.arange(0, rotary_dim, 2, dtype="float32") / rotary_dim
+    inverse = ops.power(ops.cast(max_wavelength, "float32"), -exponent)
+    if frequency_factors is not None:
+        inverse = inverse / ops.convert_to_tensor(frequency_factors, "float32")
+    return inverse
+
+
+def rotate(inputs, positions, inverse_frequencies):
+    """Turns each pair of components by an angle that grows with the position.
+
+    Component `j` of the first half of the rotated part is paired with component
+    `j` of its second half. Components past the rotated part stay as they are.
+
+    Args:
+        inputs: Tensor `(B, T, heads, H)`.
+        positions: Tensor `(1 | B, T)`, one position a token.
+        inverse_frequencies: float32 `(rotary_dim // 2,)`, `rotary_dim <= H`.
+
+    Returns:
+        A tensor like `inputs`. The angles are computed in float32, since
+        bfloat16 can't tell positions past 256 apart.
+    """
+    half = inverse_frequencies.shape[0]
+    angle = ops.cast(positions, "float32")[:, :, None, None] * inverse_frequencies
+    cos, sin = ops.cos(angle), ops.sin(angle)
+    x = ops.cast(inputs, "float32")
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    turned = [first * cos - second * sin, second * cos + first * sin, rest]
+    return ops.cast(ops.concatenate(turned, axis=-1), inputs.dtype)

@@ -1,0 +1,39 @@
+"""Draws: `(logits, seed) -> token ids`, the last step of a sampler."""
+
+from keras import ops
+
+from keras_kvcache.samplers.noise import gumbel
+
+
+def most_likely(logits, seed):
+    """Takes the most likely token, the first one of those that tie.
+
+    Args:
+        logits: float tensor `(B, V)`.
+        seed: not used; there so that all draws are called alike.
+
+    Returns:
+        Token ids, an int32 tensor `(B,)`.
+    """
+    return ops.cast(ops.argmax(logits, axis=-1), "int32")
+
+
+def categorical(logits, seed):
+    """Draws each token with its probability, softmax of the logits.
+
+    By the Gumbel-max trick, which needs no normalised probabilities: Maddison
+    et al., "A* sampling" (2014).
+
+    Args:
+        logits: float tensor `(B, V)`; -inf is never drawn.
+        seed: int, or two integers `(seed, step)`, traced or not. A row's draw
+            depends on the seed, its logits and its place in the batch.
+
+    Returns:
+        Token ids, an int32 tensor `(B,)`.
+    """
+    num_rows, num_tokens = ops.shape(logits)
+    noisy = ops.cast(logits, "float32") + gumbel(seed, num_rows, num_tokens)
+    # Not `argmax`: XLA's CPU backend computes the noise inside that reduction,
+    # one value at a time, and takes five times as long.
+    return ops.cast(ops.top_k(noisy, 1)[1][:, 0], "int32")

@@ -1,0 +1,80 @@
+"""keras-hub's samplers as samplers of this package.
+
+Nothing here imports keras-hub: whoever holds one of its samplers already has.
+"""
+
+import dataclasses
+import functools
+import sys
+
+import jax
+import keras
+from keras import ops
+
+from keras_kvcache.samplers.noise import seed_words, threefry
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=[], meta_fields=["sampler"]
+)
+@dataclasses.dataclass(frozen=True)
+class HubSampler:
+    """Calls a keras-hub sampler one token at a time, as a pure function.
+
+    A keras-hub sampler keeps its random state in variables and moves it on at
+    each draw. Here every call starts from a state made of the given seed and
+    throws the moved one away, so the wrapped sampler is never changed.
+
+    To JAX it is a pytree without leaves: the wrapped sampler's settings are
+    constants of the compiled program, and changing them afterwards has no
+    effect on it. Make a new sampler instead.
+
+    Attributes:
+        sampler: a `keras_hub.samplers.Sampler` that `is_hub_sampler` knows.
+
+    Raises:
+        ValueError: if the sampler runs a decoding loop of its own, as beam,
+            contrastive and speculative search do.
+    """
+
+    sampler: object
+
+    def __post_init__(self):
+        own_loop = _hub_base_class().__call__
+        if type(self.sampler).__call__ is not own_loop:
+            raise ValueError(
+                "A keras-hub `sampler` must choose each token in "
+                "`get_next_token`, without a `__call__` of its own: it is the "
+                "generation loop that calls the model here. Received: "
+                f"{type(self.sampler).__name__}."
+            )
+
+    def __call__(self, logits, seed):
+        """Draws one token a row, see `Sampler`."""
+        states = [
+            (variable, _generator_state(seed, i, variable.dtype))
+            for i, variable in enumerate(self.sampler.variables)
+        ]
+        with keras.StatelessScope(state_mapping=states):
+            probabilities = self.sampler.compute_probabilities(logits)
+            ids = self.sampler.get_next_token(probabilities)
+        return ops.cast(ids, "int32")
+
+
+def is_hub_sampler(value):
+    """Whether `value` is an instance of `keras_hub.samplers.Sampler`."""
+    base = _hub_base_class()
+    return base is not None and isinstance(value, base)
+
+
+def _hub_base_class():
+    hub_samplers = sys.modules.get("keras_hub.samplers")
+    return None if hub_samplers is None else hub_samplers.Sampler
+
+
+def _generator_state(seed, i, dtype):
+    # Hashed, because Keras on PyTorch adds the two words of a state, and a
+    # plain (seed, step) would repeat itself in the next seed.
+    key = seed_words(seed)
+    zero = ops.zeros_like(key[0])
+    return ops.cast(ops.stack(threefry(key, (zero + i, zero))), dtype)

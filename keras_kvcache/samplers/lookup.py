@@ -1,0 +1,59 @@
+"""From what a user passes as `sampler` to a sampler."""
+
+import jax
+
+from keras_kvcache.samplers import recipes
+from keras_kvcache.samplers.hub import HubSampler, is_hub_sampler
+
+_RECIPES = {
+    "greedy": recipes.greedy,
+    "random": recipes.random,
+    "top_k": recipes.top_k,
+    "top_p": recipes.top_p,
+    "min_p": recipes.min_p,
+}
+
+
+def get(identifier):
+    """Finds the sampler that `identifier` stands for.
+
+    Whatever comes back is a pytree, so a jitted function can take it as an
+    argument.
+
+    Args:
+        identifier: `None` for greedy; the name of a recipe, made with its
+            defaults; a `Sampler`; an instance of a keras-hub sampler or of
+            your own subclass of one; or any function
+            `(logits (B, V), seed) -> token ids (B,)`.
+
+    Returns:
+        A callable `(logits, seed) -> token ids`.
+
+    Raises:
+        ValueError: for an unknown name, and for a keras-hub sampler with a
+            decoding loop of its own.
+        TypeError: for anything else.
+    """
+    if identifier is None:
+        return recipes.greedy()
+    if isinstance(identifier, str):
+        if identifier not in _RECIPES:
+            raise ValueError(
+                f"`sampler` must be one of the names {', '.join(_RECIPES)}. "
+                f"Received: {identifier!r}."
+            )
+        return _RECIPES[identifier]()
+    if is_hub_sampler(identifier):
+        return HubSampler(identifier)
+    # A class or a recipe is callable too, but gives a sampler, not tokens.
+    is_recipe = any(identifier is recipe for recipe in _RECIPES.values())
+    if is_recipe or isinstance(identifier, type) or not callable(identifier):
+        raise TypeError(
+            f"`sampler` must be one of the names {', '.join(_RECIPES)}, a sampler "
+            "made by a function of `samplers`, an instance of a keras-hub "
+            "sampler, or a function of (logits, seed). "
+            f"Received: {identifier!r} of type {type(identifier).__name__}."
+        )
+    if jax.tree_util.all_leaves([identifier]):
+        return jax.tree_util.Partial(identifier)
+    return identifier

@@ -1,0 +1,71 @@
+"""A sampler: filters in order, then a draw."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+
+from keras_kvcache.samplers.draws import categorical
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["parameters"],
+    meta_fields=["filters", "draw"],
+)
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """Turns logits into token ids; built by `chain` and the recipes.
+
+    To JAX it is a pytree: which filters and which draw are part of a compiled
+    program, the parameters are inputs of it. A jitted function that takes a
+    sampler compiles once for all temperatures.
+
+    Attributes:
+        filters: functions `(logits, parameter) -> logits`, applied in order.
+        parameters: one number or tensor for each filter.
+        draw: function `(logits, seed) -> token ids`.
+    """
+
+    filters: tuple[Callable, ...]
+    parameters: tuple
+    draw: Callable
+
+    def __call__(self, logits, seed):
+        """Draws one token a row.
+
+        Args:
+            logits: float tensor `(B, V)`.
+            seed: int, or two integers `(seed, step)`, traced or not.
+
+        Returns:
+            Token ids, an int32 tensor `(B,)`.
+        """
+        for keep, parameter in zip(self.filters, self.parameters, strict=True):
+            logits = keep(logits, parameter)
+        return self.draw(logits, seed)
+
+
+def chain(*steps, draw=categorical):
+    """Builds a sampler from any filters.
+
+    Example:
+
+    ```python
+    sampler = chain((scale_temperature, 0.7), (keep_top_k, 40), (ban, token_id))
+    ```
+
+    Args:
+        *steps: pairs `(filter, parameter)`, applied in this order. A filter is
+            a function `(logits, parameter) -> logits` with logits `(B, V)`.
+            It gets the parameter as given; to JAX the int 1 and the float 1.0
+            are two types, each with a compilation of its own.
+        draw: function `(logits, seed) -> token ids (B,)`.
+
+    Returns:
+        A `Sampler`.
+    """
+    filters = tuple(keep for keep, _ in steps)
+    parameters = tuple(parameter for _, parameter in steps)
+    return Sampler(filters, parameters, draw)
