@@ -66,7 +66,7 @@ class DenseCache(Cache):
             positions = first + ops.arange(size, dtype="int32")[None]
             segments.append(Segment(self._reader(first, first + size), positions))
             first += size
-        return View(tuple(segments), fill)
+        return View(tuple(segments), *self.tensor.shape[3:], fill)
 
     def _reader(self, first, last):
         def read():

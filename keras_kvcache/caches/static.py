@@ -77,7 +77,8 @@ class StaticCache(Cache):
             positions = first + ops.arange(keys.shape[2], dtype="int32")[None]
             segments.append(Segment(lambda pair=(keys, values): pair, positions))
             first += keys.shape[2]
-        return View(tuple(segments), fill)
+        _, heads, _, value_dim = self.values[0].shape
+        return View(tuple(segments), heads, value_dim, fill)
 
     def to_dense(self):
         """The same entries as one tensor `(B, 2, S, K, H)`; exact.

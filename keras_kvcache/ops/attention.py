@@ -43,18 +43,19 @@ def attend(query, view, masks, scale, soft_cap=None):
     """
     batch, length, query_heads = ops.shape(query)[:3]
     query = ops.transpose(query * ops.cast(scale, query.dtype), (0, 2, 1, 3))
-    running = None
+    rows = (batch * view.heads, query_heads // view.heads * length)
+    running = _Partial(
+        ops.full((*rows, 1), LOWEST, "float32"),
+        ops.zeros((*rows, 1), "float32"),
+        ops.zeros((*rows, view.value_dim), "float32"),
+    )
     for segment, mask in zip(view.segments, masks, strict=True):
 
         def read(running, segment=segment, mask=mask):
             part = _attend_segment(query, *segment.read(), mask, soft_cap)
-            return part if running is None else _merge(running, part)
+            return _merge(running, part)
 
-        if running is None:
-            # The first segment holds position 0 and is practically never empty.
-            running = read(None)
-        else:
-            running = _read_if(_any(mask), read, running)
+        running = _read_if(_any(mask), read, running)
     total = ops.where(running.total > 0, running.total, ops.ones_like(running.total))
     output = running.output / total
     output = ops.reshape(output, (batch, query_heads, length, output.shape[-1]))

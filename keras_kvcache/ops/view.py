@@ -27,11 +27,15 @@ class View(NamedTuple):
     Attributes:
         segments: Tuple of `Segment`. Put one behind another their slots are the
             `S` of an attention mask `(B, T, S)`.
+        heads: `K`.
+        value_dim: `Hv`.
         fill: Entries at or past this position aren't there: int32 `(1,)` or
             `(B,)`, or `None` if every slot holds one.
     """
 
     segments: tuple[Segment, ...]
+    heads: int
+    value_dim: int
     fill: Any = None
 
 
@@ -50,4 +54,4 @@ def sequence_view(keys, values):
         return ops.transpose(keys, (0, 2, 1, 3)), ops.transpose(values, (0, 2, 1, 3))
 
     positions = ops.arange(ops.shape(keys)[1], dtype="int32")[None]
-    return View((Segment(read, positions),))
+    return View((Segment(read, positions),), keys.shape[2], values.shape[3])

@@ -1,0 +1,159 @@
+"""What the command line does, once its arguments are read."""
+
+import os
+import sys
+import time
+
+import keras
+
+from keras_kvcache import samplers
+from keras_kvcache.loaders import DownloadError, cache_folder
+from keras_kvcache.models import DecoderLM
+
+
+def run(command, **options):
+    """Runs a command; errors and Ctrl-C end it with a line and a status.
+
+    Args:
+        command: One of the functions below.
+        **options: Its arguments.
+
+    Returns:
+        The exit status.
+    """
+    try:
+        _keep_compiled_programs()
+        command(**options)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has seen enough. Python would complain once
+        # more when it closes standard output.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, TypeError, OSError, DownloadError) as error:
+        print(f"keras-kvcache: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def generate(prompt, model, raw, dtype, max_new_tokens, seed, **sampling):
+    """Answers one prompt on standard output, as the text appears."""
+    sampler = samplers.make(**sampling)
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    lm = _load(model, dtype)
+    if not raw and lm.tokenizer.chat_template is not None:
+        prompt = lm.tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
+    _print_stream(
+        lm, prompt, max_new_tokens=max_new_tokens, sampler=sampler, seed=seed
+    )
+
+
+def chat(model, system, dtype, max_new_tokens, seed, **sampling):
+    """Talks turn by turn until the end of input, Ctrl-D or Ctrl-C at the prompt.
+
+    Ctrl-C within an answer ends that answer.
+    """
+    sampler = samplers.make(**sampling)
+    lm = _load(model, dtype)
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    print("An empty line, Ctrl-D or Ctrl-C ends the talk.", file=sys.stderr)
+    while turn := _read_turn():
+        messages.append({"role": "user", "content": turn})
+        answer = _print_stream(
+            lm,
+            lm.tokenizer.apply_chat_template(messages),
+            max_new_tokens=max_new_tokens,
+            sampler=sampler,
+            seed=seed,
+            stops_at_interrupt=True,
+        )
+        messages.append({"role": "assistant", "content": answer})
+
+
+def info(model, batch_size, length, cache_dtype):
+    """Prints a model's shape and what its cache would take."""
+    lm = DecoderLM.from_preset(model, load_weights=False, kernel_initializer="zeros")
+    spec = lm.cache_spec(batch_size, length, cache_dtype)
+    per_token = lm.num_layers * spec.bytes_per_token
+    parameters = lm.count_params()
+    rows = {
+        "model": model,
+        "parameters": f"{parameters:,}",
+        "vocabulary V": f"{lm.vocabulary_size:,}",
+        "layers L": lm.num_layers,
+        "query heads N": lm.num_query_heads,
+        "key/value heads K": lm.num_key_value_heads,
+        "head size H": lm.head_dim,
+        "width D": lm.hidden_dim,
+        "feed-forward width": lm.intermediate_dim,
+        "longest sequence": f"{lm.max_sequence_length:,}",
+        "sliding window W": lm.sliding_window or "none",
+        "cache": f"{batch_size} x {spec.capacity:,} tokens, {spec.dtype}",
+        "  a token": f"{per_token:,} bytes",
+        "  a row": _megabytes(per_token * spec.capacity),
+        "  in all": _megabytes(lm.num_layers * spec.nbytes),
+    }
+    for name, value in rows.items():
+        print(f"{name:<20}{value}")
+
+
+def _megabytes(size):
+    return f"{size:,} bytes ({size / 1e6:,.1f} MB)"
+
+
+def _keep_compiled_programs():
+    """Lets a second start find what the first one compiled."""
+    if keras.backend.backend() != "jax" or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs"))
+    # Loading costs less than compiling for nearly all programs of a model.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _load(model, dtype):
+    policy = {} if dtype is None else {"dtype": dtype}
+    lm = DecoderLM.from_preset(model, **policy)
+    if lm.tokenizer is None:
+        raise ValueError(f"`model` must have a tokenizer; {model} has none.")
+    return lm
+
+
+def _read_turn():
+    """The next line of the talk, or an empty string at its end."""
+    try:
+        return input("> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return ""
+
+
+def _print_stream(lm, prompt, stops_at_interrupt=False, **options):
+    """Prints an answer as it comes, then its timing on standard error."""
+    begin = time.perf_counter()
+    first = None
+    stream = lm.stream(prompt, **options)
+    pieces = []
+    try:
+        for piece in stream:
+            first = first or time.perf_counter()
+            pieces.append(piece)
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        if not stops_at_interrupt:
+            raise
+    end = time.perf_counter()
+    print(flush=True)
+    count = len(stream.token_ids[0])
+    timing = f"{count} tokens"
+    if first is not None:
+        timing = f"first token after {first - begin:.2f} s, {timing}"
+    if count > 1:
+        timing += f", {(count - 1) / (end - first):.1f} tokens/s after it"
+    print(f"[{timing}]", file=sys.stderr)
+    return "".join(pieces)
