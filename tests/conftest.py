@@ -1,11 +1,73 @@
-"""Fixtures that several test files share."""
+"""What several test modules use."""
 
+import os
+
+# Before any test module imports Keras, which would choose TensorFlow.
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
+import keras
 import pytest
+
+from keras_kvcache import DecoderLM
+from keras_kvcache.loaders import fetch
+
+
+def pytest_collection_modifyitems(items):
+    """Skips what only compiled programs can show on the other backends."""
+    if keras.backend.backend() == "jax":
+        return
+    skip = pytest.mark.skip(reason="about JAX programs")
+    for item in items:
+        if "jax_only" in item.keywords:
+            item.add_marker(skip)
 
 
 @pytest.fixture(scope="session")
 def smollm2_path():
-    """The SmolLM2 model file, downloaded on first use."""
-    from keras_kvcache.loaders import fetch
-
+    """The file of a real model, fetched on first use."""
     return fetch("smollm2_135m_instruct")
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_path):
+    """A real model of 135 million parameters."""
+    return DecoderLM.from_preset("smollm2_135m_instruct")
+
+
+LLAMA_LIKE = dict(
+    num_key_value_heads=2,
+    hidden_dim=46,
+    intermediate_dim=59,
+    head_dim=14,
+    tie_word_embeddings=False,
+)
+GPT2_LIKE = dict(
+    hidden_dim=42,
+    intermediate_dim=61,
+    normalization="layer_norm",
+    position_embedding="learned",
+    activation="gelu_tanh",
+    gated_feedforward=False,
+    use_bias=True,
+)
+WINDOWED = dict(LLAMA_LIKE, sliding_window=11, tie_word_embeddings=True)
+MODELS = {"llama": LLAMA_LIKE, "gpt2": GPT2_LIKE, "windowed": WINDOWED}
+
+
+def make_lm(kind="llama", **options):
+    """A small model whose random weights are large enough for varied answers."""
+    keras.utils.set_random_seed(1)
+    arguments = dict(
+        vocabulary_size=101,
+        num_layers=3,
+        num_query_heads=6,
+        max_sequence_length=613,
+        kernel_initializer=keras.initializers.RandomNormal(stddev=0.4),
+    )
+    return DecoderLM(**{**arguments, **MODELS[kind], **options})
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def lm(request):
+    """A small model of each kind."""
+    return make_lm(request.param)

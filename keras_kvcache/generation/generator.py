@@ -18,7 +18,6 @@ from keras_kvcache.generation.steps import (
     Limits,
     StepFunctions,
     decode,
-    ended,
     prefill,
 )
 from keras_kvcache.generation.stream import TextStream
@@ -210,7 +209,7 @@ class Generator:
         # 2. The prompts, chunk by chunk; each row's first new token.
         cache, token = self._run_prompts(cache, rows, lengths, sampler, seed)
         yield token[:, None]
-        done = ops.convert_to_numpy(ended(token, lengths, limits))
+        done = np.isin(token, limits.stop_token_ids) | (lengths + 1 >= limits.end)
         # 3. The rest. While the caller looks at one burst the next one is
         # computed, at worst for nothing.
         step = np.int32(1)

@@ -116,7 +116,9 @@ def decode(model, state, limits, sampler, seed, steps, width):
         # A finished row stands still: it feeds its last token again and again.
         token = ops.where(state.done, state.token, sampled)
         index = state.index + ops.cast(ops.logical_not(state.done), "int32")
-        done = ops.logical_or(state.done, ended(token, index, limits))
+        stops = ops.equal(token[:, None], limits.stop_token_ids[None, :])
+        ends = ops.logical_or(ops.any(stops, axis=1), index + 1 >= limits.end)
+        done = ops.logical_or(state.done, ends)
         state = DecodeState(cache, token, index, done, state.step + 1)
         return state, tokens, count + 1
 
@@ -124,12 +126,6 @@ def decode(model, state, limits, sampler, seed, steps, width):
     loop = (state, tokens, ops.zeros((), "int32"))
     state, tokens, count = _while(goes_on, one_step, loop)
     return state, Burst(tokens, count, ops.all(state.done))
-
-
-def ended(token, index, limits):
-    """Which rows end with `token` at position `index`; boolean `(B,)`."""
-    stops = ops.equal(token[:, None], limits.stop_token_ids[None, :])
-    return ops.logical_or(ops.any(stops, axis=1), index + 1 >= limits.end)
 
 
 def _while(goes_on, body, loop):

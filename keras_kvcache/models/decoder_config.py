@@ -9,15 +9,19 @@ from keras_kvcache.layers.normalization import NORMALIZATIONS
 POSITION_EMBEDDINGS = ("rotary", "learned")
 
 
-def check_config(config):
-    """Refuses a configuration of `DecoderLM` that makes no model.
+def complete_config(config):
+    """Fills in what depends on other arguments, and refuses what makes no model.
 
     Args:
-        config: Dictionary of constructor arguments, complete.
+        config: Dictionary of all constructor arguments of `DecoderLM`; changed in
+            place.
 
     Raises:
         ValueError: An argument is out of range or doesn't go with another.
     """
+    heads, hidden_dim = config["num_query_heads"], config["hidden_dim"]
+    if config["num_key_value_heads"] is None:
+        config["num_key_value_heads"] = heads
     sizes = (
         "vocabulary_size",
         "num_layers",
@@ -25,17 +29,20 @@ def check_config(config):
         "hidden_dim",
         "intermediate_dim",
         "num_key_value_heads",
-        "head_dim",
         "max_sequence_length",
     )
     for name in sizes:
-        value = config[name]
-        is_size = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-        if not is_size or value <= 0:
+        _check_size(name, config[name])
+    if config["head_dim"] is None:
+        if hidden_dim % heads:
             raise ValueError(
-                f"`{name}` must be a positive integer. Received: {value!r}"
+                "`hidden_dim` must be a multiple of `num_query_heads` unless "
+                f"`head_dim` is given. Received: hidden_dim={hidden_dim}, "
+                f"num_query_heads={heads}"
             )
-    heads, group_heads = config["num_query_heads"], config["num_key_value_heads"]
+        config["head_dim"] = hidden_dim // heads
+    _check_size("head_dim", config["head_dim"])
+    group_heads = config["num_key_value_heads"]
     if heads % group_heads:
         raise ValueError(
             "`num_query_heads` must be a multiple of `num_key_value_heads`. Received: "
@@ -54,6 +61,12 @@ def check_config(config):
         raise ValueError(
             f"`dropout` must be from 0 to below 1. Received: {config['dropout']!r}"
         )
+
+
+def _check_size(name, value):
+    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not is_integer or value <= 0:
+        raise ValueError(f"`{name}` must be a positive integer. Received: {value!r}")
 
 
 def get_initializer(identifier):

@@ -7,7 +7,7 @@ from keras_kvcache.caches import CacheSpec
 from keras_kvcache.generation import GenerateMethods, Generator
 from keras_kvcache.layers import DecoderBlock, RotaryEmbedding
 from keras_kvcache.layers.normalization import make_normalization
-from keras_kvcache.models.decoder_config import check_config, get_initializer
+from keras_kvcache.models.decoder_config import complete_config, get_initializer
 from keras_kvcache.models.presets import PresetMethods
 from keras_kvcache.ops import token_positions
 
@@ -97,8 +97,8 @@ class DecoderLM(PresetMethods, GenerateMethods, keras.Model):
             num_query_heads=num_query_heads,
             hidden_dim=hidden_dim,
             intermediate_dim=intermediate_dim,
-            num_key_value_heads=num_key_value_heads or num_query_heads,
-            head_dim=head_dim or hidden_dim // num_query_heads,
+            num_key_value_heads=num_key_value_heads,
+            head_dim=head_dim,
             max_sequence_length=max_sequence_length,
             normalization=normalization,
             layer_norm_epsilon=layer_norm_epsilon,
@@ -116,7 +116,7 @@ class DecoderLM(PresetMethods, GenerateMethods, keras.Model):
             final_logit_soft_cap=final_logit_soft_cap,
             dropout=dropout,
         )
-        check_config(self._config)
+        complete_config(self._config)
         self.kernel_initializer = get_initializer(kernel_initializer)
         for name, value in self._config.items():
             setattr(self, name, value)

@@ -132,10 +132,11 @@ def _construct(cls, config, load_weights):
 
 def _load_folder(cls, path, load_weights, kwargs):
     config_path = path / CONFIG_FILE
-    if not config_path.exists():
-        raise FileNotFoundError(
-            f"A preset folder must have a {CONFIG_FILE}; {path} has none."
-        )
+    for name in (CONFIG_FILE, *([WEIGHTS_FILE] if load_weights else [])):
+        if not (path / name).exists():
+            raise FileNotFoundError(
+                f"`preset`, if a folder, must have a {name}; {path} has none."
+            )
     try:
         described = json.loads(config_path.read_text(encoding="utf-8"))
         version, config = described["format_version"], described["config"]

@@ -1,0 +1,75 @@
+"""Generation compiles few programs, whatever it is asked for."""
+
+import collections
+
+import jax
+import numpy as np
+import pytest
+from conftest import make_lm
+
+from keras_kvcache import samplers
+from keras_kvcache.generation.sizes import CHUNKS, chunk_sizes
+
+pytestmark = pytest.mark.jax_only
+
+
+@pytest.fixture
+def compilations():
+    """Counts the programs that XLA compiles while it is in use."""
+    counts = collections.Counter()
+
+    def count(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            counts["programs"] += 1
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    yield counts
+    jax.monitoring.unregister_event_duration_listener(count)
+
+
+def test_200_generations_compile_a_few_programs(compilations):
+    lm = make_lm(num_layers=1)
+    rng = np.random.default_rng(3)
+    compilations.clear()
+    for number in range(200):
+        length = int(rng.integers(1, 150))
+        new_tokens = int(rng.integers(1, 90))
+        lm.generate(
+            rng.integers(0, 101, length).tolist(),
+            max_new_tokens=new_tokens,
+            sampler=samplers.top_p(0.5 + number / 500, temperature=1 + number / 100),
+            seed=number,
+            stop_token_ids=rng.integers(0, 101, number % 7).tolist(),
+        )
+    # Three chunk sizes and one decode loop for one capacity, and the filling of
+    # two segments' worth of zeros.
+    assert 4 <= compilations["programs"] <= 8
+
+
+def test_a_new_capacity_compiles_its_own_programs_once(compilations):
+    lm = make_lm(num_layers=1)
+    lm.generate([1, 2, 3], max_new_tokens=5)
+    compilations.clear()
+    lm.generate([1, 2, 3], max_new_tokens=300)
+    first = compilations["programs"]
+    assert 2 <= first <= 4
+    lm.generate([4, 5, 6, 7], max_new_tokens=299)
+    list(lm.stream([4, 5, 6, 7], max_new_tokens=280))
+    assert compilations["programs"] == first
+
+
+def test_training_in_between_compiles_no_new_generation(compilations):
+    lm = make_lm(num_layers=1)
+    lm.generate([1, 2, 3], max_new_tokens=5)
+    lm.weights[0].assign(lm.weights[0] * 2)
+    compilations.clear()
+    lm.generate([1, 2, 3], max_new_tokens=5)
+    assert compilations["programs"] == 0
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 32, 33, 64, 65, 100, 255, 256, 999])
+def test_chunks_cover_a_prompt_without_much_waste(length):
+    sizes = chunk_sizes(length)
+    assert set(sizes) <= set(CHUNKS)
+    assert sum(sizes[:-1]) < length <= sum(sizes)
+    assert sum(sizes) - length < max(CHUNKS[0], sizes[-1] / 2)
