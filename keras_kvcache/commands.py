@@ -44,6 +44,8 @@ def generate(prompt, model, raw, dtype, max_new_tokens, seed, **sampling):
     sampler = samplers.make(**sampling)
     if prompt == "-":
         prompt = sys.stdin.read()
+    if not prompt:
+        raise ValueError("`prompt` must not be an empty prompt. Received: ''")
     lm = _load(model, dtype)
     if not raw and lm.tokenizer.chat_template is not None:
         prompt = lm.tokenizer.apply_chat_template([{"role": "user", "content": prompt}])

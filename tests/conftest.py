@@ -9,7 +9,7 @@ import keras
 import pytest
 
 from keras_kvcache import DecoderLM
-from keras_kvcache.loaders import fetch
+from keras_kvcache.loaders import DownloadError, fetch
 
 
 def pytest_collection_modifyitems(items):
@@ -24,8 +24,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def smollm2_path():
-    """The file of a real model, fetched on first use."""
-    return fetch("smollm2_135m_instruct")
+    """The file of a real model, fetched on first use; needed where CI is set."""
+    try:
+        return fetch("smollm2_135m_instruct")
+    except DownloadError as error:
+        if "CI" in os.environ:
+            raise
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

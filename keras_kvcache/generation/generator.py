@@ -11,7 +11,12 @@ from keras_kvcache.generation.detokenizer import Detokenizer
 from keras_kvcache.generation.limits import read_stop_token_ids, row_ends
 from keras_kvcache.generation.program import make_program
 from keras_kvcache.generation.prompts import read_prompts, write_answers
-from keras_kvcache.generation.sizes import CHUNKS, capacity_for, chunk_sizes
+from keras_kvcache.generation.sizes import (
+    CHUNKS,
+    SMALLEST_CAPACITY,
+    capacity_for,
+    chunk_sizes,
+)
 from keras_kvcache.generation.steps import (
     NO_TOKEN,
     DecodeState,
@@ -61,6 +66,7 @@ class Generator:
         vocabulary_size=None,
         sampler="greedy",
     ):
+        self._model = model
         self._functions = StepFunctions(step, logits or (lambda outputs: outputs))
         self._init_cache = init_cache
         self.tokenizer = tokenizer
@@ -201,7 +207,15 @@ class Generator:
         padded[: len(stop)] = stop
         return self._run(rows, Limits(ends, padded), sampler, seed, burst)
 
+    def _build(self):
+        """Lets a model that was never called make its weights, outside a program."""
+        cache = self._init_cache(1, SMALLEST_CAPACITY)
+        token_ids, index = ops.zeros((1, 1), "int32"), ops.zeros((1,), "int32")
+        self._functions.step(token_ids, cache, index)
+
     def _run(self, rows, limits, sampler, seed, burst):
+        if not self._model.built:
+            self._build()
         # 1. Room for the longest row, in one of few sizes.
         lengths = np.array([len(row) for row in rows], "int32")
         capacity = capacity_for(int(limits.end.max()), self.max_sequence_length)

@@ -270,7 +270,7 @@ class DecoderLM(PresetMethods, GenerateMethods, keras.Model):
         """
         return CacheSpec(
             batch_size,
-            max_length or self.max_sequence_length,
+            self.max_sequence_length if max_length is None else max_length,
             self.num_key_value_heads,
             self.head_dim,
             dtype=dtype or self.compute_dtype,
