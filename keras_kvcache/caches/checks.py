@@ -5,37 +5,32 @@ import math
 import keras
 
 
-def check_arrays(name, arrays, batch_size, heads, head_dim, heads_axis):
+def check_arrays(name, arrays, rank, sizes):
     """Refuses cache arrays that don't fit the attention that reads them.
 
     Args:
         name: How the caller named what is checked, for the message.
-        arrays: Tensors with batch on axis 0 and head size on the last axis.
-        batch_size: `B`, or `None` if unknown.
-        heads: `K`.
-        head_dim: `H`.
-        heads_axis: Axis of the key/value heads.
+        arrays: Tensors.
+        rank: How many axes each must have.
+        sizes: `{what: (axis, size)}`, with `None` for a size that is unknown.
 
     Raises:
-        ValueError: A size differs.
+        ValueError: The rank or a size differs.
         TypeError: The dtype isn't a float.
     """
     for array in arrays:
         shape, dtype = tuple(array.shape), keras.backend.standardize_dtype(array.dtype)
+        if len(shape) != rank:
+            raise ValueError(f"{name} must have {rank} axes. Received: shape={shape}")
         if not keras.backend.is_float_dtype(dtype):
             raise TypeError(
                 f"{name} must hold floats. Received: dtype={dtype}, shape={shape}"
             )
-        sizes = {
-            "batch size B": (shape[0], batch_size),
-            "key/value heads K": (shape[heads_axis], heads),
-            "head size H": (shape[-1], head_dim),
-        }
-        for what, (have, need) in sizes.items():
-            if None not in (have, need) and have != need:
+        for what, (axis, size) in sizes.items():
+            if None not in (shape[axis], size) and shape[axis] != size:
                 raise ValueError(
-                    f"{name} must have {what} = {need}. Received: {have}, in an "
-                    f"array of shape {shape}"
+                    f"{name} must have {what} = {size} on axis {axis}. Received: "
+                    f"{shape[axis]}, in an array of shape {shape}"
                 )
 
 

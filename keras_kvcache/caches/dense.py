@@ -9,7 +9,7 @@ from keras import ops
 from keras_kvcache.caches.base import Cache
 from keras_kvcache.caches.checks import check_arrays, nbytes
 from keras_kvcache.caches.static import StaticCache, segment_sizes
-from keras_kvcache.ops import Segment, View, splice, token_positions
+from keras_kvcache.ops import Segment, View, splice, token_positions, write_slot
 
 
 @jax.tree_util.register_dataclass
@@ -39,24 +39,26 @@ class DenseCache(Cache):
 
     def check(self, batch_size, heads, key_dim, value_dim):
         """See `Cache.check`."""
-        if len(self.tensor.shape) != 5 or self.tensor.shape[1] != 2:
-            raise ValueError(
-                "`cache` must be a tensor of shape (B, 2, S, K, H) or a cache "
-                f"object. Received: cache.shape={tuple(self.tensor.shape)}"
-            )
         if key_dim != value_dim:
             raise ValueError(
                 "`cache` can't be a dense tensor when `key_dim` and `value_dim` "
                 "differ, as keys and values share its last axis; use a "
                 f"StaticCache. Received: key_dim={key_dim}, value_dim={value_dim}"
             )
-        check_arrays("`cache`", [self.tensor], batch_size, heads, key_dim, 3)
+        sizes = {
+            "batch size B": (0, batch_size),
+            "keys and values": (1, 2),
+            "key/value heads K": (3, heads),
+            "head size H": (4, key_dim),
+        }
+        check_arrays("`cache`", [self.tensor], 5, sizes)
 
     def update(self, key, value, index):
         """See `Cache.update`."""
         entries = ops.stack([key, value], axis=1)
-        cache = DenseCache(splice(self.tensor, entries, index))
-        fill = token_positions(index, 1)[:, 0] + key.shape[1]
+        slot = write_slot(index, self.capacity)
+        cache = DenseCache(splice(self.tensor, entries, slot))
+        fill = token_positions(index, 1)[:, 0] + ops.shape(key)[1]
         return cache, cache.view(fill)
 
     def view(self, fill=None):
@@ -70,9 +72,8 @@ class DenseCache(Cache):
 
     def _reader(self, first, last):
         def read():
-            part = self.tensor[:, :, first:last]
-            part = ops.transpose(part, (1, 0, 3, 2, 4))
-            return part[0], part[1]
+            halves = (self.tensor[:, half, first:last] for half in (0, 1))
+            return tuple(ops.transpose(half, (0, 2, 1, 3)) for half in halves)
 
         return read
 

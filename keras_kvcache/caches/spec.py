@@ -3,6 +3,7 @@
 import numbers
 from dataclasses import dataclass
 
+import keras
 from keras import ops
 
 from keras_kvcache.caches.checks import itemsize
@@ -10,6 +11,7 @@ from keras_kvcache.caches.dense import DenseCache
 from keras_kvcache.caches.static import StaticCache, segment_sizes
 
 LAYOUTS = ("head_major", "dense")
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,12 @@ class CacheSpec:
         num_key_value_heads: `K`.
         head_dim: `H`, size of a key head.
         value_dim: Size of a value head; `None` for `head_dim`.
-        dtype: Float dtype of the entries.
+        dtype: Dtype of the entries: `"float32"`, `"float16"` or `"bfloat16"`.
         layout: `"head_major"` for a `StaticCache`, `"dense"` for a `DenseCache`.
 
     Raises:
-        ValueError: A size isn't a positive integer, or the layout is unknown.
-        TypeError: The dtype isn't a float.
+        ValueError: A size isn't a positive integer, or the dtype or the layout is
+            unknown.
     """
 
     batch_size: int
@@ -42,11 +44,17 @@ class CacheSpec:
         names = ("batch_size", "capacity", "num_key_value_heads", "head_dim")
         for name in (*names, *(["value_dim"] if self.value_dim is not None else [])):
             value = getattr(self, name)
-            if not isinstance(value, numbers.Integral) or value <= 0:
+            is_size = isinstance(value, numbers.Integral) and not isinstance(
+                value, bool
+            )
+            if not is_size or value <= 0:
                 raise ValueError(
                     f"`{name}` must be a positive integer. Received: {value!r}"
                 )
-        itemsize(self.dtype)
+        if keras.backend.standardize_dtype(self.dtype) not in DTYPES:
+            raise ValueError(
+                f"`dtype` must be one of {list(DTYPES)}. Received: {self.dtype!r}"
+            )
         if self.layout not in LAYOUTS:
             raise ValueError(
                 f"`layout` must be one of {list(LAYOUTS)}. Received: {self.layout!r}"

@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_kvcache.caches.base import Cache
 from keras_kvcache.caches.checks import check_arrays, nbytes
-from keras_kvcache.ops import Segment, View, splice, token_positions
+from keras_kvcache.ops import Segment, View, splice, token_positions, write_slot
 
 # Slots of the first segment: small enough that a short text costs little to
 # read, large enough that a long one has few segments to merge and compile.
@@ -54,20 +54,33 @@ class StaticCache(Cache):
 
     def check(self, batch_size, heads, key_dim, value_dim):
         """See `Cache.check`."""
-        check_arrays("`cache` keys", self.keys, batch_size, heads, key_dim, 1)
-        check_arrays("`cache` values", self.values, batch_size, heads, value_dim, 1)
+        sizes = {"batch size B": (0, batch_size), "key/value heads K": (1, heads)}
+        for name, arrays, head_dim in (
+            ("`cache` keys", self.keys, key_dim),
+            ("`cache` values", self.values, value_dim),
+        ):
+            check_arrays(name, arrays, 4, {**sizes, "head size H": (3, head_dim)})
+        slots = [
+            [array.shape[2] for array in half] for half in (self.keys, self.values)
+        ]
+        if slots[0] != slots[1] or not slots[0]:
+            raise ValueError(
+                "`cache` must have keys and values in segments of as many slots. "
+                f"Received: keys in {slots[0]}, values in {slots[1]}"
+            )
 
     def update(self, key, value, index):
         """See `Cache.update`."""
+        fill = token_positions(index, 1)[:, 0] + ops.shape(key)[1]
         key, value = (ops.transpose(entries, (0, 2, 1, 3)) for entries in (key, value))
-        keys, values, first = [], [], 0
+        slot = write_slot(index, self.capacity)
+        keys, values = [], []
         for stored_keys, stored_values in zip(self.keys, self.values, strict=True):
             # Seen from a segment, most writes are past its end and dropped.
-            keys.append(splice(stored_keys, key, index - first))
-            values.append(splice(stored_values, value, index - first))
-            first += stored_keys.shape[2]
+            keys.append(splice(stored_keys, key, slot))
+            values.append(splice(stored_values, value, slot))
+            slot = slot - stored_keys.shape[2]
         cache = StaticCache(tuple(keys), tuple(values))
-        fill = token_positions(index, 1)[:, 0] + key.shape[2]
         return cache, cache.view(fill)
 
     def view(self, fill=None):

@@ -5,32 +5,117 @@ import numbers
 import keras
 
 from keras_kvcache.caches import Cache, DenseCache
+from keras_kvcache.ops import check_index, check_mask_shape
 
 
-def check_constructor(num_heads, num_key_value_heads, query_scale, logit_soft_cap):
+def check_constructor(layer):
     """Refuses constructor arguments that Keras' own layer doesn't know.
 
     Raises:
-        ValueError: `num_heads` isn't a multiple of `num_key_value_heads`, or a
-            factor isn't a positive number.
+        ValueError: `num_heads` isn't a multiple of `num_key_value_heads`, a factor
+            isn't a positive number, or flash attention is asked for what it can't.
     """
-    heads = num_key_value_heads
-    if heads is not None and (
-        not isinstance(heads, int) or heads <= 0 or num_heads % heads
-    ):
+    heads = layer.num_key_value_heads
+    is_count = isinstance(heads, int) and not isinstance(heads, bool) and heads > 0
+    if not is_count or layer.num_heads % heads:
         raise ValueError(
             "`num_key_value_heads` must be a positive integer that divides "
             f"`num_heads`. Received: num_key_value_heads={heads}, "
-            f"num_heads={num_heads}"
+            f"num_heads={layer.num_heads}"
         )
-    for name, factor in (
-        ("query_scale", query_scale),
-        ("logit_soft_cap", logit_soft_cap),
-    ):
+    for name in ("query_scale", "logit_soft_cap"):
+        factor = getattr(layer, name)
         if factor is not None and not (isinstance(factor, numbers.Real) and factor > 0):
             raise ValueError(
                 f"`{name}` must be a positive number or `None`. Received: {factor!r}"
             )
+    if layer.flash_attention and layer.logit_soft_cap is not None:
+        raise ValueError(
+            "`logit_soft_cap` can't be combined with `flash_attention=True`. "
+            f"Received: logit_soft_cap={layer.logit_soft_cap}"
+        )
+
+
+def check_left_to_keras(layer, cache, cache_update_index):
+    """Refuses what attention over other axes than axis 1 doesn't know.
+
+    Raises:
+        ValueError: Something is asked for that Keras' own layer doesn't have.
+    """
+    ours = {
+        "cache": cache is not None,
+        "cache_update_index": cache_update_index is not None,
+        "num_key_value_heads": layer.num_key_value_heads != layer.num_heads,
+        "rotary_embedding": layer.rotary_embedding is not None,
+        "query_norm": layer.query_norm is not None,
+        "key_norm": layer.key_norm is not None,
+        "logit_soft_cap": layer.logit_soft_cap is not None,
+    }
+    asked = [name for name, is_asked in ours.items() if is_asked]
+    if asked:
+        raise ValueError(
+            f"`{asked[0]}` needs inputs of shape (B, T, D) attended over axis 1. "
+            f"Received: attention_axes={layer.attention_axes}"
+        )
+
+
+def check_call(
+    layer,
+    query,
+    value,
+    key,
+    cache,
+    cache_update_index,
+    return_attention_scores,
+    attention_mask=None,
+    query_mask=None,
+    value_mask=None,
+    key_mask=None,
+):
+    """Refuses inputs that don't fit together.
+
+    Args:
+        layer: The `CachedMultiHeadAttention`.
+        query, value, key, cache, cache_update_index, return_attention_scores,
+            attention_mask, query_mask, value_mask, key_mask: Of its call.
+
+    Returns:
+        The cache object, or `None`, and the index, 0 where there is none.
+
+    Raises:
+        ValueError: A shape or a value doesn't fit.
+        TypeError: The index isn't an integer or the cache isn't a cache of floats.
+    """
+    if layer.flash_attention and return_attention_scores:
+        raise ValueError(
+            "`return_attention_scores` can't be combined with flash attention, which "
+            "never holds the scores. Received: return_attention_scores=True"
+        )
+    batch, length = query.shape[:2]
+    reads_only = cache is not None and cache_update_index is None
+    if not reads_only:
+        _check_entries(batch, value=value, key=value if key is None else key)
+    holder, index, entries = None, 0, None if reads_only else value.shape[1]
+    slots = entries
+    if cache is not None:
+        holder = as_cache(cache)
+        holder.check(batch, layer.num_key_value_heads, layer.key_dim, layer.value_dim)
+        slots = holder.capacity
+    if cache_update_index is not None:
+        if cache is None:
+            raise ValueError(
+                "`cache_update_index` needs a `cache`. Received: cache=None, "
+                f"cache_update_index={cache_update_index}"
+            )
+        index = check_index(cache_update_index, batch, entries, slots)
+
+    if attention_mask is not None:
+        check_mask_shape(attention_mask, (batch, layer.num_heads, length, slots))
+    entries = slots if reads_only else entries
+    _check_entry_mask("query_mask", query_mask, batch, length)
+    _check_entry_mask("value_mask", value_mask, batch, entries)
+    _check_entry_mask("key_mask", key_mask, batch, entries)
+    return holder, index
 
 
 def as_cache(cache):
@@ -49,21 +134,35 @@ def as_cache(cache):
     )
 
 
-def check_entry_mask(name, mask, batch_size, length):
-    """Refuses a Keras mask that doesn't have one value an entry; `None` passes.
+def _check_entries(batch_size, value, key):
+    """Refuses a value and a key that can't be projected to entries."""
+    if value is None:
+        raise ValueError(
+            "`value` may be `None` only where a `cache` is read without "
+            "`cache_update_index`. Received: value=None"
+        )
+    length = value.shape[1]
+    for name, tensor in (("value", value), ("key", key)):
+        if len(tensor.shape) != 3 or not _fits(tensor.shape[:2], (batch_size, length)):
+            raise ValueError(
+                "`value` and `key` must be of shape (B, T', D), B = "
+                f"{batch_size} being the query's. Received: {name}.shape="
+                f"{tuple(tensor.shape)}, value.shape={tuple(value.shape)}"
+            )
 
-    Raises:
-        ValueError: The mask isn't of shape `(batch_size, length)`.
-    """
-    if mask is None:
-        return
-    shape = tuple(mask.shape)
-    fits = len(shape) == 2 and all(
-        None in (have, need) or have == need
-        for have, need in zip(shape, (batch_size, length), strict=True)
-    )
-    if not fits:
+
+def _check_entry_mask(name, mask, batch_size, length):
+    """Refuses a Keras mask that doesn't have one value an entry; `None` passes."""
+    if mask is not None and not _fits(mask.shape, (batch_size, length)):
         raise ValueError(
             f"`{name}` must have one value an entry, shape {(batch_size, length)}. "
-            f"Received: {name}.shape={shape}"
+            f"Received: {name}.shape={tuple(mask.shape)}"
         )
+
+
+def _fits(shape, expected):
+    """Whether a shape is the expected one as far as both are known."""
+    return len(shape) == len(expected) and all(
+        None in (have, need) or have == need
+        for have, need in zip(shape, expected, strict=True)
+    )

@@ -5,20 +5,21 @@ from keras import ops
 
 from keras_kvcache.caches import Cache
 from keras_kvcache.layers.attention_checks import (
-    as_cache,
+    check_call,
     check_constructor,
-    check_entry_mask,
+    check_left_to_keras,
 )
 from keras_kvcache.ops import (
+    align_mask,
     attend,
     attend_fused,
     attend_with_scores,
-    broadcast_mask,
-    check_index,
     sequence_view,
     token_positions,
     view_masks,
 )
+
+LAYER_ARGUMENTS = ("rotary_embedding", "query_norm", "key_norm")
 
 
 @keras.saving.register_keras_serializable(package="keras_kvcache")
@@ -103,7 +104,6 @@ class CachedMultiHeadAttention(keras.layers.MultiHeadAttention):
         num_heads,
         key_dim,
         *args,
-        flash_attention=None,
         num_key_value_heads=None,
         rotary_embedding=None,
         query_norm=None,
@@ -112,29 +112,28 @@ class CachedMultiHeadAttention(keras.layers.MultiHeadAttention):
         logit_soft_cap=None,
         **kwargs,
     ):
-        super().__init__(
-            num_heads, key_dim, *args, flash_attention=flash_attention, **kwargs
-        )
-        check_constructor(num_heads, num_key_value_heads, query_scale, logit_soft_cap)
+        super().__init__(num_heads, key_dim, *args, **kwargs)
         # Keras casts every float argument of an autocasting layer, the cache
         # too. The sublayers cast what they are called with by themselves.
         self.autocast = False
-        self._flash_attention_argument = flash_attention
-        self._num_key_value_heads = num_key_value_heads or num_heads
-        self._rotary_embedding = rotary_embedding
-        self._query_norm = query_norm
-        self._key_norm = key_norm
-        self._query_scale = query_scale
+        self.num_key_value_heads = (
+            num_heads if num_key_value_heads is None else num_key_value_heads
+        )
+        self.rotary_embedding = rotary_embedding
+        self.query_norm = query_norm
+        self.key_norm = key_norm
+        self.query_scale = query_scale
+        self.logit_soft_cap = logit_soft_cap
+        check_constructor(self)
         if query_scale is not None:
             self._inverse_sqrt_key_dim = float(query_scale)
-        self._logit_soft_cap = logit_soft_cap
 
     @property
-    def num_key_value_heads(self):
-        """`K`, the number of key/value heads."""
-        return self._num_key_value_heads
+    def flash_attention(self):
+        """Whether flash attention is demanded, here or for all of Keras."""
+        return self._flash_attention
 
-    def build(self, query_shape, value_shape, key_shape=None):
+    def build(self, query_shape, value_shape=None, key_shape=None):
         """Creates the projections.
 
         Args:
@@ -142,13 +141,18 @@ class CachedMultiHeadAttention(keras.layers.MultiHeadAttention):
             value_shape: `(B, T', D)`.
             key_shape: `(B, T', D)`; `None` for `value_shape`.
         """
+        if value_shape is None:
+            raise ValueError(
+                "`value` may be `None` only in a layer that is built, as the "
+                "projections of it follow from its shape. Received: value_shape=None"
+            )
         key_shape = value_shape if key_shape is None else key_shape
         if tuple(value_shape[1:-1]) != tuple(key_shape[1:-1]):
             raise ValueError(
                 "`value` and `key` may differ in their last axis only. Received: "
                 f"value_shape={value_shape}, key_shape={key_shape}"
             )
-        heads, group_heads = self._num_heads, self._num_key_value_heads
+        heads, group_heads = self._num_heads, self.num_key_value_heads
         self._query_dense = self._projection("query", query_shape, heads, self._key_dim)
         self._key_dense = self._projection("key", key_shape, group_heads, self._key_dim)
         if self._use_gate:
@@ -164,9 +168,9 @@ class CachedMultiHeadAttention(keras.layers.MultiHeadAttention):
         )
         self._output_dense.build((*query_shape[:-1], heads, self._value_dim))
         for layer, shape, layer_heads in (
-            (self._query_norm, query_shape, heads),
-            (self._key_norm, key_shape, group_heads),
-            (self._rotary_embedding, query_shape, heads),
+            (self.query_norm, query_shape, heads),
+            (self.key_norm, key_shape, group_heads),
+            (self.rotary_embedding, query_shape, heads),
         ):
             if layer is not None and not layer.built:
                 layer.build((*shape[:-1], layer_heads, self._key_dim))
@@ -200,136 +204,59 @@ class CachedMultiHeadAttention(keras.layers.MultiHeadAttention):
         key_mask=None,
     ):
         """See the class."""
-        rules = dict(
+        masks = dict(
             attention_mask=attention_mask,
-            use_causal_mask=use_causal_mask,
             query_mask=query_mask,
             value_mask=value_mask,
             key_mask=key_mask,
         )
-        returns = dict(
-            return_attention_scores=return_attention_scores, training=training
-        )
         if not self._attends_one_axis(query):
-            self._check_left_to_keras(cache)
-            return super().call(query, value, key=key, **rules, **returns)
-
-        holder, index = self._check_call(
-            query, value, cache, cache_update_index, query_mask, value_mask, key_mask
+            check_left_to_keras(self, cache, cache_update_index)
+            return super().call(
+                query,
+                value,
+                key=key,
+                return_attention_scores=return_attention_scores,
+                training=training,
+                use_causal_mask=use_causal_mask,
+                **masks,
+            )
+        holder, index = check_call(
+            self,
+            query,
+            value,
+            key,
+            cache,
+            cache_update_index,
+            return_attention_scores,
+            **masks,
         )
-        key = value if key is None else key
+        # Projections know no masks: given inputs that carry one they warn. A copy
+        # carries none, and the caller's tensor keeps its own.
+        query, value, key = (
+            tensor if mask is None or tensor is None else ops.copy(tensor)
+            for tensor, mask in zip(
+                (query, value, key), (query_mask, value_mask, key_mask), strict=True
+            )
+        )
+
+        # 1. Project and say what may be attended: the three modes.
         queries = self._project_query(query, index)
-        if cache is None:
-            entries = self._project_entries(key, value, index)
-            output, scores = self._attend_sequence(queries, *entries, rules, **returns)
+        if cache is not None and cache_update_index is None:
+            view = holder.view()
         else:
-            if cache_update_index is None:
-                view = holder.view()
+            keys, values = self._project_entries(value, key, index)
+            if cache is None:
+                view = sequence_view(keys, values)
             else:
-                entries = self._project_entries(key, value, index)
-                holder, view = holder.update(*entries, index)
-            masks = self._masks(queries, view, index, **rules)
-            output, scores = self._attend_view(queries, view, masks, **returns)
-        output = ops.cast(output, self.compute_dtype)
-        if self._use_gate:
-            output = output * self._gate_dense(query)
-        output = self._output_dense(output)
+                holder, view = holder.update(keys, values, index)
 
-        returned = (output,)
-        if return_attention_scores:
-            returned += (ops.cast(scores, self.compute_dtype),)
-        if cache is not None:
-            returned += (holder if isinstance(cache, Cache) else holder.tensor,)
-        return returned if len(returned) > 1 else output
-
-    def _project_query(self, query, index):
-        """`(B, T, D)` to queries `(B, T, N, H)`, normed and rotated."""
-        queries = self._query_dense(query)
-        if self._query_norm is not None:
-            queries = self._query_norm(queries)
-        return self._rotate(queries, index)
-
-    def _project_entries(self, key, value, index):
-        """`(B, T', D)` each to what is cached, `(B, T', K, H)` each."""
-        keys = self._key_dense(key)
-        if self._key_norm is not None:
-            keys = self._key_norm(keys)
-        return self._rotate(keys, index), self._value_dense(value)
-
-    def _rotate(self, inputs, index):
-        if self._rotary_embedding is None:
-            return inputs
-        positions = token_positions(index, ops.shape(inputs)[1])
-        return self._rotary_embedding(inputs, positions=positions)
-
-    def _attend_sequence(self, queries, keys, values, rules, **returns):
-        """Attention without a cache, by the platform's fused kernel if it can."""
-        view = sequence_view(keys, values)
-        fusible = not (
-            returns["return_attention_scores"]
-            or self._drops(returns["training"])
-            or self._logit_soft_cap
-        )
-        causal = rules["use_causal_mask"]
-        only_causal = self._sliding_window is None and all(
-            rule is None for name, rule in rules.items() if name != "use_causal_mask"
-        )
-        masks = (None,)
-        if not (fusible and only_causal):
-            masks = self._masks(queries, view, 0, **rules)
-        if not fusible:
-            return self._attend_view(queries, view, masks, **returns)
-        output = attend_fused(
-            queries,
-            keys,
-            values,
-            masks[0],
-            self._inverse_sqrt_key_dim,
-            causal=causal and only_causal,
-            flash_attention=self._flash_attention,
-        )
-        return output, None
-
-    def _attend_view(self, queries, view, masks, return_attention_scores, training):
-        """Attention over the slots of a cache; `(output, scores or None)`."""
-        if not (return_attention_scores or self._drops(training)):
-            output = attend(
-                queries, view, masks, self._inverse_sqrt_key_dim, self._logit_soft_cap
-            )
-            return output, None
-        return attend_with_scores(
-            queries,
-            view,
-            masks,
-            self._inverse_sqrt_key_dim,
-            self._logit_soft_cap,
-            dropout=lambda weights: self._dropout_layer(weights, training=training),
-        )
-
-    def _drops(self, training):
-        return self._dropout > 0 and training
-
-    def _masks(
-        self,
-        queries,
-        view,
-        index,
-        attention_mask,
-        use_causal_mask,
-        query_mask,
-        value_mask,
-        key_mask,
-    ):
-        """What each query may attend in each segment of the view."""
-        batch, length, heads, _ = queries.shape
-        slots = sum(segment.positions.shape[1] for segment in view.segments)
+        # 2. Attend.
         if attention_mask is not None:
-            attention_mask = broadcast_mask(
-                attention_mask, (batch, heads, length, slots)
-            )
-        return view_masks(
+            attention_mask = align_mask(attention_mask)
+        hidden = view_masks(
             view,
-            token_positions(index, ops.shape(queries)[1]),
+            token_positions(index, ops.shape(query)[1]),
             causal=use_causal_mask,
             sliding_window=self._sliding_window,
             attention_mask=attention_mask,
@@ -337,52 +264,73 @@ class CachedMultiHeadAttention(keras.layers.MultiHeadAttention):
             entry_masks=[mask for mask in (value_mask, key_mask) if mask is not None],
             index=index,
         )
+        scale, soft_cap = self._inverse_sqrt_key_dim, self.logit_soft_cap
+        scores = None
+        if return_attention_scores or (self._dropout > 0 and training):
+            output, scores = attend_with_scores(
+                queries,
+                view,
+                hidden,
+                scale,
+                soft_cap,
+                dropout=lambda weights: self._dropout_layer(weights, training=training),
+            )
+        elif cache is None and self._has_kernel():
+            # Kernels are fastest where they make the causal mask themselves.
+            only_causal = use_causal_mask and self._sliding_window is None
+            only_causal = only_causal and all(mask is None for mask in masks.values())
+            output = attend_fused(
+                queries,
+                keys,
+                values,
+                None if only_causal else hidden[0],
+                scale,
+                causal=only_causal,
+                flash_attention=self._flash_attention,
+            )
+        else:
+            output = attend(queries, view, hidden, scale, soft_cap)
+
+        # 3. Gate and project the output.
+        output = ops.cast(output, self.compute_dtype)
+        if self._use_gate:
+            output = output * self._gate_dense(query)
+        returned = (self._output_dense(output),)
+        if return_attention_scores:
+            returned += (ops.cast(scores, self.compute_dtype),)
+        if cache is not None:
+            returned += (holder if isinstance(cache, Cache) else holder.tensor,)
+        return returned if len(returned) > 1 else returned[0]
+
+    def _project_query(self, query, index):
+        """`(B, T, D)` to queries `(B, T, N, H)`, normed and rotated."""
+        queries = self._query_dense(query)
+        if self.query_norm is not None:
+            queries = self.query_norm(queries)
+        return self._rotate(queries, index)
+
+    def _project_entries(self, value, key, index):
+        """`(B, T', D)` each to the `(B, T', K, H)` keys and values that are cached."""
+        keys = self._key_dense(value if key is None else key)
+        if self.key_norm is not None:
+            keys = self.key_norm(keys)
+        return self._rotate(keys, index), self._value_dense(value)
+
+    def _rotate(self, inputs, index):
+        if self.rotary_embedding is not None:
+            positions = token_positions(index, ops.shape(inputs)[1])
+            inputs = self.rotary_embedding(inputs, positions=positions)
+        # Norm and rotation are the user's layers, perhaps of another dtype.
+        return ops.cast(inputs, self.compute_dtype)
+
+    def _has_kernel(self):
+        """Whether Keras' fused attention computes what the layer is to compute."""
+        # JAX's wants one head size. Asked for flash attention it shall say so.
+        one_size = self._key_dim == self._value_dim or self._flash_attention
+        return one_size and self.logit_soft_cap is None
 
     def _attends_one_axis(self, query):
         return self._attention_axes == (1,) and len(query.shape) == 3
-
-    def _check_left_to_keras(self, cache):
-        """Attention over other axes is Keras' own, with what Keras knows."""
-        ours = {
-            "cache": cache is not None,
-            "num_key_value_heads": self._num_key_value_heads != self._num_heads,
-            "rotary_embedding": self._rotary_embedding is not None,
-            "query_norm": self._query_norm is not None,
-            "key_norm": self._key_norm is not None,
-            "logit_soft_cap": self._logit_soft_cap is not None,
-        }
-        asked = [name for name, is_asked in ours.items() if is_asked]
-        if asked:
-            raise ValueError(
-                f"`{asked[0]}` needs inputs of shape (B, T, D) attended over axis 1. "
-                f"Received: attention_axes={self._attention_axes}"
-            )
-
-    def _check_call(
-        self, query, value, cache, cache_update_index, query_mask, value_mask, key_mask
-    ):
-        """Refuses what doesn't fit; gives the cache object and the index."""
-        batch = query.shape[0]
-        entries = value.shape[1] if value is not None else None
-        holder, index = None, 0
-        if cache is not None:
-            holder = as_cache(cache)
-            holder.check(
-                batch, self._num_key_value_heads, self._key_dim, self._value_dim
-            )
-            if cache_update_index is None:
-                entries = holder.capacity
-            else:
-                index = check_index(cache_update_index, batch, entries, holder.capacity)
-        elif cache_update_index is not None:
-            raise ValueError(
-                "`cache_update_index` needs a `cache`. Received: cache=None, "
-                f"cache_update_index={cache_update_index}"
-            )
-        check_entry_mask("query_mask", query_mask, batch, query.shape[1])
-        check_entry_mask("value_mask", value_mask, batch, entries)
-        check_entry_mask("key_mask", key_mask, batch, entries)
-        return holder, index
 
     def compute_output_spec(
         self,
@@ -395,22 +343,31 @@ class CachedMultiHeadAttention(keras.layers.MultiHeadAttention):
         return_attention_scores=False,
         training=None,
         use_causal_mask=False,
-        query_mask=None,
-        value_mask=None,
-        key_mask=None,
+        **masks,
     ):
         """Shapes and dtypes of what a call returns."""
         if not self._attends_one_axis(query):
-            self._check_left_to_keras(cache)
-        self._check_call(
-            query, value, cache, cache_update_index, query_mask, value_mask, key_mask
+            check_left_to_keras(self, cache, cache_update_index)
+            return super().compute_output_spec(
+                query, value, key, return_attention_scores=return_attention_scores
+            )
+        check_call(
+            self,
+            query,
+            value,
+            key,
+            cache,
+            cache_update_index,
+            return_attention_scores,
+            attention_mask,
+            **masks,
         )
         if isinstance(cache, Cache):
             raise TypeError(
                 "`cache` must be a dense tensor in a functional model, as Keras "
                 f"can't carry other objects there. Received: {type(cache).__name__}"
             )
-        output_shape = self.compute_output_shape(query.shape, value.shape)
+        output_shape = (*query.shape[:2], *(self._output_shape or query.shape[2:]))
         returned = (keras.KerasTensor(output_shape, self.compute_dtype),)
         if return_attention_scores:
             slots = value.shape[1] if cache is None else cache.shape[2]
@@ -422,28 +379,24 @@ class CachedMultiHeadAttention(keras.layers.MultiHeadAttention):
 
     def get_config(self):
         """Constructor arguments."""
-        layers = {
-            name: layer and keras.saving.serialize_keras_object(layer)
-            for name, layer in (
-                ("rotary_embedding", self._rotary_embedding),
-                ("query_norm", self._query_norm),
-                ("key_norm", self._key_norm),
-            )
-        }
+        layers = {name: getattr(self, name) for name in LAYER_ARGUMENTS}
         return {
             **super().get_config(),
-            "flash_attention": self._flash_attention_argument,
-            "num_key_value_heads": self._num_key_value_heads,
-            "query_scale": self._query_scale,
-            "logit_soft_cap": self._logit_soft_cap,
-            **layers,
+            "flash_attention": self._flash_attention,
+            "num_key_value_heads": self.num_key_value_heads,
+            "query_scale": self.query_scale,
+            "logit_soft_cap": self.logit_soft_cap,
+            **{
+                name: layer and keras.saving.serialize_keras_object(layer)
+                for name, layer in layers.items()
+            },
         }
 
     @classmethod
     def from_config(cls, config):
         """The layer that `get_config` describes."""
         config = dict(config)
-        for name in ("rotary_embedding", "query_norm", "key_norm"):
+        for name in LAYER_ARGUMENTS:
             if isinstance(config.get(name), dict):
                 config[name] = keras.saving.deserialize_keras_object(config[name])
         return cls(**config)

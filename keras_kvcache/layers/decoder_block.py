@@ -47,6 +47,9 @@ class DecoderBlock(keras.layers.Layer):
         cross_attention_cache_update_index: 0 to fill that cache in this call;
             `None` to read it only.
         training: Whether dropout is active.
+        mask, decoder_sequence_mask, encoder_sequence_mask: Boolean `(B, T)` and,
+            of the encoder, `(B, S')`, which Keras fills in from masks that the
+            inputs carry: `mask` where `decoder_sequence` is the only input.
 
     Returns:
         `output`, `(output, self_attention_cache)` or `(output,
@@ -55,7 +58,7 @@ class DecoderBlock(keras.layers.Layer):
 
     Raises:
         ValueError: A block built with an encoder is called without, or the other
-            way round.
+            way round, or `CachedMultiHeadAttention` refuses a cache or an index.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class DecoderBlock(keras.layers.Layer):
         super().__init__(**kwargs)
         # Caches keep their own dtype.
         self.autocast = False
+        self.supports_masking = True
         self.num_query_heads = num_query_heads
         self.intermediate_dim = intermediate_dim
         self.num_key_value_heads = num_key_value_heads or num_query_heads
@@ -98,7 +102,7 @@ class DecoderBlock(keras.layers.Layer):
         """Creates the parts; cross-attention if there is an encoder's shape."""
         shape = decoder_sequence_shape
         head_dim = self.head_dim or shape[-1] // self.num_query_heads
-        if head_dim == 0 or (self.head_dim is None and shape[-1] % head_dim):
+        if self.head_dim is None and shape[-1] % self.num_query_heads:
             raise ValueError(
                 "`head_dim` must be given where the width D isn't a multiple of "
                 f"`num_query_heads`. Received: D={shape[-1]}, "
@@ -163,10 +167,23 @@ class DecoderBlock(keras.layers.Layer):
         cross_attention_cache=None,
         cross_attention_cache_update_index=None,
         training=None,
+        mask=None,
+        decoder_sequence_mask=None,
+        encoder_sequence_mask=None,
     ):
         """See the class."""
-        self._check_encoder(encoder_sequence, cross_attention_cache)
+        self._check_encoder(
+            encoder_sequence=encoder_sequence,
+            encoder_padding_mask=encoder_padding_mask,
+            cross_attention_cache=cross_attention_cache,
+            cross_attention_cache_update_index=cross_attention_cache_update_index,
+        )
         x = ops.cast(decoder_sequence, self.compute_dtype)
+        if decoder_sequence_mask is None:
+            decoder_sequence_mask = mask
+        if decoder_sequence_mask is not None:
+            # A copy carries no mask, of which Keras' RMSNormalization would warn.
+            x = ops.copy(x)
         normed = self.attention_norm(x)
         attended, self_attention_cache = _with_cache(
             self.attention(
@@ -176,20 +193,24 @@ class DecoderBlock(keras.layers.Layer):
                 cache_update_index=self_attention_cache_update_index,
                 use_causal_mask=True,
                 training=training,
+                query_mask=decoder_sequence_mask,
+                value_mask=decoder_sequence_mask,
             ),
             self_attention_cache,
         )
         x = x + self.residual_dropout(attended, training=training)
         if self.cross_attention is not None:
-            mask = encoder_padding_mask
+            padding = encoder_padding_mask
             attended, cross_attention_cache = _with_cache(
                 self.cross_attention(
                     self.cross_attention_norm(x),
                     encoder_sequence,
-                    attention_mask=None if mask is None else mask[:, None, :],
+                    attention_mask=None if padding is None else padding[:, None, :],
                     cache=cross_attention_cache,
                     cache_update_index=cross_attention_cache_update_index,
                     training=training,
+                    query_mask=decoder_sequence_mask,
+                    value_mask=encoder_sequence_mask,
                 ),
                 cross_attention_cache,
             )
@@ -201,15 +222,19 @@ class DecoderBlock(keras.layers.Layer):
         caches = tuple(cache for cache in caches if cache is not None)
         return (x, *caches) if caches else x
 
-    def _check_encoder(self, encoder_sequence, cross_attention_cache):
-        given = encoder_sequence is not None or cross_attention_cache is not None
-        if given != (self.cross_attention is not None):
-            built = "with" if self.cross_attention is not None else "without"
+    def _check_encoder(self, **arguments):
+        """Refuses arguments of cross-attention where there is none, or their lack."""
+        given = [name for name, value in arguments.items() if value is not None]
+        if self.cross_attention is None and given:
             raise ValueError(
-                f"This block was built {built} cross-attention, so it must be called "
-                f"{built} `encoder_sequence` or `cross_attention_cache`. Received: "
-                f"encoder_sequence={encoder_sequence}, "
-                f"cross_attention_cache={cross_attention_cache}"
+                "This block was built without an encoder, so it has no use for "
+                f"`{given[0]}`. Received: {', '.join(given)}"
+            )
+        sources = {"encoder_sequence", "cross_attention_cache"}
+        if self.cross_attention is not None and not sources.intersection(given):
+            raise ValueError(
+                "This block was built with an encoder, so it needs `encoder_sequence` "
+                f"or `cross_attention_cache`. Received: {', '.join(given) or 'neither'}"
             )
 
     def compute_output_spec(
@@ -221,14 +246,35 @@ class DecoderBlock(keras.layers.Layer):
         self_attention_cache_update_index=None,
         cross_attention_cache=None,
         cross_attention_cache_update_index=None,
-        training=None,
+        **unused,
     ):
         """Shapes and dtypes of what a call returns."""
-        specs = [keras.KerasTensor(decoder_sequence.shape, self.compute_dtype)]
-        for cache in (self_attention_cache, cross_attention_cache):
-            if cache is not None:
-                specs.append(keras.KerasTensor(cache.shape, cache.dtype))
-        return tuple(specs) if len(specs) > 1 else specs[0]
+        self._check_encoder(
+            encoder_sequence=encoder_sequence,
+            encoder_padding_mask=encoder_padding_mask,
+            cross_attention_cache=cross_attention_cache,
+            cross_attention_cache_update_index=cross_attention_cache_update_index,
+        )
+        x = keras.KerasTensor(decoder_sequence.shape, self.compute_dtype)
+        returned = (x,)
+        attended = self.attention.compute_output_spec(
+            x,
+            x,
+            cache=self_attention_cache,
+            cache_update_index=self_attention_cache_update_index,
+        )
+        if self_attention_cache is not None:
+            returned += attended[1:]
+        if self.cross_attention is not None:
+            attended = self.cross_attention.compute_output_spec(
+                x,
+                encoder_sequence,
+                cache=cross_attention_cache,
+                cache_update_index=cross_attention_cache_update_index,
+            )
+            if cross_attention_cache is not None:
+                returned += attended[1:]
+        return returned if len(returned) > 1 else x
 
     def get_config(self):
         """Constructor arguments."""

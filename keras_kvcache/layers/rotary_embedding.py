@@ -39,6 +39,7 @@ class RotaryEmbedding(keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
+        self.supports_masking = True
         for name, value in (
             ("max_wavelength", max_wavelength),
             ("scaling_factor", scaling_factor),

@@ -2,8 +2,8 @@
 
 from keras_kvcache.ops.attention import attend, attend_fused, attend_with_scores
 from keras_kvcache.ops.known import known_value
-from keras_kvcache.ops.masks import broadcast_mask, position_mask, view_masks
-from keras_kvcache.ops.positions import check_index, token_positions
+from keras_kvcache.ops.masks import align_mask, check_mask_shape, view_masks
+from keras_kvcache.ops.positions import check_index, token_positions, write_slot
 from keras_kvcache.ops.rotary import inverse_frequencies, rotate
 from keras_kvcache.ops.splice import splice
 from keras_kvcache.ops.view import Segment, View, sequence_view
@@ -11,17 +11,18 @@ from keras_kvcache.ops.view import Segment, View, sequence_view
 __all__ = [
     "Segment",
     "View",
+    "align_mask",
     "attend",
     "attend_fused",
     "attend_with_scores",
-    "broadcast_mask",
     "check_index",
+    "check_mask_shape",
     "inverse_frequencies",
     "known_value",
-    "position_mask",
     "rotate",
     "sequence_view",
     "splice",
     "token_positions",
     "view_masks",
+    "write_slot",
 ]

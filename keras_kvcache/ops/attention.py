@@ -39,15 +39,17 @@ def attend(query, view, masks, scale, soft_cap=None):
             (Gemma 2, https://arxiv.org/abs/2408.00118).
 
     Returns:
-        A float32 tensor `(B, T, N, Hv)`, zero for a query with nothing to attend.
+        A tensor `(B, T, N, Hv)`, float32 unless queries are float64; zero for a
+        query with nothing to attend.
     """
     batch, length, query_heads = ops.shape(query)[:3]
-    query = ops.transpose(query * ops.cast(scale, query.dtype), (0, 2, 1, 3))
+    query = ops.transpose(query * scale, (0, 2, 1, 3))
     rows = (batch * view.heads, query_heads // view.heads * length)
+    dtype = _sum_dtype(query)
     running = _Partial(
-        ops.full((*rows, 1), LOWEST, "float32"),
-        ops.zeros((*rows, 1), "float32"),
-        ops.zeros((*rows, view.value_dim), "float32"),
+        ops.full((*rows, 1), LOWEST, dtype),
+        ops.zeros((*rows, 1), dtype),
+        ops.zeros((*rows, view.value_dim), dtype),
     )
     for segment, mask in zip(view.segments, masks, strict=True):
 
@@ -75,30 +77,21 @@ def attend_with_scores(query, view, masks, scale, soft_cap=None, dropout=None):
 
     Returns:
         The output `(B, T, N, Hv)` and the weights `(B, N, T, S)` before dropout,
-        float32 both.
+        of the dtype of `attend`.
     """
     batch, length, query_heads, _ = ops.shape(query)
+    dtype = _sum_dtype(query)
     keys, values = zip(*(segment.read() for segment in view.segments), strict=True)
     keys, values = ops.concatenate(keys, axis=2), ops.concatenate(values, axis=2)
     group = query_heads // keys.shape[1]
     keys, values = ops.repeat(keys, group, axis=1), ops.repeat(values, group, axis=1)
-    scores = _contract("btnh,bnsh->bnts", query * ops.cast(scale, query.dtype), keys)
+    query = query * scale
+    scores = _contract("btnh,bnsh->bnts", query, keys, dtype)
     if soft_cap is not None:
         scores = soft_cap * ops.tanh(scores / soft_cap)
-    if any(mask is not None for mask in masks):
-        shape = (batch, query_heads, length)
-        masks = [
-            ops.broadcast_to(
-                True if mask is None else mask, (*shape, segment.positions.shape[1])
-            )
-            for segment, mask in zip(view.segments, masks, strict=True)
-        ]
-        mask = ops.concatenate(masks, axis=-1)
-    else:
-        mask = None
-    weights = masked_softmax(scores, mask)
+    weights = masked_softmax(scores, _join(masks, view, (batch, query_heads, length)))
     dropped = weights if dropout is None else dropout(weights)
-    return _contract("bnts,bnsh->btnh", dropped, values), weights
+    return _contract("bnts,bnsh->btnh", dropped, values, dtype), weights
 
 
 def attend_fused(query, key, value, mask, scale, causal, flash_attention):
@@ -136,12 +129,13 @@ def attend_fused(query, key, value, mask, scale, causal, flash_attention):
 def _attend_segment(query, keys, values, mask, soft_cap):
     """Query `(B, N, T, H)` over keys and values `(B, K, n, H)`."""
     batch, query_heads, length, _ = ops.shape(query)
-    heads, slots = keys.shape[1], keys.shape[2]
+    heads, slots = keys.shape[1], ops.shape(keys)[2]
     group = query_heads // heads
     query = ops.reshape(query, (batch * heads, group * length, query.shape[-1]))
     keys = ops.reshape(keys, (batch * heads, slots, keys.shape[-1]))
     values = ops.reshape(values, (batch * heads, slots, values.shape[-1]))
-    scores = _contract("xqh,xnh->xqn", query, keys)
+    dtype = _sum_dtype(query)
+    scores = _contract("xqh,xnh->xqn", query, keys, dtype)
     if soft_cap is not None:
         scores = soft_cap * ops.tanh(scores / soft_cap)
     if mask is not None:
@@ -154,23 +148,29 @@ def _attend_segment(query, keys, values, mask, soft_cap):
     return _Partial(
         maximum,
         ops.sum(weights, axis=-1, keepdims=True),
-        _contract("xqn,xnh->xqh", ops.cast(weights, values.dtype), values),
+        _contract("xqn,xnh->xqh", ops.cast(weights, values.dtype), values, dtype),
     )
 
 
-def _contract(equation, x, y):
-    """`einsum` that sums in float32 without a float32 copy of its operands."""
+def _sum_dtype(query):
+    """What scores and sums are computed in, however narrow queries and slots are."""
+    dtype = keras.backend.standardize_dtype(query.dtype)
+    return "float64" if dtype == "float64" else "float32"
+
+
+def _contract(equation, x, y, dtype):
+    """`einsum` that sums in `dtype`; JAX can without widening the operands first."""
     if keras.backend.backend() == "jax":
         import jax.numpy as jnp
 
-        return jnp.einsum(equation, x, y, preferred_element_type="float32")
-    return ops.einsum(equation, ops.cast(x, "float32"), ops.cast(y, "float32"))
+        return jnp.einsum(equation, x, y, preferred_element_type=dtype)
+    return ops.einsum(equation, ops.cast(x, dtype), ops.cast(y, dtype))
 
 
 def _merge_heads(mask, batch, heads, group, length):
     """`(1 | B, 1 | N, 1 | T, n)` to what broadcasts to `(B·K, G·T, n)`."""
-    rows, mask_heads, _, slots = mask.shape
-    if rows == 1 and mask_heads == 1:
+    slots = ops.shape(mask)[3]
+    if mask.shape[:2] == (1, 1):
         shape = (1, group, length, slots)
         return ops.reshape(ops.broadcast_to(mask, shape), (1, group * length, slots))
     mask = ops.broadcast_to(mask, (batch, heads * group, length, slots))
@@ -185,6 +185,18 @@ def _merge(a, b):
         a.total * keep_a + b.total * keep_b,
         a.output * keep_a + b.output * keep_b,
     )
+
+
+def _join(masks, view, shape):
+    """One mask `(*shape, S)` of one a segment; `None` if nothing is hidden."""
+    if all(mask is None for mask in masks):
+        return None
+    joined = []
+    for mask, segment in zip(masks, view.segments, strict=True):
+        slots = ops.shape(segment.positions)[1]
+        mask = True if mask is None else mask
+        joined.append(ops.broadcast_to(mask, (*shape, slots)))
+    return ops.concatenate(joined, axis=-1)
 
 
 def _any(mask):

@@ -11,8 +11,9 @@ def known_value(value):
         value: A Python number, a NumPy array or a backend tensor.
 
     Returns:
-        A NumPy array, or `None` if `value` is symbolic (a tracer of `jax.jit`,
-        a tensor of a `tf.function` graph, a `KerasTensor`).
+        A NumPy array, or `None` if `value` is symbolic: a tracer of `jax.jit`, a
+        tensor of a `tf.function` graph, a torch tensor on the meta device or in
+        `torch.compile`, a `KerasTensor`.
     """
     if isinstance(value, (bool, int, float, np.ndarray, np.generic)):
         return np.asarray(value)
@@ -28,5 +29,10 @@ def known_value(value):
         import tensorflow as tf
 
         if tf.is_symbolic_tensor(value):
+            return None
+    elif backend == "torch":
+        import torch
+
+        if torch.compiler.is_compiling() or value.is_meta:
             return None
     return keras.ops.convert_to_numpy(value)

@@ -47,10 +47,9 @@ def hide_new_entries(entry_mask, slot_positions, index):
     Returns:
         A boolean mask `(B, 1, 1, n)`; slots written before this call stay seen.
     """
-    length = entry_mask.shape[1]
+    batch, length = ops.shape(entry_mask)
     entry = slot_positions - index[:, None]
     is_new = ops.logical_and(entry >= 0, entry < length)
-    batch = ops.shape(entry_mask)[0]
     entry = ops.broadcast_to(
         ops.clip(entry, 0, length - 1), (batch, ops.shape(slot_positions)[1])
     )
@@ -58,27 +57,22 @@ def hide_new_entries(entry_mask, slot_positions, index):
     return ops.logical_or(ops.logical_not(is_new), seen)[:, None, None, :]
 
 
-def broadcast_mask(mask, shape):
-    """Brings a user's `attention_mask` to four axes and checks that it fits.
+def check_mask_shape(mask, shape):
+    """Refuses an `attention_mask` that doesn't fit.
 
     Args:
-        mask: Boolean or 0/1 tensor of shape `(T, S)`, `(B, T, S)` or
-            `(B, N, T, S)`; any axis may be 1, and none stands for `S` slots.
+        mask: Tensor of shape `(T, S)`, `(B, T, S)` or `(B, N, T, S)`; any axis may
+            be 1.
         shape: `(B, N, T, S)`; `None` where a size is unknown.
-
-    Returns:
-        A boolean tensor with four axes.
 
     Raises:
         ValueError: The mask doesn't broadcast to `shape`.
     """
     mask_shape = tuple(mask.shape)
-    aligned = (1,) * (4 - len(mask_shape)) + mask_shape
-    if len(mask_shape) == 3:
-        aligned = (mask_shape[0], 1, *mask_shape[1:])
-    fits = len(mask_shape) <= 4 and all(
+    expected = shape[:1] + shape[2:] if len(mask_shape) == 3 else shape
+    fits = 2 <= len(mask_shape) <= 4 and all(
         None in (have, need) or have in (1, need)
-        for have, need in zip(aligned, shape, strict=True)
+        for have, need in zip(mask_shape[::-1], expected[::-1], strict=False)
     )
     if not fits:
         raise ValueError(
@@ -86,12 +80,14 @@ def broadcast_mask(mask, shape):
             "(B, N, T, S), sizes of 1 included, where (B, N, T, S) = "
             f"{tuple(shape)}. Received: attention_mask.shape={mask_shape}"
         )
+
+
+def align_mask(mask):
+    """An `attention_mask` of two, three or four axes as a boolean one of four."""
     mask = ops.cast(mask, "bool")
-    if len(mask_shape) == 3:
+    if len(mask.shape) == 3:
         return mask[:, None]
-    for _ in range(4 - len(mask_shape)):
-        mask = mask[None]
-    return mask
+    return mask if len(mask.shape) == 4 else mask[None, None]
 
 
 def view_masks(
@@ -126,19 +122,16 @@ def view_masks(
     entry_index = token_positions(index, 1)[:, 0]
     masks, first = [], 0
     for segment in view.segments:
-        slots = segment.positions.shape[1]
+        slots = ops.shape(segment.positions)[1]
         rules = [
             position_mask(
                 query_positions, segment.positions, fill, causal, sliding_window
             )
         ]
         if attention_mask is not None:
-            every_slot = attention_mask.shape[-1] == 1
-            rules.append(
-                attention_mask
-                if every_slot
-                else attention_mask[..., first : first + slots]
-            )
+            one_for_all = attention_mask.shape[-1] == 1
+            part = ... if one_for_all else (..., slice(first, first + slots))
+            rules.append(attention_mask[part])
         if query_mask is not None:
             rules.append(ops.cast(query_mask, "bool")[:, None, :, None])
         for mask in entry_masks:

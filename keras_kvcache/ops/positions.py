@@ -7,6 +7,9 @@ from keras import ops
 
 from keras_kvcache.ops.known import known_value
 
+# Past the end of any cache, and far enough from int32's end to add `T` to it.
+FAR = 2**30
+
 
 def check_index(index, batch_size, length, capacity):
     """Refuses an index at which `length` new entries can't be written.
@@ -18,7 +21,7 @@ def check_index(index, batch_size, length, capacity):
         capacity: `S`, or `None` for a cache without an end or of unknown size.
 
     Returns:
-        The index: an `int`, or an integer tensor of shape `()` or `(B,)`.
+        The index: an `int`, or an int32 tensor of shape `()` or `(B,)`.
 
     Raises:
         TypeError: The index isn't an integer.
@@ -54,16 +57,47 @@ def check_index(index, batch_size, length, capacity):
                 f"of shape {shape}"
             )
     value = known_value(index)
-    if value is None or length is None:
-        return index
-    beyond = capacity is not None and (value + length > capacity).any()
-    if (value < 0).any() or beyond:
-        raise ValueError(
-            "`cache_update_index` must not be negative, and index + T must not "
-            f"pass the capacity S of the cache. Received: index={value.tolist()}, "
-            f"T={length}, S={capacity}"
-        )
-    return index
+    if value is not None and length is not None:
+        # Not `value + length`, which may pass what the index's dtype can hold.
+        beyond = capacity is not None and (value > capacity - length).any()
+        if (value < 0).any() or beyond:
+            raise ValueError(
+                "`cache_update_index` must not be negative, and index + T must not "
+                f"pass the capacity S of the cache. Received: index={value.tolist()}, "
+                f"T={length}, S={capacity}"
+            )
+    return index if isinstance(index, int) else as_int32(index)
+
+
+def as_int32(index):
+    """An integer tensor as int32; what int32 can't hold stays negative or far.
+
+    Without this a cast of 2**32 would give the index 0, and a write there.
+    """
+    dtype = keras.backend.standardize_dtype(index.dtype)
+    # `where`, as Keras' `minimum` casts to int32 before it compares.
+    if dtype in ("int64", "uint32", "uint64"):
+        index = ops.where(index > FAR, FAR, index)
+    if dtype == "int64":
+        index = ops.where(index < -1, -1, index)
+    return ops.cast(index, "int32")
+
+
+def write_slot(index, capacity):
+    """Where entries for positions from `index` on are written.
+
+    Args:
+        index: An int, or an integer tensor of shape `()` or `(B,)`.
+        capacity: `S`.
+
+    Returns:
+        The index; `capacity`, where every write is dropped, if it is negative:
+        then even those of its entries that would land in the cache are not wanted.
+    """
+    if isinstance(index, int):
+        return index if index >= 0 else capacity
+    index = as_int32(index)
+    return ops.where(index < 0, capacity, index)
 
 
 def token_positions(index, length):
@@ -76,5 +110,5 @@ def token_positions(index, length):
     Returns:
         An int32 tensor of shape `(1, T)`, or `(B, T)` if each row has its index.
     """
-    first = ops.reshape(ops.cast(ops.convert_to_tensor(index), "int32"), (-1, 1))
+    first = ops.reshape(as_int32(ops.convert_to_tensor(index)), (-1, 1))
     return first + ops.arange(length, dtype="int32")[None, :]

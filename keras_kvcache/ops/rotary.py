@@ -1,5 +1,6 @@
 """Rotary position embedding (Su et al., 2021, https://arxiv.org/abs/2104.09864)."""
 
+import numpy as np
 from keras import ops
 
 
@@ -13,13 +14,11 @@ def inverse_frequencies(rotary_dim, max_wavelength, frequency_factors=None):
             (Llama 3's long-context scaling comes as such a list), or `None`.
 
     Returns:
-        A float32 tensor of shape `(rotary_dim // 2,)`.
+        A NumPy array of shape `(rotary_dim // 2,)`, float64: an error in a
+        frequency comes out multiplied by the position.
     """
-    exponent = ops.arange(0, rotary_dim, 2, dtype="float32") / rotary_dim
-    inverse = ops.power(ops.cast(max_wavelength, "float32"), -exponent)
-    if frequency_factors is not None:
-        inverse = inverse / ops.convert_to_tensor(frequency_factors, "float32")
-    return inverse
+    inverse = float(max_wavelength) ** (-np.arange(0, rotary_dim, 2) / rotary_dim)
+    return inverse if frequency_factors is None else inverse / frequency_factors
 
 
 def rotate(inputs, positions, inverse_frequencies):
@@ -31,14 +30,15 @@ def rotate(inputs, positions, inverse_frequencies):
     Args:
         inputs: Tensor `(B, T, heads, H)`.
         positions: Tensor `(1 | B, T)`, one position a token.
-        inverse_frequencies: float32 `(rotary_dim // 2,)`, `rotary_dim <= H`.
+        inverse_frequencies: Floats `(rotary_dim // 2,)`, `rotary_dim <= H`.
 
     Returns:
         A tensor like `inputs`. The angles are computed in float32, since
         bfloat16 can't tell positions past 256 apart.
     """
     half = inverse_frequencies.shape[0]
-    angle = ops.cast(positions, "float32")[:, :, None, None] * inverse_frequencies
+    frequencies = ops.convert_to_tensor(inverse_frequencies, "float32")
+    angle = ops.cast(positions, "float32")[:, :, None, None] * frequencies
     cos, sin = ops.cos(angle), ops.sin(angle)
     x = ops.cast(inputs, "float32")
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]

@@ -3,6 +3,8 @@
 import keras
 from keras import ops
 
+from keras_kvcache.ops.positions import as_int32
+
 
 def splice(buffer, update, index):
     """Writes `update` into `buffer` from slot `index` on.
@@ -23,9 +25,13 @@ def splice(buffer, update, index):
         The updated buffer, of the same shape and dtype.
     """
     update = ops.cast(update, buffer.dtype)
+    if update.shape[2] is None:
+        # Only TensorFlow has sizes that are unknown until a program runs.
+        index = as_int32(ops.convert_to_tensor(index))
+        return _splice_rows(buffer, update, ops.reshape(index, (-1,)))
     if isinstance(index, int):
         return _splice_known(buffer, update, index)
-    index = ops.cast(index, "int32")
+    index = as_int32(index)
     if len(index.shape) == 0:
         return _splice_traced(buffer, update, index, axis=2)
     if index.shape[0] == 1:
@@ -70,11 +76,12 @@ def _splice_traced(buffer, update, index, axis):
 
 def _splice_rows(buffer, update, index):
     """One index a row, for backends that can't map a slice over rows."""
-    capacity, length = buffer.shape[2], update.shape[2]
+    capacity, length = buffer.shape[2], ops.shape(update)[2]
     token = ops.arange(capacity, dtype="int32")[None, :] - index[:, None]
     fits = ops.logical_and(token >= 0, token < length)
     shape = [-1, 1, capacity] + [1] * (len(buffer.shape) - 3)
-    source = ops.reshape(ops.clip(token, 0, length - 1), shape)
-    source = ops.broadcast_to(source, ops.shape(buffer))
-    fresh = ops.take_along_axis(update, source, axis=2)
-    return ops.where(ops.reshape(fits, shape), fresh, buffer)
+    if update.shape[2] != 1:
+        source = ops.reshape(ops.clip(token, 0, length - 1), shape)
+        source = ops.broadcast_to(source, ops.shape(buffer))
+        update = ops.take_along_axis(update, source, axis=2)
+    return ops.where(ops.reshape(fits, shape), update, buffer)

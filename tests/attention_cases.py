@@ -1,0 +1,131 @@
+"""Layers, caches and inputs that the tests of attention share."""
+
+import keras
+import numpy as np
+
+from keras_kvcache.caches import StaticCache
+from keras_kvcache.caches.static import segment_sizes
+from keras_kvcache.layers import CachedMultiHeadAttention, RotaryEmbedding
+
+D = 11  # width of the inputs
+GARBAGE = 1e30  # what slots hold that nobody wrote
+LAYOUTS = ("dense", "head_major")
+
+
+def noise(*shape, seed=0, dtype="float32"):
+    """Reproducible normal numbers."""
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
+
+
+def make_layer(num_heads=3, key_dim=7, width=D, value_width=None, **options):
+    """A built layer with random weights, biases included.
+
+    They are small enough for float32 to come within 1e-5 of float64.
+    """
+    # Random initializers take a second to compile on JAX.
+    options = {"kernel_initializer": "zeros", **options}
+    layer = CachedMultiHeadAttention(num_heads, key_dim, **options)
+    layer.build((None, None, width), (None, None, value_width or width))
+    for seed, weight in enumerate(layer.trainable_weights):
+        weight.assign(0.3 * noise(*weight.shape, seed=100 + seed))
+    return layer
+
+
+def make_cache(layer, batch_size, capacity, layout, dtype="float32", filler=GARBAGE):
+    """A cache for a layer, as a user would hand it in, full of garbage."""
+    heads, key_dim, value_dim = (
+        layer.num_key_value_heads,
+        layer.key_dim,
+        layer.value_dim,
+    )
+
+    def full(*shape):
+        return keras.ops.convert_to_tensor(np.full(shape, filler, "float32"), dtype)
+
+    if layout == "dense":
+        return full(batch_size, 2, capacity, heads, key_dim)
+    sizes = segment_sizes(capacity)
+    return StaticCache(
+        tuple(full(batch_size, heads, size, key_dim) for size in sizes),
+        tuple(full(batch_size, heads, size, value_dim) for size in sizes),
+    )
+
+
+def entries(cache):
+    """What a cache holds, as a NumPy array `(B, 2, S, K, H)`."""
+    if keras.ops.is_tensor(cache):
+        return numpy(cache)
+    halves = [
+        np.concatenate([numpy(part) for part in half], axis=2)
+        for half in (cache.keys, cache.values)
+    ]
+    return np.stack(halves, axis=1).transpose(0, 1, 3, 2, 4)
+
+
+def numpy(tensor):
+    """A tensor as a float64 or integer NumPy array."""
+    array = keras.ops.convert_to_numpy(tensor)
+    return array.astype("float64") if array.dtype.kind not in "biu" else array
+
+
+def compiled(function):
+    """The function jitted on JAX, where eager control flow compiles every call."""
+    if keras.backend.backend() != "jax":
+        return function
+    import jax
+
+    # Small sizes: what optimizing saves in running it costs in compiling.
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def int32(value):
+    """An index whose value a compiled program doesn't know."""
+    return keras.ops.convert_to_tensor(value, dtype="int32")
+
+
+def rotary_layer(**options):
+    """A rotary layer with a small base, so that far positions differ much."""
+    return RotaryEmbedding(max_wavelength=50.0, **options)
+
+
+# Constructor arguments, and what they mean for the reference.
+KINDS = {
+    "plain": (dict(), dict()),
+    "no_bias": (dict(use_bias=False), dict()),
+    "grouped": (dict(num_heads=6, num_key_value_heads=2), dict()),
+    "multi_query": (dict(num_heads=5, num_key_value_heads=1), dict()),
+    "rotary": (
+        dict(key_dim=14, rotary_embedding=rotary_layer),
+        dict(rotary=dict(base=50.0)),
+    ),
+    "window": (dict(sliding_window=4), dict(window=4)),
+    "soft_cap": (dict(logit_soft_cap=1.5), dict(soft_cap=1.5)),
+    "gate": (dict(use_gate=True), dict()),
+    "query_scale": (dict(query_scale=0.61), dict()),
+    "everything": (
+        dict(
+            num_heads=6,
+            num_key_value_heads=3,
+            key_dim=14,
+            rotary_embedding=lambda: rotary_layer(rotary_dim=10, scaling_factor=1.7),
+            sliding_window=5,
+            logit_soft_cap=2.5,
+            use_gate=True,
+            query_norm=lambda: keras.layers.RMSNormalization(name="query_norm"),
+            key_norm=lambda: keras.layers.RMSNormalization(name="key_norm"),
+            query_scale=0.7,
+        ),
+        dict(
+            rotary=dict(base=50.0, rotary_dim=10, scaling=1.7), window=5, soft_cap=2.5
+        ),
+    ),
+}
+
+
+def make_kind(kind, **more):
+    """A layer of one of `KINDS`, and the rules for the reference."""
+    options, rules = KINDS[kind]
+    options = {
+        name: value() if callable(value) else value for name, value in options.items()
+    }
+    return make_layer(**{**options, **more}), dict(rules)

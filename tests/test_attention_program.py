@@ -1,0 +1,88 @@
+"""What JAX makes of one decode step whose cache is donated: no copy of a cache."""
+
+import re
+
+import attention_cases as cases
+import keras
+import numpy as np
+import pytest
+
+from keras_kvcache.caches.static import segment_sizes
+
+pytestmark = pytest.mark.jax_only
+
+S, H = 1031, 37
+STEPS = [(1, 1, False), (3, 1, True), (1, 3, True), (3, 3, False)]
+SHAPED = re.compile(r"= \w+\[([\d,]+)\]\S* ([\w-]+)\(")
+
+
+def compiled_step(layer, cache, batch_size, per_row):
+    """The program of a step that decodes one token a row."""
+    import jax
+
+    def step(x, cache, index):
+        return layer(x, x, cache=cache, cache_update_index=index, use_causal_mask=True)
+
+    x = cases.noise(batch_size, 1, cases.D)
+    index = cases.int32([5] * batch_size if per_row else 5)
+    return jax.jit(step, donate_argnums=1).lower(x, cache, index).compile()
+
+
+def made(program, operations, at_least):
+    """Sizes of the arrays that the operations make, from a number of elements on."""
+    found = []
+    for shape, operation in SHAPED.findall(program.as_text()):
+        size = int(np.prod([int(axis) for axis in shape.split(",")]))
+        if operation in operations and size >= at_least:
+            found.append((operation, shape))
+    return found
+
+
+COPIES = ("copy", "transpose", "concatenate", "broadcast", "slice", "gather", "convert")
+
+
+@pytest.mark.parametrize("groups, batch_size, per_row", STEPS)
+def test_head_major_cache_is_read_where_it_lies(groups, batch_size, per_row):
+    layer = cases.make_layer(6, H, num_key_value_heads=6 // groups)
+    cache = cases.make_cache(layer, batch_size, S, "head_major")
+    program = compiled_step(layer, cache, batch_size, per_row)
+    memory = program.memory_analysis()
+    assert memory.alias_size_in_bytes == cache.nbytes
+    # The smallest segment is 7 slots; copies of it and of scores are small.
+    assert memory.temp_size_in_bytes < 0.06 * cache.nbytes
+    half_of_256 = batch_size * 6 // groups * 256 * H
+    assert not made(program, COPIES, half_of_256)
+
+
+@pytest.mark.parametrize("groups, batch_size, per_row", STEPS)
+def test_dense_cache_is_written_where_it_lies(groups, batch_size, per_row):
+    """Reading it turns one segment at a time to head-major, never the cache."""
+    layer = cases.make_layer(6, H, num_key_value_heads=6 // groups)
+    cache = cases.make_cache(layer, batch_size, S, "dense")
+    program = compiled_step(layer, cache, batch_size, per_row)
+    memory = program.memory_analysis()
+    size = int(np.prod(cache.shape))
+    assert memory.alias_size_in_bytes == 4 * size
+    assert memory.temp_size_in_bytes < 0.55 * 4 * size
+    largest_half = size // 2 * max(segment_sizes(S)) // S
+    assert not made(program, COPIES, largest_half + 1)
+    assert made(program, COPIES, largest_half)  # which shows that `made` finds some
+
+
+def test_what_a_copy_would_look_like():
+    """The way of slicing, updating and stacking is seen by the same yardstick."""
+    import jax
+
+    cache = keras.ops.zeros((1, 2, S, 3, H))
+
+    def step(cache, entry, index):
+        halves = [
+            keras.ops.slice_update(cache[:, half], (0, index, 0, 0), entry)
+            for half in (0, 1)
+        ]
+        return keras.ops.stack(halves, axis=1)
+
+    entry = keras.ops.ones((1, 1, 3, H))
+    program = jax.jit(step, donate_argnums=0).lower(cache, entry, 5).compile()
+    temporaries = program.memory_analysis().temp_size_in_bytes
+    assert temporaries > 0.4 * cache.nbytes or made(program, COPIES, cache.size // 2)

@@ -1,0 +1,72 @@
+"""`splice` against a loop over rows and entries."""
+
+import attention_cases as cases
+import keras
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keras_kvcache.ops import splice, write_slot
+
+
+def spliced(buffer, update, index):
+    """The same, one entry at a time."""
+    result = buffer.copy()
+    for row, first in enumerate(np.broadcast_to(index, len(buffer))):
+        for t in range(update.shape[2]):
+            if 0 <= first + t < buffer.shape[2]:
+                result[row, :, first + t] = update[row, :, t]
+    return result
+
+
+SHAPES = {"dense": (3, 2, 11, 5, 7), "head_major": (3, 5, 11, 7)}
+
+
+@pytest.mark.parametrize("length", [1, 4, 11, 13])
+@pytest.mark.parametrize("layout", SHAPES)
+def test_every_place(layout, length):
+    shape = SHAPES[layout]
+    buffer, update = cases.noise(*shape), cases.noise(*shape, seed=1)
+    update = np.concatenate([update, update + 9], axis=2)[:, :, :length]
+    tensors = keras.ops.convert_to_tensor(buffer), keras.ops.convert_to_tensor(update)
+    traced = cases.compiled(splice)
+    for index in range(-14, 15):
+        expected = spliced(buffer, update, index)
+        got = traced(*tensors, cases.int32(index))
+        np.testing.assert_array_equal(cases.numpy(got), expected)
+        got = splice(*tensors, index)
+        np.testing.assert_array_equal(cases.numpy(got), expected)
+    for first in range(-14, 15, 3):
+        index = [first, first + 1, 5]
+        got = traced(*tensors, cases.int32(index))
+        np.testing.assert_array_equal(cases.numpy(got), spliced(buffer, update, index))
+
+
+_compiled_splice = cases.compiled(splice)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=3, max_size=3))
+def test_no_index_is_too_far(index):
+    buffer, update = cases.noise(3, 5, 11, 7), cases.noise(3, 5, 4, 7, seed=1)
+    got = _compiled_splice(buffer, update, cases.int32(np.array(index)))
+    np.testing.assert_array_equal(cases.numpy(got), spliced(buffer, update, index))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_buffer_keeps_its_dtype(dtype):
+    buffer = keras.ops.zeros((1, 2, 5, 3), dtype)
+    update = keras.ops.ones((1, 2, 1, 3), "float32")
+    for index in (2, cases.int32(2), cases.int32([2])):
+        got = splice(buffer, update, index)
+        assert keras.backend.standardize_dtype(got.dtype) == dtype
+        assert cases.numpy(got)[:, :, 2].all() and cases.numpy(got).sum() == 6
+
+
+@pytest.mark.parametrize(
+    "index, slot", [(0, 0), (7, 7), (11, 11), (99, 99), (-1, 11), (-99, 11)]
+)
+def test_slot_to_write(index, slot):
+    assert write_slot(index, 11) == slot
+    assert cases.numpy(write_slot(cases.int32([index, 3]), 11)).tolist() == [slot, 3]
