@@ -49,9 +49,7 @@ def generate(prompt, model, raw, dtype, max_new_tokens, seed, **sampling):
     lm = _load(model, dtype)
     if not raw and lm.tokenizer.chat_template is not None:
         prompt = lm.tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
-    _print_stream(
-        lm, prompt, max_new_tokens=max_new_tokens, sampler=sampler, seed=seed
-    )
+    _print_stream(lm, prompt, max_new_tokens=max_new_tokens, sampler=sampler, seed=seed)
 
 
 def chat(model, system, dtype, max_new_tokens, seed, **sampling):

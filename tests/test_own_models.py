@@ -79,9 +79,7 @@ def test_a_functional_model_with_a_dense_cache():
     )
     logits = project(x + attended)
     model = keras.Model([token_ids, cache, index], [logits, new_cache])
-    uncached = keras.Model(
-        token_ids, project(x + layer(x, x, use_causal_mask=True))
-    )
+    uncached = keras.Model(token_ids, project(x + layer(x, x, use_causal_mask=True)))
     generator = Generator(
         model,
         step=lambda ids, cache, index: model([ids, cache, index]),

@@ -116,9 +116,8 @@ class CachedMultiHeadAttention(keras.layers.MultiHeadAttention):
         # Keras casts every float argument of an autocasting layer, the cache
         # too. The sublayers cast what they are called with by themselves.
         self.autocast = False
-        self.num_key_value_heads = (
-            num_heads if num_key_value_heads is None else num_key_value_heads
-        )
+        heads = num_heads if num_key_value_heads is None else num_key_value_heads
+        self.num_key_value_heads = heads
         self.rotary_embedding = rotary_embedding
         self.query_norm = query_norm
         self.key_norm = key_norm
@@ -379,17 +378,17 @@ class CachedMultiHeadAttention(keras.layers.MultiHeadAttention):
 
     def get_config(self):
         """Constructor arguments."""
-        layers = {name: getattr(self, name) for name in LAYER_ARGUMENTS}
+        layers = {}
+        for name in LAYER_ARGUMENTS:
+            layer = getattr(self, name)
+            layers[name] = layer and keras.saving.serialize_keras_object(layer)
         return {
             **super().get_config(),
             "flash_attention": self._flash_attention,
             "num_key_value_heads": self.num_key_value_heads,
             "query_scale": self.query_scale,
             "logit_soft_cap": self.logit_soft_cap,
-            **{
-                name: layer and keras.saving.serialize_keras_object(layer)
-                for name, layer in layers.items()
-            },
+            **layers,
         }
 
     @classmethod
