@@ -81,9 +81,8 @@ def _add_generation(parser):
     parser.add_argument(
         "--temperature",
         type=float,
-        default=0.0,
         metavar="X",
-        help="0 takes the likeliest token (%(default)s)",
+        help="0 takes the likeliest token (1 if another option filters, else 0)",
     )
     parser.add_argument("--top-k", type=int, metavar="K", help="keep K tokens")
     parser.add_argument("--top-p", type=float, metavar="P", help="keep a mass of P")

@@ -1,6 +1,7 @@
 """What the command line does, once its arguments are read."""
 
 import os
+import signal
 import sys
 import time
 
@@ -41,7 +42,7 @@ def run(command, **options):
 
 def generate(prompt, model, raw, dtype, max_new_tokens, seed, **sampling):
     """Answers one prompt on standard output, as the text appears."""
-    sampler = samplers.make(**sampling)
+    sampler = _sampler(**sampling)
     if prompt == "-":
         prompt = sys.stdin.read()
     if not prompt:
@@ -57,8 +58,12 @@ def chat(model, system, dtype, max_new_tokens, seed, **sampling):
 
     Ctrl-C within an answer ends that answer.
     """
-    sampler = samplers.make(**sampling)
+    sampler = _sampler(**sampling)
     lm = _load(model, dtype)
+    if lm.tokenizer.chat_template is None:
+        raise ValueError(
+            f"`model` must have a chat template to talk; {model} has none."
+        )
     messages = [] if system is None else [{"role": "system", "content": system}]
     print("An empty line, Ctrl-D or Ctrl-C ends the talk.", file=sys.stderr)
     while turn := _read_turn():
@@ -69,7 +74,7 @@ def chat(model, system, dtype, max_new_tokens, seed, **sampling):
             max_new_tokens=max_new_tokens,
             sampler=sampler,
             seed=seed,
-            stops_at_interrupt=True,
+            goes_on_after_interrupt=True,
         )
         messages.append({"role": "assistant", "content": answer})
 
@@ -117,11 +122,18 @@ def _keep_compiled_programs():
 
 
 def _load(model, dtype):
-    policy = {} if dtype is None else {"dtype": dtype}
-    lm = DecoderLM.from_preset(model, **policy)
+    lm = DecoderLM.from_preset(model, **({} if dtype is None else {"dtype": dtype}))
     if lm.tokenizer is None:
         raise ValueError(f"`model` must have a tokenizer; {model} has none.")
     return lm
+
+
+def _sampler(temperature, **filters):
+    """The likeliest token, unless a temperature or a filter asks for a draw."""
+    if temperature is None:
+        is_drawn = any(parameter is not None for parameter in filters.values())
+        temperature = 1.0 if is_drawn else 0.0
+    return samplers.make(temperature, **filters)
 
 
 def _read_turn():
@@ -133,20 +145,47 @@ def _read_turn():
         return ""
 
 
-def _print_stream(lm, prompt, stops_at_interrupt=False, **options):
+class _Interrupt:
+    """Ctrl-C while programs are compiled and run.
+
+    Python would raise `KeyboardInterrupt` wherever it is, within a callback of XLA
+    too, which swallows it, and would end while XLA still computes, which crashes.
+    So the first Ctrl-C is noted, or ends the process at once; a second one does.
+    """
+
+    def __init__(self, is_noted):
+        self._is_noted = is_noted
+        self.came = False
+
+    def __enter__(self):
+        self._before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self._before)
+
+    def _handle(self, *_):
+        if self._is_noted and not self.came:
+            self.came = True
+            return
+        # Not `print`, which may be what was interrupted.
+        os.write(2, b"\n")
+        os._exit(130)
+
+
+def _print_stream(lm, prompt, goes_on_after_interrupt=False, **options):
     """Prints an answer as it comes, then its timing on standard error."""
     begin = time.perf_counter()
     first = None
     stream = lm.stream(prompt, **options)
     pieces = []
-    try:
+    with _Interrupt(is_noted=goes_on_after_interrupt) as interrupt:
         for piece in stream:
             first = first or time.perf_counter()
             pieces.append(piece)
             print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        if not stops_at_interrupt:
-            raise
+            if interrupt.came:
+                break
     end = time.perf_counter()
     print(flush=True)
     count = len(stream.token_ids[0])

@@ -103,6 +103,10 @@ def test_layers_of_another_dtype_inside():
             layer, x, x, causal=causal, rotary=dict(base=50.0)
         )
         np.testing.assert_allclose(cases.numpy(output), expected, rtol=0, atol=0.05)
+    cache = cases.make_cache(layer, B, T, "dense", filler=0.0)
+    step = cases.compiled(lambda x, c: layer(x, x, cache=c, cache_update_index=0)[1])
+    held = cases.entries(step(x, cache))
+    np.testing.assert_array_equal(held, held.astype(ml_dtypes.bfloat16))
 
 
 @pytest.mark.skipif(

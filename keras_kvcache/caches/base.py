@@ -22,6 +22,10 @@ class Cache(abc.ABC):
     def nbytes(self):
         """Bytes of all arrays."""
 
+    def __repr__(self):
+        # Arrays are long, and Keras puts the arguments of a call in its errors.
+        return f"{type(self).__name__}(capacity={self.capacity})"
+
     @abc.abstractmethod
     def check(self, batch_size, heads, key_dim, value_dim):
         """Raises unless the cache fits attention of these sizes.
@@ -40,6 +44,9 @@ class Cache(abc.ABC):
     @abc.abstractmethod
     def update(self, key, value, index):
         """Writes new entries and shows what may now be attended.
+
+        It's up to the caller to `check` sizes and to check a known index
+        (`keras_kvcache.ops.check_index`), as `CachedMultiHeadAttention` does.
 
         Args:
             key: Tensor `(B, T, K, H)`.

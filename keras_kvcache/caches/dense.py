@@ -13,7 +13,7 @@ from keras_kvcache.ops import Segment, View, splice, token_positions, write_slot
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class DenseCache(Cache):
     """Keys and values of one layer in one tensor; the slot is the position.
 

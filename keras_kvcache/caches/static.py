@@ -30,7 +30,7 @@ def segment_sizes(capacity):
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class StaticCache(Cache):
     """Keys and values of one layer, heads before slots; the slot is the position.
 

@@ -51,8 +51,9 @@ class Generator:
         sampler: What to sample with unless told otherwise; see `samplers.get`.
 
     On JAX, generation compiles: one program that decodes and up to three that
-    run prompts, for each batch size and cache capacity met. Lengths, limits, stop
-    tokens, seeds and the sampler's parameters compile nothing.
+    run prompts, for each batch size, cache capacity and kind of sampler met.
+    Lengths, limits, stop tokens, seeds and a sampler's parameters compile nothing;
+    a function as sampler, or one of keras-hub's, is a kind of its own.
     """
 
     def __init__(
@@ -74,15 +75,13 @@ class Generator:
         self.vocabulary_size = vocabulary_size
         self.sampler = sampler
         self._prefill = make_program(self._run_prefill, model, donate=("cache",))
-        self._decode = make_program(
-            self._run_decode, model, donate=("state",), static=("width",)
-        )
+        self._decode = make_program(self._run_decode, model, donate=("state",))
 
     def _run_prefill(self, **arguments):
         return prefill(self._functions, **arguments)
 
     def _run_decode(self, **arguments):
-        return decode(self._functions, **arguments)
+        return decode(self._functions, width=BURST, **arguments)
 
     @property
     def sampler(self):
@@ -108,7 +107,8 @@ class Generator:
         Args:
             inputs: A string, a list of strings, a list of ids, a list of lists of
                 ids, or keras-hub's dictionary of `"token_ids"` and
-                `"padding_mask"`, arrays `(B, T)` padded on the right.
+                `"padding_mask"`, arrays `(B, T)` padded on the right. Of these, a
+                row without room for a new token stays as it is.
             max_length: The most tokens of prompt and answer together.
             max_new_tokens: The most new tokens. The smallest of both and of the
                 model's own limit counts. For a dictionary without either, `T` is
@@ -186,8 +186,13 @@ class Generator:
         return TextStream(bursts, prompts, self.tokenizer)
 
     def _ends(self, prompts, max_length, max_new_tokens):
-        lengths = [len(row) for row in prompts.rows]
-        return row_ends(lengths, max_length, max_new_tokens, self.max_sequence_length)
+        return row_ends(
+            [len(row) for row in prompts.rows],
+            max_length,
+            max_new_tokens,
+            self.max_sequence_length,
+            may_be_full=prompts.form == "arrays",
+        )
 
     def _bursts(self, rows, ends, stop_token_ids, sampler, seed, burst):
         """Checks the remaining arguments, then iterates over new tokens.
@@ -201,39 +206,47 @@ class Generator:
             seed = random.randrange(2**32)
         if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
             raise TypeError(f"`seed` must be an integer. Received: {seed!r}")
-        seed = np.uint32(seed % 2**32)
+        seed = np.uint32(int(seed) % 2**32)
         # A few sizes, so that the number of stop tokens compiles nothing.
         padded = np.full(max(8, 1 << len(stop).bit_length()), NO_TOKEN, "int32")
         padded[: len(stop)] = stop
         return self._run(rows, Limits(ends, padded), sampler, seed, burst)
 
     def _build(self):
-        """Lets a model that was never called make its weights, outside a program."""
+        """Lets a model that was never called make its weights.
+
+        Made while a program is traced they would be of no use outside of it.
+        """
+        model = self._model
+        if model.built and all(layer.built for layer in model.layers):
+            return
         cache = self._init_cache(1, SMALLEST_CAPACITY)
         token_ids, index = ops.zeros((1, 1), "int32"), ops.zeros((1,), "int32")
-        self._functions.step(token_ids, cache, index)
+        outputs, _ = self._functions.step(token_ids, cache, index)
+        self._functions.logits(outputs[:, 0])
 
     def _run(self, rows, limits, sampler, seed, burst):
-        if not self._model.built:
-            self._build()
+        self._build()
         # 1. Room for the longest row, in one of few sizes.
         lengths = np.array([len(row) for row in rows], "int32")
-        capacity = capacity_for(int(limits.end.max()), self.max_sequence_length)
+        longest = max(int(limits.end.max()), int(lengths.max()))
+        capacity = capacity_for(longest, self.max_sequence_length)
         cache = self._init_cache(len(rows), capacity)
         # 2. The prompts, chunk by chunk; each row's first new token.
         cache, token = self._run_prompts(cache, rows, lengths, sampler, seed)
-        yield token[:, None]
+        is_full = lengths >= limits.end
+        yield np.where(is_full, NO_TOKEN, token)[:, None]
         done = np.isin(token, limits.stop_token_ids) | (lengths + 1 >= limits.end)
-        # 3. The rest. While the caller looks at one burst the next one is
-        # computed, at worst for nothing.
-        step = np.int32(1)
-        state = DecodeState(cache, token, lengths, done, step)
-        rest = dict(limits=limits, sampler=sampler, seed=seed, steps=np.int32(burst))
         if done.all():
             return
-        state, tokens = self._decode(state=state, width=capacity, **rest)
+        # 3. The rest. While the caller looks at one burst the next one is
+        # computed, at worst for nothing.
+        index = np.minimum(lengths, capacity - 1)
+        state = DecodeState(cache, token, index, done, step=np.int32(1))
+        rest = dict(limits=limits, sampler=sampler, seed=seed, steps=np.int32(burst))
+        state, tokens = self._decode(state=state, **rest)
         while True:
-            state, following = self._decode(state=state, width=capacity, **rest)
+            state, following = self._decode(state=state, **rest)
             yield ops.convert_to_numpy(tokens.tokens)[:, : int(tokens.count)]
             if tokens.finished:
                 return

@@ -1,11 +1,15 @@
 """How far generation may go."""
 
 import numbers
+from collections.abc import Iterable
 
 import numpy as np
 
+# Ends and ids are int32.
+MOST = int(np.iinfo("int32").max)
 
-def row_ends(lengths, max_length, max_new_tokens, context):
+
+def row_ends(lengths, max_length, max_new_tokens, context, may_be_full=False):
     """The position past the last token of each row.
 
     Args:
@@ -13,6 +17,7 @@ def row_ends(lengths, max_length, max_new_tokens, context):
         max_length: The most tokens of prompt and answer together, or `None`.
         max_new_tokens: The most new tokens, or `None`.
         context: The most positions that the model knows, or `None` if endless.
+        may_be_full: Whether a row may be without room for a new token.
 
     Returns:
         An int32 array, one end a row. The smallest limit given counts.
@@ -34,24 +39,24 @@ def row_ends(lengths, max_length, max_new_tokens, context):
             "`max_length` or `max_new_tokens` must be given for a model without a "
             "longest sequence. Received: None for both"
         )
+    room = 0 if may_be_full else 1
     longest = max(lengths)
-    if context is not None and longest >= context:
+    if context is not None and longest + room > context:
         raise ValueError(
             "`inputs` must leave room for a new token in the model's context of "
             f"{context} tokens. Received: a prompt of {longest} tokens"
         )
-    if max_length is not None and longest >= max_length:
+    if max_length is not None and longest + room > max_length:
         raise ValueError(
             "`max_length` counts the prompt too and must leave room for a new "
             f"token. Received: max_length={max_length}, a prompt of {longest} tokens"
         )
-    ends = np.full(len(lengths), np.iinfo("int32").max, "int64")
+    limits = [limit for limit in (max_length, context) if limit is not None]
     if max_new_tokens is not None:
-        ends = np.asarray(lengths, "int64") + max_new_tokens
-    for limit in (max_length, context):
-        if limit is not None:
-            ends = np.minimum(ends, limit)
-    return ends.astype("int32")
+        ends = [min(length + max_new_tokens, *limits, MOST) for length in lengths]
+    else:
+        ends = [min(limits)] * len(lengths)
+    return np.array(ends, "int32")
 
 
 def read_stop_token_ids(stop_token_ids, tokenizer):
@@ -71,12 +76,16 @@ def read_stop_token_ids(stop_token_ids, tokenizer):
         return ()
     if isinstance(stop_token_ids, numbers.Integral):
         stop_token_ids = (stop_token_ids,)
-    if isinstance(stop_token_ids, str) or not all(
-        isinstance(token, numbers.Integral) and not isinstance(token, bool)
-        for token in stop_token_ids
-    ):
+    is_iterable = isinstance(stop_token_ids, Iterable)
+    ids = list(stop_token_ids) if is_iterable else [None]
+    if isinstance(stop_token_ids, str) or not all(_is_id(token) for token in ids):
         raise TypeError(
-            "`stop_token_ids` must be 'auto', `None`, an integer or integers. "
-            f"Received: {stop_token_ids!r}"
+            "`stop_token_ids` must be 'auto', `None`, an id or ids, integers from 0 "
+            f"on. Received: {stop_token_ids!r}"
         )
-    return tuple(sorted({int(token) for token in stop_token_ids}))
+    return tuple(sorted({int(token) for token in ids}))
+
+
+def _is_id(token):
+    is_integer = isinstance(token, numbers.Integral) and not isinstance(token, bool)
+    return is_integer and 0 <= token <= MOST

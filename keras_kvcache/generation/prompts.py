@@ -4,6 +4,7 @@ import numbers
 from dataclasses import dataclass
 
 import numpy as np
+from keras import ops
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,12 @@ def read_prompts(inputs, tokenizer, vocabulary_size):
         rows = _tokenize((inputs,), tokenizer)
         return Prompts(rows, "text", True, texts=(inputs,))
     if not isinstance(inputs, (list, tuple)):
-        if not hasattr(inputs, "__array__"):
+        if not (isinstance(inputs, np.ndarray) or ops.is_tensor(inputs)):
             raise TypeError(
                 "`inputs` must be a string, a list of strings, token ids or a "
                 f"dictionary. Received: {type(inputs).__name__}"
             )
-        inputs = list(np.asarray(inputs))
+        inputs = list(ops.convert_to_numpy(inputs))
     if not inputs:
         raise ValueError("`inputs` must hold at least one prompt. Received: []")
     if all(isinstance(prompt, str) for prompt in inputs):
@@ -80,7 +81,7 @@ def _tokenize(texts, tokenizer):
 
 def _check_row(row, vocabulary_size):
     """One prompt's ids as an int32 array."""
-    ids = np.asarray(row)
+    ids = ops.convert_to_numpy(row)
     if isinstance(row, str) or ids.ndim != 1:
         raise TypeError(
             "`inputs` must be all strings or all rows of token ids. Received a row "
@@ -109,7 +110,8 @@ def _read_arrays(inputs, vocabulary_size):
             "`inputs`, if a dictionary, must have the keys 'token_ids' and "
             f"'padding_mask'. Received: {sorted(inputs)}"
         )
-    ids, mask = np.asarray(inputs["token_ids"]), np.asarray(inputs["padding_mask"])
+    ids = ops.convert_to_numpy(inputs["token_ids"])
+    mask = ops.convert_to_numpy(inputs["padding_mask"])
     if ids.shape != mask.shape or ids.ndim not in (1, 2):
         raise ValueError(
             "`inputs` must have 'token_ids' and 'padding_mask' of one shape (B, T). "

@@ -80,9 +80,9 @@ def prefill(model, cache, token, token_ids, first, lengths, sampler, seed):
     row_end = ops.clip(last, 0, chunk - 1)
     row_end = ops.reshape(row_end, [-1] + [1] * (len(outputs.shape) - 1))
     outputs = ops.squeeze(ops.take_along_axis(outputs, row_end, axis=1), axis=1)
-    sampled = sampler(model.logits(outputs), seed)
+    sampled = _sample(model.logits(outputs), sampler, seed)
     ends_here = ops.logical_and(last >= 0, last < chunk)
-    return cache, ops.where(ends_here, ops.cast(sampled, "int32"), token)
+    return cache, ops.where(ends_here, sampled, token)
 
 
 def decode(model, state, limits, sampler, seed, steps, width):
@@ -109,8 +109,7 @@ def decode(model, state, limits, sampler, seed, steps, width):
         state, tokens, count = loop
         outputs, cache = model.step(state.token[:, None], state.cache, state.index)
         step_seed = ops.stack([seed, ops.cast(state.step, "uint32")])
-        sampled = sampler(model.logits(outputs[:, 0]), step_seed)
-        sampled = ops.cast(sampled, "int32")
+        sampled = _sample(model.logits(outputs[:, 0]), sampler, step_seed)
         emitted = ops.where(state.done, NO_TOKEN, sampled)
         tokens = ops.slice_update(tokens, (0, count), emitted[:, None])
         # A finished row stands still: it feeds its last token again and again.
@@ -126,6 +125,18 @@ def decode(model, state, limits, sampler, seed, steps, width):
     loop = (state, tokens, ops.zeros((), "int32"))
     state, tokens, count = _while(goes_on, one_step, loop)
     return state, Burst(tokens, count, ops.all(state.done))
+
+
+def _sample(logits, sampler, seed):
+    """One id a row, int32 `(B,)`, of logits `(B, V)`."""
+    token = ops.convert_to_tensor(sampler(logits, seed))
+    if tuple(token.shape) != tuple(logits.shape[:1]):
+        raise ValueError(
+            "`sampler` must give one token id a row, shape (B,) = "
+            f"{tuple(logits.shape[:1])}. Received: a tensor of shape "
+            f"{tuple(token.shape)}"
+        )
+    return ops.cast(token, "int32")
 
 
 def _while(goes_on, body, loop):

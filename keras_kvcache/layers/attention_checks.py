@@ -8,21 +8,33 @@ from keras_kvcache.caches import Cache, DenseCache
 from keras_kvcache.ops import check_index, check_mask_shape
 
 
+# Constructor arguments that are layers.
+LAYER_ARGUMENTS = ("rotary_embedding", "query_norm", "key_norm")
+
+
 def check_constructor(layer):
     """Refuses constructor arguments that Keras' own layer doesn't know.
 
     Raises:
+        TypeError: What should be a layer isn't one.
         ValueError: `num_heads` isn't a multiple of `num_key_value_heads`, a factor
             isn't a positive number, or flash attention is asked for what it can't.
     """
     heads = layer.num_key_value_heads
-    is_count = isinstance(heads, int) and not isinstance(heads, bool) and heads > 0
+    is_count = isinstance(heads, numbers.Integral) and not isinstance(heads, bool)
+    is_count = is_count and heads > 0
     if not is_count or layer.num_heads % heads:
         raise ValueError(
             "`num_key_value_heads` must be a positive integer that divides "
             f"`num_heads`. Received: num_key_value_heads={heads}, "
             f"num_heads={layer.num_heads}"
         )
+    for name in LAYER_ARGUMENTS:
+        sublayer = getattr(layer, name)
+        if sublayer is not None and not isinstance(sublayer, keras.layers.Layer):
+            raise TypeError(
+                f"`{name}` must be a Keras layer or `None`. Received: {sublayer!r}"
+            )
     for name in ("query_scale", "logit_soft_cap"):
         factor = getattr(layer, name)
         if factor is not None and not (isinstance(factor, numbers.Real) and factor > 0):
@@ -90,6 +102,11 @@ def check_call(
         raise ValueError(
             "`return_attention_scores` can't be combined with flash attention, which "
             "never holds the scores. Received: return_attention_scores=True"
+        )
+    if len(query.shape) != 3:
+        raise ValueError(
+            "`query` must be of shape (B, T, D). Received: "
+            f"query.shape={tuple(query.shape)}"
         )
     batch, length = query.shape[:2]
     reads_only = cache is not None and cache_update_index is None

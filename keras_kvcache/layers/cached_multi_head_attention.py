@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_kvcache.caches import Cache
 from keras_kvcache.layers.attention_checks import (
+    LAYER_ARGUMENTS,
     check_call,
     check_constructor,
     check_left_to_keras,
@@ -18,8 +19,6 @@ from keras_kvcache.ops import (
     token_positions,
     view_masks,
 )
-
-LAYER_ARGUMENTS = ("rotary_embedding", "query_norm", "key_norm")
 
 
 @keras.saving.register_keras_serializable(package="keras_kvcache")
@@ -203,6 +202,8 @@ class CachedMultiHeadAttention(keras.layers.MultiHeadAttention):
         key_mask=None,
     ):
         """See the class."""
+        if attention_mask is not None:
+            attention_mask = ops.convert_to_tensor(attention_mask)
         masks = dict(
             attention_mask=attention_mask,
             query_mask=query_mask,
@@ -378,17 +379,15 @@ class CachedMultiHeadAttention(keras.layers.MultiHeadAttention):
 
     def get_config(self):
         """Constructor arguments."""
-        layers = {}
-        for name in LAYER_ARGUMENTS:
-            layer = getattr(self, name)
-            layers[name] = layer and keras.saving.serialize_keras_object(layer)
+        serialize = keras.saving.serialize_keras_object
+        layers = {name: getattr(self, name) for name in LAYER_ARGUMENTS}
         return {
             **super().get_config(),
             "flash_attention": self._flash_attention,
             "num_key_value_heads": self.num_key_value_heads,
             "query_scale": self.query_scale,
             "logit_soft_cap": self.logit_soft_cap,
-            **layers,
+            **{name: layer and serialize(layer) for name, layer in layers.items()},
         }
 
     @classmethod

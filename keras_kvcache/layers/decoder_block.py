@@ -1,5 +1,7 @@
 """One block of a decoder: attention, optionally cross-attention, feed-forward."""
 
+import numbers
+
 import keras
 from keras import ops
 
@@ -80,12 +82,19 @@ class DecoderBlock(keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
+        if not isinstance(num_query_heads, numbers.Integral) or num_query_heads <= 0:
+            raise ValueError(
+                "`num_query_heads` must be a positive integer. Received: "
+                f"{num_query_heads!r}"
+            )
         # Caches keep their own dtype.
         self.autocast = False
         self.supports_masking = True
         self.num_query_heads = num_query_heads
         self.intermediate_dim = intermediate_dim
-        self.num_key_value_heads = num_key_value_heads or num_query_heads
+        if num_key_value_heads is None:
+            num_key_value_heads = num_query_heads
+        self.num_key_value_heads = num_key_value_heads
         self.head_dim = head_dim
         self.normalization = normalization
         self.layer_norm_epsilon = layer_norm_epsilon

@@ -1,5 +1,7 @@
 """Rotary position embedding as a layer, to be given to an attention layer."""
 
+import numbers
+
 import keras
 
 from keras_kvcache.ops import inverse_frequencies, rotate
@@ -44,8 +46,10 @@ class RotaryEmbedding(keras.layers.Layer):
             ("max_wavelength", max_wavelength),
             ("scaling_factor", scaling_factor),
         ):
-            if not value > 0:
-                raise ValueError(f"`{name}` must be positive. Received: {value}")
+            if not isinstance(value, numbers.Real) or not value > 0:
+                raise ValueError(
+                    f"`{name}` must be a positive number. Received: {value!r}"
+                )
         if rotary_dim is not None and (rotary_dim <= 0 or rotary_dim % 2):
             raise ValueError(
                 f"`rotary_dim` must be positive and even. Received: {rotary_dim}"
@@ -53,9 +57,14 @@ class RotaryEmbedding(keras.layers.Layer):
         self.max_wavelength = max_wavelength
         self.scaling_factor = scaling_factor
         self.rotary_dim = rotary_dim
-        self.frequency_factors = (
-            None if frequency_factors is None else [float(f) for f in frequency_factors]
-        )
+        if frequency_factors is not None:
+            frequency_factors = [float(factor) for factor in frequency_factors]
+            if not all(factor > 0 for factor in frequency_factors):
+                raise ValueError(
+                    "`frequency_factors` must be positive numbers. Received: "
+                    f"{frequency_factors}"
+                )
+        self.frequency_factors = frequency_factors
 
     def build(self, input_shape):
         """Checks that what is to be rotated has room for it."""

@@ -1,4 +1,4 @@
-"""Floor 5: models from files and by name, as plain data."""
+"""Models from files and by name, as plain data."""
 
 from keras_kvcache.loaders.cache_folder import cache_folder
 from keras_kvcache.loaders.chat_template import render_chat_template
@@ -6,10 +6,11 @@ from keras_kvcache.loaders.checkpoint import Checkpoint
 from keras_kvcache.loaders.download import DownloadError, fetch
 from keras_kvcache.loaders.gguf import read_gguf
 from keras_kvcache.loaders.presets import PRESETS, Preset, known_presets
-from keras_kvcache.loaders.tokenizer import Tokenizer
+from keras_kvcache.loaders.tokenizer import TOKENIZER_FILES, Tokenizer
 
 __all__ = [
     "PRESETS",
+    "TOKENIZER_FILES",
     "Checkpoint",
     "DownloadError",
     "Preset",

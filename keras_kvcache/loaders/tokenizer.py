@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _VOCABULARY_FILE = "tokenizer.json"
 _CONFIG_FILE = "tokenizer_config.json"
+# What `save` writes.
+TOKENIZER_FILES = (_VOCABULARY_FILE, _CONFIG_FILE)
 
 
 class Tokenizer:
@@ -118,6 +120,10 @@ class Tokenizer:
         self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """A conversation as the text the model was trained on.
+
+        Special tokens written in a message become special tokens of the prompt:
+        whoever writes messages can write turns. Don't pass on strangers' text
+        where that matters.
 
         Args:
             messages: The turns, each with a `"role"` and a `"content"`.

@@ -33,6 +33,7 @@ def complete_config(config):
     )
     for name in sizes:
         _check_size(name, config[name])
+        config[name] = int(config[name])
     if config["head_dim"] is None:
         if hidden_dim % heads:
             raise ValueError(
@@ -57,10 +58,19 @@ def complete_config(config):
             raise ValueError(
                 f"`{name}` must be one of {known}. Received: {config[name]!r}"
             )
-    if not 0 <= config["dropout"] < 1:
+    if not _is_number(config["dropout"]) or not 0 <= config["dropout"] < 1:
         raise ValueError(
             f"`dropout` must be from 0 to below 1. Received: {config['dropout']!r}"
         )
+    epsilon = config["layer_norm_epsilon"]
+    if not _is_number(epsilon) or not epsilon > 0:
+        raise ValueError(
+            f"`layer_norm_epsilon` must be a positive number. Received: {epsilon!r}"
+        )
+
+
+def _is_number(value):
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _check_size(name, value):

@@ -250,6 +250,16 @@ class DecoderLM(PresetMethods, GenerateMethods, keras.Model):
     def _embed(self, token_ids, index, training=None):
         x = self.token_embedding(token_ids)
         if self.position_embedding == "learned":
+            length = token_ids.shape[1]
+            if (
+                isinstance(index, int)
+                and index + (length or 0) > self.max_sequence_length
+            ):
+                raise ValueError(
+                    "`token_ids` must stay within `max_sequence_length`, as each "
+                    f"position has its own embedding. Received: {length} tokens from "
+                    f"{index} on, max_sequence_length={self.max_sequence_length}"
+                )
             positions = token_positions(index, ops.shape(token_ids)[1])
             # Padding may reach past the last position that the model knows.
             positions = ops.minimum(positions, self.max_sequence_length - 1)
@@ -326,6 +336,11 @@ class DecoderLM(PresetMethods, GenerateMethods, keras.Model):
         super().compile(
             optimizer=optimizer, loss=loss, weighted_metrics=weighted_metrics, **kwargs
         )
+
+    def compile_from_config(self, config):
+        """Compiles a loaded model as the saved one was, but for the sampler."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        self.optimizer.build(self.trainable_variables)
 
     def get_config(self):
         """Constructor arguments, the tokenizer excepted."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import keras
@@ -11,6 +12,7 @@ from keras_kvcache.models.decoder_config import get_initializer
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.weights.h5"
+PRESET_FILES = (*loaders.TOKENIZER_FILES, WEIGHTS_FILE, CONFIG_FILE)
 # Raised when a folder of this version can't be read by older code.
 FORMAT_VERSION = 1
 
@@ -51,27 +53,36 @@ class PresetMethods:
     def save_to_preset(self, directory):
         """Writes config, weights and tokenizer into a folder.
 
+        Everything is written beside the folder first and moved there when it is
+        complete, so that an error leaves an earlier preset as it was.
+
         Args:
-            directory: The folder; made if need be. Files of an earlier preset in
-                it are replaced, each one whole or not at all.
+            directory: The folder; made if need be. An earlier preset in it is
+                replaced.
+
+        Raises:
+            TypeError: The config holds something that JSON can't.
         """
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
         config = self.get_config()
         config.pop("name", None)
         described = {"format_version": FORMAT_VERSION, "config": config}
         text = json.dumps(described, indent=2)
-        if self.tokenizer is not None:
-            self.tokenizer.save(directory)
-        unfinished = directory / f".{os.getpid()}.{WEIGHTS_FILE}"
-        try:
-            self.save_weights(unfinished)
-            os.replace(unfinished, directory / WEIGHTS_FILE)
-        finally:
-            unfinished.unlink(missing_ok=True)
-        unfinished = directory / f".{os.getpid()}.{CONFIG_FILE}"
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, directory / CONFIG_FILE)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            dir=directory.parent, prefix=f".{directory.name}."
+        ) as staging:
+            staging = Path(staging)
+            if self.tokenizer is not None:
+                self.tokenizer.save(staging)
+            self.save_weights(staging / WEIGHTS_FILE)
+            (staging / CONFIG_FILE).write_text(text, encoding="utf-8")
+            directory.mkdir(exist_ok=True)
+            for name in PRESET_FILES:
+                if (staging / name).exists():
+                    os.replace(staging / name, directory / name)
+                else:
+                    (directory / name).unlink(missing_ok=True)
 
 
 def assign_weights(model, weights):
@@ -139,7 +150,7 @@ def _load_folder(cls, path, load_weights, kwargs):
             )
     try:
         described = json.loads(config_path.read_text(encoding="utf-8"))
-        version, config = described["format_version"], described["config"]
+        version, config = described["format_version"], dict(described["config"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{config_path} must be JSON that `save_to_preset` wrote: {error!r}"
@@ -150,16 +161,23 @@ def _load_folder(cls, path, load_weights, kwargs):
             f"Received: {version!r}"
         )
     tokenizer = None
-    if (path / "tokenizer.json").exists():
+    if (path / loaders.TOKENIZER_FILES[0]).exists():
         tokenizer = loaders.Tokenizer.load(path)
     dtype = config.get("dtype")
     if isinstance(dtype, dict):
         config["dtype"] = keras.dtype_policies.deserialize(dtype)
-    model = _construct(cls, {"tokenizer": tokenizer, **config, **kwargs}, load_weights)
+    config = {"tokenizer": tokenizer, **config, **kwargs}
+    try:
+        model = _construct(cls, config, load_weights)
+    except TypeError as error:
+        raise ValueError(
+            f"{config_path} must have the constructor arguments of "
+            f"{cls.__name__}: {error}"
+        ) from error
     if load_weights:
         try:
             model.load_weights(path / WEIGHTS_FILE)
-        except (OSError, KeyError) as error:
+        except (OSError, KeyError, ValueError) as error:
             raise ValueError(
                 f"{path / WEIGHTS_FILE} must hold the model's weights: {error}"
             ) from error

@@ -4,8 +4,10 @@ A mask is boolean, `True` where a query may attend a slot, and has the shape
 `(B, N, T, S)` in which `B`, `N` and `T` may be 1.
 """
 
+import keras
 from keras import ops
 
+from keras_kvcache.ops.known import known_value
 from keras_kvcache.ops.positions import token_positions
 
 
@@ -83,7 +85,19 @@ def check_mask_shape(mask, shape):
 
 
 def align_mask(mask):
-    """An `attention_mask` of two, three or four axes as a boolean one of four."""
+    """An `attention_mask` of two, three or four axes as a boolean one of four.
+
+    Raises:
+        ValueError: Its values are known and not all 0 or 1, as those of a mask that
+            is meant to be added to scores.
+    """
+    if keras.backend.is_float_dtype(keras.backend.standardize_dtype(mask.dtype)):
+        value = known_value(mask)
+        if value is not None and ((value != 0) & (value != 1)).any():
+            raise ValueError(
+                "`attention_mask` must be boolean, or 1 for what is attended and 0 "
+                f"for what isn't. Received: values from {value.min()} to {value.max()}"
+            )
     mask = ops.cast(mask, "bool")
     if len(mask.shape) == 3:
         return mask[:, None]

@@ -3,6 +3,7 @@
 import numbers
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_kvcache.ops.known import known_value
@@ -29,9 +30,10 @@ def check_index(index, batch_size, length, capacity):
             and `0 <= index`, `index + T <= S` doesn't hold. An index that is
             being traced can't be checked: see `splice` for what happens then.
     """
-    if isinstance(index, bool) or (
-        isinstance(index, numbers.Number) and not isinstance(index, numbers.Integral)
-    ):
+    is_tensor = ops.is_tensor(index) or isinstance(index, np.ndarray)
+    is_tensor = is_tensor or keras.backend.is_keras_tensor(index)
+    is_integer = isinstance(index, numbers.Integral) and not isinstance(index, bool)
+    if not (is_tensor or is_integer):
         raise TypeError(
             "`cache_update_index` must be an integer or an integer tensor. "
             f"Received: {index!r} of type {type(index).__name__}"
