@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from gguf_files import PRIMES, metadata, random_tensors, write
@@ -108,24 +109,56 @@ def test_usage_errors_exit_with_two():
         assert exit_.value.code == 2
 
 
-@pytest.mark.real_model
-def test_interrupt_ends_cleanly(smollm2_path):
-    """Ctrl-C within an answer: no traceback, the shell's status for it."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "keras_kvcache", "generate", "Tell a long story."]
-        + ["--model", str(smollm2_path), "--max-new-tokens", "8000"],
+def start(command, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "keras_kvcache", command, *arguments],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
-    assert process.stdout.read(1)
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize("characters", [0, 1, 40])
+def test_interrupt_ends_generate(smollm2_path, tmp_path, characters):
+    """Before the first token (while programs are compiled) and within the answer."""
+    process = start(
+        "generate",
+        "Tell a long story.",
+        *["--model", str(smollm2_path), "--max-new-tokens", "8000"],
+    )
+    if characters:
+        assert len(process.stdout.read(characters)) == characters
+    else:
+        # The first program that is kept shows that the compiler is at work.
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("programs/*")) and time.monotonic() < deadline:
+            time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert b"Traceback" not in errors
+    assert b"Traceback" not in errors and b"Exception" not in errors
+
+
+@pytest.mark.real_model
+def test_interrupt_ends_an_answer_but_not_the_talk(smollm2_path):
+    process = start("chat", "--model", str(smollm2_path), "--max-new-tokens", "8000")
+    process.stdin.write(b"Tell me a very long story.\n")
+    process.stdin.flush()
+    assert len(process.stdout.read(30)) == 30
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(b"\n", timeout=60)
+    assert process.returncode == 0, errors
+    assert output.endswith(b"> ")
+    assert b"tokens/s" in errors and b"Traceback" not in errors
 
 
 def test_compiled_programs_are_kept(model, tmp_path):
     arguments = ("generate", "abc", "--model", model, "--max-new-tokens", "5")
     assert run(*arguments).returncode == 0
-    assert list((tmp_path / "programs").iterdir())
+    kept = {path.name for path in (tmp_path / "programs").iterdir()}
+    assert kept
+    # A second start compiles nothing new of a size worth keeping.
+    assert run(*arguments).returncode == 0
+    assert {path.name for path in (tmp_path / "programs").iterdir()} == kept

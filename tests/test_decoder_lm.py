@@ -103,6 +103,48 @@ def test_damaged_presets_are_refused(tmp_path):
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match="must be JSON"):
         DecoderLM.from_preset(folder)
+    for config in (5, {}, {"swing": 1}):
+        described.update(format_version=1, config=config)
+        (folder / "config.json").write_text(json.dumps(described))
+        with pytest.raises(ValueError, match="config.json must"):
+            DecoderLM.from_preset(folder)
+
+
+def test_a_failed_save_leaves_the_earlier_preset(tmp_path, monkeypatch):
+    folder = tmp_path / "preset"
+    make_lm(num_layers=1).save_to_preset(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(TypeError):
+        make_lm(num_layers=2, activation=lambda x: x).save_to_preset(folder)
+    other = make_lm(num_layers=2)
+    monkeypatch.setattr(other, "save_weights", lambda path: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        other.save_to_preset(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["preset"]
+
+
+def test_a_tokenizer_of_an_earlier_preset_does_not_stay(tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text("{}")
+    make_lm(num_layers=1).save_to_preset(tmp_path)
+    assert DecoderLM.from_preset(tmp_path).tokenizer is None
+
+
+def test_a_compiled_model_is_compiled_when_loaded(tmp_path):
+    lm = make_lm(num_layers=1)
+    lm.compile(optimizer=keras.optimizers.Adam(0.25))
+    lm.save(tmp_path / "lm.keras")
+    loaded = keras.saving.load_model(tmp_path / "lm.keras")
+    assert float(loaded.optimizer.learning_rate.value) == 0.25
+
+
+def test_learned_positions_end_with_an_error():
+    lm = make_lm("gpt2", max_sequence_length=17)
+    with pytest.raises(ValueError, match="19 tokens from 0 on, max_sequence_length=17"):
+        lm(IDS)
+    with pytest.raises(ValueError, match="5 tokens from 13 on"):
+        lm.call_with_cache(IDS[:, :5], lm.init_cache(3, 29), 13)
 
 
 @pytest.mark.parametrize(
@@ -129,6 +171,9 @@ def test_unknown_presets_are_refused(preset, error, message):
         (dict(dropout=1.0), "`dropout` must be from 0 to below 1"),
         (dict(activation="swoosh"), "swoosh"),
         (dict(sliding_window=0), "`sliding_window`"),
+        (dict(dropout="a"), "`dropout`"),
+        (dict(layer_norm_epsilon="a"), "`layer_norm_epsilon`"),
+        (dict(rope_max_wavelength="a"), "`max_wavelength`"),
         (dict(head_dim=None, hidden_dim=47), "`hidden_dim`"),
     ],
 )
@@ -141,7 +186,7 @@ def test_bad_caches_are_refused():
     lm = make_lm()
     with pytest.raises(ValueError, match="one cache a layer.*3. Received: 2"):
         lm.call_with_cache(IDS, lm.init_cache(3, 23)[:2], 0)
-    with pytest.raises(ValueError, match="batch size B = 3. Received: 2"):
+    with pytest.raises(ValueError, match="batch size B = 3 on axis 0. Received: 2"):
         lm.call_with_cache(IDS, lm.init_cache(2, 23), 0)
     with pytest.raises(ValueError, match="index=7, T=19, S=23"):
         lm.call_with_cache(IDS, lm.init_cache(3, 23), 7)

@@ -123,6 +123,31 @@ def test_dictionaries_of_arrays_as_in_keras_hub():
     assert stopped["padding_mask"][0].sum() <= 7
 
 
+def test_full_rows_of_arrays_stay_as_they_are():
+    lm = make_lm()
+    ids = np.array([PROMPTS[0][:7], [*PROMPTS[1], 0, 0]])
+    mask = ids > 0
+    mask[0] = True
+    answer = lm.generate({"token_ids": ids, "padding_mask": mask})
+    assert answer["token_ids"][0].tolist() == PROMPTS[0][:7]
+    assert answer["token_ids"][1].tolist() == lm.generate(PROMPTS[1], max_length=7)
+    full = {"token_ids": ids[:1], "padding_mask": mask[:1]}
+    assert lm.generate(full)["token_ids"].tolist() == ids[:1].tolist()
+
+
+def test_numbers_of_any_kind():
+    lm = make_lm(num_layers=1)
+    expected = lm.generate([1, 2], max_new_tokens=3, seed=5)
+    assert expected == lm.generate(
+        [np.int64(1), np.int32(2)],
+        max_new_tokens=np.int64(3),
+        seed=np.uint8(5),
+        stop_token_ids=np.array([100]),
+    )
+    assert len(lm.generate([1, 2], max_length=9, max_new_tokens=2**63)) == 9
+    assert lm.generate([1, 2], max_new_tokens=3, seed=-1, sampler="random")
+
+
 def test_seeds():
     lm = make_lm()
 
@@ -209,6 +234,13 @@ def test_keras_hub_samplers():
         (dict(seed=1.5), TypeError, "`seed` must be an integer"),
         (dict(stop_token_ids="end"), TypeError, "`stop_token_ids`"),
         (dict(stop_token_ids=[1.5]), TypeError, "`stop_token_ids`"),
+        (dict(stop_token_ids=2.0), TypeError, "`stop_token_ids`"),
+        (dict(stop_token_ids=[2**40]), TypeError, "`stop_token_ids`"),
+        (
+            dict(sampler=lambda logits, seed: logits),
+            ValueError,
+            "`sampler` must give one token id a row",
+        ),
         (dict(inputs=list(range(100)) * 7), ValueError, "context of 613 tokens"),
     ],
 )
@@ -216,9 +248,8 @@ def test_bad_input_is_refused_by_name(arguments, error, message):
     lm = make_lm(num_layers=1)
     with pytest.raises(error, match=message):
         lm.generate(**{"inputs": [1, 2, 3], **arguments})
-    stream_arguments = {"inputs": [1, 2, 3], **arguments}
     with pytest.raises((error, TypeError)):
-        lm.stream(**stream_arguments)
+        list(lm.stream(**{"inputs": [1, 2, 3], **arguments}))
 
 
 def test_models_without_limits_need_one():

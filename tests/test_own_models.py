@@ -66,6 +66,40 @@ def test_a_subclassed_model():
     assert [7] + [ids[0] for ids in streamed] == answers[1]
 
 
+class HeadlessLM(OwnLM):
+    """Its head is called where a token is sampled only."""
+
+    def call(self, token_ids, cache=None, cache_update_index=None):
+        x = self.embed(token_ids)
+        attended, cache = self.attention(
+            x,
+            x,
+            cache=cache,
+            cache_update_index=cache_update_index,
+            use_causal_mask=True,
+        )
+        return x + attended, cache
+
+
+def test_a_head_that_was_never_called_is_built():
+    keras.utils.set_random_seed(3)
+    model, whole = HeadlessLM(), OwnLM()
+    whole(np.zeros((1, 2), "int32"))
+    generator = Generator(
+        model,
+        step=lambda ids, cache, index: model(
+            ids, cache=cache, cache_update_index=index
+        ),
+        init_cache=lambda rows, slots: CacheSpec(rows, slots, K, H).allocate(),
+        logits=lambda outputs: model.project(outputs),
+        max_sequence_length=47,
+    )
+    generator.generate([1], max_new_tokens=2)
+    whole.set_weights(model.get_weights())
+    answer = generator.generate([7, 8], max_new_tokens=13)
+    assert answer == rerun(whole, [7, 8], 13)
+
+
 def test_a_functional_model_with_a_dense_cache():
     keras.utils.set_random_seed(5)
     token_ids = keras.Input((None,), dtype="int32")

@@ -7,7 +7,6 @@ import keras
 from keras_kvcache.caches import Cache, DenseCache
 from keras_kvcache.ops import check_index, check_mask_shape
 
-
 # Constructor arguments that are layers.
 LAYER_ARGUMENTS = ("rotary_embedding", "query_norm", "key_norm")
 

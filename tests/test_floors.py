@@ -1,0 +1,57 @@
+"""Which way the package's imports go, and how long its files are."""
+
+import ast
+from pathlib import Path
+
+import keras_kvcache
+
+PACKAGE = Path(keras_kvcache.__file__).parent
+
+# A module may import from floors below its own, and from its own folder. Generation
+# and loaders lie below the models: they know none, and a model offers both.
+FLOORS = {
+    "ops": 0,
+    "caches": 1,
+    "samplers": 1,
+    "layers": 2,
+    "generation": 3,
+    "loaders": 3,
+    "models": 4,
+    "commands": 5,
+    "cli": 6,
+    "__main__": 7,
+    "__init__": 7,
+}
+
+
+def imports_of(path):
+    """The names under `keras_kvcache` that a module imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "keras_kvcache":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            if node.module.startswith("keras_kvcache."):
+                yield node.module.split(".")[1]
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.startswith("keras_kvcache."):
+                    yield alias.name.split(".")[1]
+
+
+def test_imports_go_downward_only():
+    upward = []
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        home = parts[0]
+        for name in imports_of(path):
+            if name not in FLOORS:
+                name = "__init__"
+            if name != home and FLOORS[name] >= FLOORS[home]:
+                upward.append(f"{path.name} imports {name}")
+    assert upward == ["cli.py imports __init__"]  # its version number
+
+
+def test_files_stay_short():
+    lines = {path: len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert max(lines.values()) <= 400, max(lines, key=lines.get)
