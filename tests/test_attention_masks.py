@@ -187,20 +187,27 @@ def test_masks_of_inputs_with_a_cache():
     np.testing.assert_allclose(cases.numpy(output), expected, **CLOSE)
 
 
-def test_mask_of_a_value_that_was_cached():
-    """Reading a filled cache honours the mask that its source carries."""
+def test_a_value_that_is_ignored_is_ignored_with_its_mask():
+    """Reading a cache, the source's mask must be given as an attention mask."""
     layer = cases.make_layer()
     query, value = cases.noise(B, T, cases.D), cases.noise(B, 7, cases.D, seed=1)
     mask = random_mask(B, 7)
+    other_mask = np.zeros((B, 3), bool)
     cache = cases.make_cache(layer, B, 7, "dense")
 
     @cases.compiled
-    def both(cache):
+    def steps(cache):
         filled, cache = layer(
             query, value, cache=cache, cache_update_index=0, value_mask=mask
         )
-        return filled, layer(query, value, cache=cache, value_mask=mask)[0]
+        read = layer(query, None, cache=cache, attention_mask=mask[:, None])[0]
+        seen = layer(query, None, cache=cache)[0]
+        dummy = layer(query, value[:, :3], cache=cache, value_mask=other_mask)[0]
+        return filled, read, seen, dummy
 
     plain = layer(query, value, value_mask=mask)
-    for output in both(cache):
-        np.testing.assert_allclose(cases.numpy(output), cases.numpy(plain), **CLOSE)
+    filled, read, seen, dummy = (cases.numpy(output) for output in steps(cache))
+    np.testing.assert_allclose(filled, cases.numpy(plain), **CLOSE)
+    np.testing.assert_allclose(read, cases.numpy(plain), **CLOSE)
+    np.testing.assert_array_equal(seen, dummy)
+    assert abs(seen - read).max() > 0.01

@@ -277,6 +277,27 @@ def test_mask_of_the_input(dtype, recwarn):
     )
 
 
+def test_mask_of_the_encoder_holds_when_its_cache_is_read():
+    block = make_block(encoder=True)
+    ids = np.array([[3, 5, 7, 0, 0], [1, 0, 0, 0, 0], [1, 2, 3, 4, 5]])
+    encoder = keras.layers.Embedding(29, ENCODER_D, mask_zero=True)(ids)
+    x = cases.noise(3, 4, D)
+    whole = block(x, encoder)
+    held = [keras.ops.zeros((3, 2, 5, 2, 14))] * 2
+    steps = []
+    for index in range(4):
+        output, *held = block(
+            x[:, index : index + 1],
+            encoder,
+            self_attention_cache=held[0],
+            self_attention_cache_update_index=index,
+            cross_attention_cache=held[1],
+            cross_attention_cache_update_index=0 if index == 0 else None,
+        )
+        steps.append(cases.numpy(output))
+    np.testing.assert_allclose(np.concatenate(steps, 1), cases.numpy(whole), atol=1e-5)
+
+
 @pytest.mark.parametrize("symbolic", [False, True])
 @pytest.mark.parametrize(
     "encoder, changed, words",

@@ -40,7 +40,7 @@ def check_constructor(layer):
             raise ValueError(
                 f"`{name}` must be a positive number or `None`. Received: {factor!r}"
             )
-    if layer.flash_attention and layer.logit_soft_cap is not None:
+    if layer._flash_attention and layer.logit_soft_cap is not None:
         raise ValueError(
             "`logit_soft_cap` can't be combined with `flash_attention=True`. "
             f"Received: logit_soft_cap={layer.logit_soft_cap}"
@@ -97,7 +97,7 @@ def check_call(
         ValueError: A shape or a value doesn't fit.
         TypeError: The index isn't an integer or the cache isn't a cache of floats.
     """
-    if layer.flash_attention and return_attention_scores:
+    if layer._flash_attention and return_attention_scores:
         raise ValueError(
             "`return_attention_scores` can't be combined with flash attention, which "
             "never holds the scores. Received: return_attention_scores=True"
@@ -127,10 +127,10 @@ def check_call(
 
     if attention_mask is not None:
         check_mask_shape(attention_mask, (batch, layer.num_heads, length, slots))
-    entries = slots if reads_only else entries
     _check_entry_mask("query_mask", query_mask, batch, length)
-    _check_entry_mask("value_mask", value_mask, batch, entries)
-    _check_entry_mask("key_mask", key_mask, batch, entries)
+    if not reads_only:
+        _check_entry_mask("value_mask", value_mask, batch, entries)
+        _check_entry_mask("key_mask", key_mask, batch, entries)
     return holder, index
 
 

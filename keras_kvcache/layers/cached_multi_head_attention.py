@@ -83,7 +83,8 @@ class CachedMultiHeadAttention(keras.layers.MultiHeadAttention):
         use_causal_mask: Whether to hide later positions. Without an index,
             queries stand at 0, 1, 2, …; with one, at index, index + 1, …
         query_mask, value_mask, key_mask: Boolean `(B, T)` and `(B, T')` masks,
-            which Keras fills in from masks that the inputs carry.
+            which Keras fills in from masks that the inputs carry. With a cache
+            they hide what is written in this very call.
 
     Returns:
         `output`, `(output, scores)`, `(output, cache)` or `(output, scores,
@@ -125,11 +126,6 @@ class CachedMultiHeadAttention(keras.layers.MultiHeadAttention):
         check_constructor(self)
         if query_scale is not None:
             self._inverse_sqrt_key_dim = float(query_scale)
-
-    @property
-    def flash_attention(self):
-        """Whether flash attention is demanded, here or for all of Keras."""
-        return self._flash_attention
 
     def build(self, query_shape, value_shape=None, key_shape=None):
         """Creates the projections.
@@ -204,6 +200,8 @@ class CachedMultiHeadAttention(keras.layers.MultiHeadAttention):
         """See the class."""
         if attention_mask is not None:
             attention_mask = ops.convert_to_tensor(attention_mask)
+        if cache is not None and cache_update_index is None:
+            value_mask = key_mask = None  # ignored with what they are masks of
         masks = dict(
             attention_mask=attention_mask,
             query_mask=query_mask,

@@ -210,6 +210,9 @@ class DecoderBlock(keras.layers.Layer):
         x = x + self.residual_dropout(attended, training=training)
         if self.cross_attention is not None:
             padding = encoder_padding_mask
+            reads_only = cross_attention_cache_update_index is None
+            if padding is None and cross_attention_cache is not None and reads_only:
+                padding = encoder_sequence_mask
             attended, cross_attention_cache = _with_cache(
                 self.cross_attention(
                     self.cross_attention_norm(x),
