@@ -19,7 +19,8 @@ def make_program(function, model, donate=(), static=()):
         static: Names of arguments that are part of the program.
 
     Returns:
-        A function with the arguments of `function`, to be given by name.
+        A function with the arguments of `function`, to be given by name. On JAX
+        its `lower` gives what `jax.jit` lowers it to, for a look at the program.
     """
     if keras.backend.backend() != "jax":
         return _make_eager(function)
@@ -32,9 +33,13 @@ def make_program(function, model, donate=(), static=()):
         with keras.StatelessScope(state_mapping=mapping):
             return function(**arguments)
 
-    def run(**arguments):
-        return program([variable.value for variable in model.variables], **arguments)
+    def weights():
+        return [variable.value for variable in model.variables]
 
+    def run(**arguments):
+        return program(weights(), **arguments)
+
+    run.lower = lambda **arguments: program.lower(weights(), **arguments)
     return run
 
 

@@ -1,0 +1,46 @@
+"""What JAX makes of the decode loop: the caches are donated and never copied."""
+
+import re
+
+import numpy as np
+import pytest
+from conftest import make_lm
+
+from keras_kvcache import samplers
+from keras_kvcache.generation.steps import DecodeState, Limits
+
+pytestmark = pytest.mark.jax_only
+
+S = 1031
+SHAPED = re.compile(r"= \w+\[([\d,]+)\]\S* (copy|transpose|concatenate|broadcast)\(")
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("num_key_value_heads", [2, 6])
+def test_decode_loop_holds_no_copy_of_a_cache(batch_size, num_key_value_heads):
+    lm = make_lm(
+        num_layers=2, num_key_value_heads=num_key_value_heads, max_sequence_length=S
+    )
+    cache = lm.init_cache(batch_size, S)
+    rows = np.zeros(batch_size, "int32")
+    program = lm.generator._decode.lower(
+        state=DecodeState(cache, rows, rows + 5, rows > 0, np.int32(1)),
+        limits=Limits(rows + 100, np.full(8, -1, "int32")),
+        sampler=samplers.greedy(),
+        seed=np.uint32(1),
+        steps=np.int32(64),
+    ).compile()
+    layer = cache[0].nbytes
+    memory = program.memory_analysis()
+    assert memory.alias_size_in_bytes >= 2 * layer
+    assert memory.temp_size_in_bytes < 0.2 * 2 * layer
+    # What the smallest segment but the last holds of keys.
+    large = batch_size * num_key_value_heads * 256 * lm.head_dim
+    sizes = [
+        (operation, shape)
+        for shape, operation in SHAPED.findall(program.as_text())
+        if np.prod([int(axis) for axis in shape.split(",")]) >= large
+        # The embedding's transpose is a view within the product with it.
+        and str(lm.vocabulary_size) not in shape.split(",")
+    ]
+    assert not sizes
