@@ -81,7 +81,9 @@ def chat(model, system, dtype, max_new_tokens, seed, **sampling):
 
 def info(model, batch_size, length, cache_dtype):
     """Prints a model's shape and what its cache would take."""
-    lm = DecoderLM.from_preset(model, load_weights=False, kernel_initializer="zeros")
+    # Weights without values: their shapes suffice, and the model needn't fit.
+    with keras.StatelessScope(initialize_variables=False):
+        lm = DecoderLM.from_preset(model, load_weights=False)
     spec = lm.cache_spec(batch_size, length, cache_dtype)
     per_token = lm.num_layers * spec.bytes_per_token
     parameters = lm.count_params()
