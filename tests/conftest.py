@@ -1,5 +1,6 @@
 """What several test modules use."""
 
+import functools
 import os
 
 # Before any test module imports Keras, which would choose TensorFlow.
@@ -72,7 +73,13 @@ def make_lm(kind="llama", **options):
     return DecoderLM(**{**arguments, **MODELS[kind], **options})
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@functools.cache
+def shared_lm(kind="llama"):
+    """A small model for tests that leave it as it is, so that it compiles once."""
+    return make_lm(kind)
+
+
+@pytest.fixture(params=MODELS)
 def lm(request):
-    """A small model of each kind."""
-    return make_lm(request.param)
+    """A small model of each kind, shared."""
+    return shared_lm(request.param)

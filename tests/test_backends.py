@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import MODELS, make_lm
+from conftest import MODELS, shared_lm
 from keras import ops
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [5, 3], [5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6]]
@@ -36,7 +36,7 @@ print(json.dumps(answer))
 
 @pytest.fixture(scope="module", params=MODELS)
 def model(request, tmp_path_factory):
-    lm = make_lm(request.param)
+    lm = shared_lm(request.param)
     folder = tmp_path_factory.mktemp(request.param)
     lm.save_to_preset(folder)
     return lm, str(folder)

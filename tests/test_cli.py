@@ -109,24 +109,31 @@ def test_usage_errors_exit_with_two():
         assert exit_.value.code == 2
 
 
-def start(command, *arguments):
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """Where several processes find what the first of them compiled."""
+    return {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("programs"))}
+
+
+def start(command, *arguments, **environment):
     return subprocess.Popen(
         [sys.executable, "-m", "keras_kvcache", command, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
     )
 
 
 @pytest.mark.real_model
 @pytest.mark.parametrize("characters", [0, 1, 40])
-def test_interrupt_ends_generate(smollm2_path, tmp_path, characters):
+def test_interrupt_ends_generate(smollm2_path, tmp_path, programs, characters):
     """Before the first token (while programs are compiled) and within the answer."""
     process = start(
         "generate",
         "Tell a long story.",
         *["--model", str(smollm2_path), "--max-new-tokens", "8000"],
+        **(programs if characters else {}),
     )
     if characters:
         assert len(process.stdout.read(characters)) == characters
@@ -142,8 +149,10 @@ def test_interrupt_ends_generate(smollm2_path, tmp_path, characters):
 
 
 @pytest.mark.real_model
-def test_interrupt_ends_an_answer_but_not_the_talk(smollm2_path):
-    process = start("chat", "--model", str(smollm2_path), "--max-new-tokens", "8000")
+def test_interrupt_ends_an_answer_but_not_the_talk(smollm2_path, programs):
+    process = start(
+        "chat", "--model", str(smollm2_path), "--max-new-tokens", "8000", **programs
+    )
     process.stdin.write(b"Tell me a very long story.\n")
     process.stdin.flush()
     assert len(process.stdout.read(30)) == 30

@@ -5,7 +5,7 @@ import json
 import keras
 import numpy as np
 import pytest
-from conftest import make_lm
+from conftest import make_lm, shared_lm
 from keras import ops
 
 from keras_kvcache import DecoderLM
@@ -30,7 +30,7 @@ def test_call_with_cache_equals_call(lm, layout):
 
 
 def test_caches_may_be_plain_tensors():
-    lm = make_lm()
+    lm = shared_lm()
     cache = [ops.zeros((3, 2, 23, 2, 14)) for _ in range(3)]
     logits, _, cache = lm.call_with_cache(IDS, cache, 0)
     np.testing.assert_allclose(to_numpy(logits), to_numpy(lm(IDS)), atol=1e-4)
@@ -38,7 +38,7 @@ def test_caches_may_be_plain_tensors():
 
 
 def test_what_a_cache_takes_is_known_before_it_is_made():
-    lm = make_lm()
+    lm = shared_lm()
     for layout in ("head_major", "dense"):
         spec = lm.cache_spec(2, 521, "bfloat16", layout)
         caches = lm.init_cache(2, 521, "bfloat16", layout)
@@ -183,7 +183,7 @@ def test_bad_configurations_are_refused(options, message):
 
 
 def test_bad_caches_are_refused():
-    lm = make_lm()
+    lm = shared_lm()
     with pytest.raises(ValueError, match="one cache a layer.*3. Received: 2"):
         lm.call_with_cache(IDS, lm.init_cache(3, 23)[:2], 0)
     with pytest.raises(ValueError, match="batch size B = 3 on axis 0. Received: 2"):

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from conftest import MODELS, make_lm
+from conftest import MODELS, make_lm, shared_lm
 from keras import ops
 
 from keras_kvcache import Generator, samplers
@@ -26,7 +26,9 @@ def greedy_by_rerunning(lm, prompt, new_tokens):
 
 def test_the_models_do_not_repeat_themselves():
     """Else equal answers would show nothing."""
-    answers = [make_lm(kind).generate(PROMPTS[0], max_new_tokens=37) for kind in MODELS]
+    answers = [
+        shared_lm(kind).generate(PROMPTS[0], max_new_tokens=37) for kind in MODELS
+    ]
     assert all(len(set(answer[-37:])) > 7 for answer in answers)
 
 
@@ -43,7 +45,7 @@ def test_ragged_rows_equal_each_prompt_alone(lm):
 
 
 def test_a_row_does_not_depend_on_its_mates_when_sampling():
-    lm = make_lm()
+    lm = shared_lm()
     sampler = samplers.random(0.8)
     few = lm.generate(PROMPTS[:2], max_new_tokens=19, sampler=sampler, seed=5)
     many = lm.generate(PROMPTS, max_new_tokens=19, sampler=sampler, seed=5)
@@ -51,7 +53,7 @@ def test_a_row_does_not_depend_on_its_mates_when_sampling():
 
 
 def test_rows_stop_on_their_own():
-    lm = make_lm()
+    lm = shared_lm()
     free = lm.generate(PROMPTS, max_new_tokens=29, strip_prompt=True)
     stop = free[0][3]
     stopped = lm.generate(
@@ -76,7 +78,7 @@ def test_stream_gives_what_generate_gives(lm):
 
 
 def test_lengths_and_limits_of_both_kinds():
-    lm = make_lm()
+    lm = shared_lm()
     assert len(lm.generate([1, 2, 3], max_new_tokens=1)) == 4
     assert len(lm.generate([1, 2, 3], max_length=11)) == 11
     assert len(lm.generate([1, 2, 3], max_length=11, max_new_tokens=2)) == 5
@@ -93,7 +95,7 @@ def test_generation_fills_the_whole_context_and_no_more():
 
 
 def test_prompts_longer_than_a_chunk_and_a_segment():
-    lm = make_lm()
+    lm = shared_lm()
     prompt = RNG.integers(0, 101, 577).tolist()
     logits = ops.convert_to_numpy(lm(np.array([prompt])))[0, -1]
     assert lm.generate(prompt, max_new_tokens=1)[-1] == logits.argmax()
@@ -103,7 +105,7 @@ def test_prompts_longer_than_a_chunk_and_a_segment():
 
 
 def test_dictionaries_of_arrays_as_in_keras_hub():
-    lm = make_lm()
+    lm = shared_lm()
     ids = np.zeros((2, 13), "int64")
     mask = np.zeros((2, 13), "int32")
     for row, length in enumerate((4, 7)):
@@ -124,7 +126,7 @@ def test_dictionaries_of_arrays_as_in_keras_hub():
 
 
 def test_full_rows_of_arrays_stay_as_they_are():
-    lm = make_lm()
+    lm = shared_lm()
     ids = np.array([PROMPTS[0][:7], [*PROMPTS[1], 0, 0]])
     mask = ids > 0
     mask[0] = True
@@ -149,7 +151,7 @@ def test_numbers_of_any_kind():
 
 
 def test_seeds():
-    lm = make_lm()
+    lm = shared_lm()
 
     def answer(seed):
         sampler = samplers.top_p(0.95, temperature=0.9)
@@ -184,7 +186,7 @@ def test_generation_sees_weights_as_they_are():
 
 def test_keras_hub_samplers():
     hub = pytest.importorskip("keras_hub")
-    lm = make_lm()
+    lm = shared_lm()
     greedy = lm.generate(PROMPTS[:2], max_new_tokens=13)
     sampler = hub.samplers.GreedySampler()
     assert lm.generate(PROMPTS[:2], max_new_tokens=13, sampler=sampler) == greedy
