@@ -46,7 +46,7 @@ def make_cache(layer, batch_size, capacity, layout, dtype="float32", filler=GARB
         return full(batch_size, 2, capacity, heads, key_dim)
     sizes = segment_sizes(capacity)
     return StaticCache(
-        tuple(full(batch_size, heads, size, key_dim) for size in sizes),
+        tuple(full(batch_size, heads, key_dim, size) for size in sizes),
         tuple(full(batch_size, heads, size, value_dim) for size in sizes),
     )
 
@@ -55,11 +55,9 @@ def entries(cache):
     """What a cache holds, as a NumPy array `(B, 2, S, K, H)`."""
     if keras.ops.is_tensor(cache):
         return numpy(cache)
-    halves = [
-        np.concatenate([numpy(part) for part in half], axis=2)
-        for half in (cache.keys, cache.values)
-    ]
-    return np.stack(halves, axis=1).transpose(0, 1, 3, 2, 4)
+    keys = np.concatenate([numpy(part) for part in cache.keys], axis=3)
+    values = np.concatenate([numpy(part) for part in cache.values], axis=2)
+    return np.stack([keys.transpose(0, 3, 1, 2), values.transpose(0, 2, 1, 3)], axis=1)
 
 
 def numpy(tensor):

@@ -160,8 +160,8 @@ def test_cache_that_holds_no_floats(layout, dtype):
     x = zeros(B, T, cases.D)
     cache = zeros(B, 2, S, 3, 7, dtype=dtype)
     if layout == "head_major":
-        half = zeros(B, 3, S, 7, dtype=dtype)
-        cache = StaticCache((half,), (half,))
+        keys = zeros(B, 3, 7, S, dtype=dtype)
+        cache = StaticCache((keys,), (zeros(B, 3, S, 7, dtype=dtype),))
     with pytest.raises(TypeError, match=f"must hold floats.*{dtype}"):
         layer(x, x, cache=cache, cache_update_index=0)
 
@@ -169,10 +169,10 @@ def test_cache_that_holds_no_floats(layout, dtype):
 @pytest.mark.parametrize(
     "keys, values, words",
     [
-        ((4, 3, S, 7), (B, 3, S, 7), ["keys", "batch size B = 3", "4"]),
-        ((B, 3, S, 7), (B, 2, S, 7), ["values", "heads K = 3", "2"]),
-        ((B, 3, S, 7), (B, 3, S, 5), ["values", "head size H = 7", "5"]),
-        ((B, 3, S, 7), (B, 3, 13, 7), ["slots", "[17]", "[13]"]),
+        ((4, 3, 7, S), (B, 3, S, 7), ["keys", "batch size B = 3", "4"]),
+        ((B, 3, 7, S), (B, 2, S, 7), ["values", "heads K = 3", "2"]),
+        ((B, 3, 7, S), (B, 3, S, 5), ["values", "head size H = 7", "5"]),
+        ((B, 3, 7, S), (B, 3, 13, 7), ["slots", "[17]", "[13]"]),
         ((B, S, 21), (B, S, 21), ["keys", "4 axes", "(3, 17, 21)"]),
     ],
     ids=str,

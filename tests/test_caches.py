@@ -35,11 +35,8 @@ def test_layouts_turn_into_each_other(capacity, dtype):
     """Not a bit is lost either way, and each entry is where it belongs."""
     tensor = keras.ops.convert_to_tensor(cases.noise(B, 2, capacity, K, H), dtype=dtype)
     static = DenseCache(tensor).to_static()
-    assert [keys.shape[2] for keys in static.keys] == list(segment_sizes(capacity))
-    whole = np.concatenate([cases.numpy(keys) for keys in static.keys], axis=2)
-    np.testing.assert_array_equal(
-        whole, cases.numpy(tensor)[:, 0].transpose(0, 2, 1, 3)
-    )
+    assert [keys.shape[3] for keys in static.keys] == list(segment_sizes(capacity))
+    np.testing.assert_array_equal(cases.entries(static), cases.numpy(tensor))
     back = static.to_dense()
     assert keras.backend.standardize_dtype(back.dtype) == dtype
     np.testing.assert_array_equal(cases.numpy(back), cases.numpy(tensor))
@@ -125,8 +122,9 @@ def test_view_knows_positions_and_fill(layout):
         positions = [cases.numpy(s.positions)[0] for s in view.segments]
         np.testing.assert_array_equal(np.concatenate(positions), np.arange(521))
         for segment, size in zip(view.segments, segment_sizes(521), strict=True):
-            keys, values = segment.read()
-            assert tuple(keys.shape) == tuple(values.shape) == (B, K, size, H)
+            scores = segment.scores(keras.ops.ones((B * K, 13, H)), 0, size)
+            assert tuple(scores.shape) == (B * K, 13, size)
+            assert tuple(segment.mix(scores, 0, size).shape) == (B * K, 13, H)
     assert cache.view().fill is None
 
 
@@ -165,8 +163,10 @@ def test_pytree(layout):
 def test_static_cache_of_any_segments():
     """Whoever grows a cache adds a segment of whatever size."""
     sizes = (5, 3, 11)
-    arrays = tuple(keras.ops.zeros((B, K, size, H)) for size in sizes)
-    cache = StaticCache(arrays, arrays)
+    cache = StaticCache(
+        tuple(keras.ops.zeros((B, K, H, size)) for size in sizes),
+        tuple(keras.ops.zeros((B, K, size, H)) for size in sizes),
+    )
     layer = cases.make_layer(4, H, num_key_value_heads=K)
     x = cases.noise(B, 13, cases.D)
 

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import reference
 
-from keras_kvcache.ops import Segment, View, attend, attend_with_scores, view_masks
+from keras_kvcache.ops import (
+    View,
+    attend,
+    attend_with_scores,
+    head_major_segment,
+    view_masks,
+)
 
 B, T, N, K, H, HV = 3, 5, 6, 2, 7, 11
 SIZES = (3, 1, 13)
@@ -16,20 +22,19 @@ def make_view(keys, values, reads=None):
     """Segments of `SIZES` slots; `reads` notes which are read."""
     segments, first = [], 0
     for number, size in enumerate(SIZES):
-        pair = [
-            keras.ops.convert_to_tensor(
-                np.ascontiguousarray(x[:, first : first + size].transpose(0, 2, 1, 3))
-            )
-            for x in (keys, values)
-        ]
+        part = slice(first, first + size)
+        segment = head_major_segment(
+            keras.ops.convert_to_tensor(keys[:, part].transpose(0, 2, 3, 1)),
+            keras.ops.convert_to_tensor(values[:, part].transpose(0, 2, 1, 3)),
+            cases.int32(np.arange(first, first + size)[None]),
+        )
 
-        def read(pair=pair, number=number):
+        def scores(*arguments, number=number, segment=segment):
             if reads is not None:
                 reads.append(number)
-            return pair
+            return segment.scores(*arguments)
 
-        positions = cases.int32(np.arange(first, first + size)[None])
-        segments.append(Segment(read, positions))
+        segments.append(segment._replace(scores=scores))
         first += size
     return View(tuple(segments), K, HV, None)
 

@@ -17,7 +17,7 @@ QUERY = np.array([[3, 4], [0, 1], [9, 10]])  # positions of 2 queries in 3 rows
 def test_rules_by_position(fill, causal, window):
     """Slots of two segments, not in order, one of them without a position."""
     positions = [np.array([[0, 1, 2, 3, 4]]), np.array([[9, -1, 7, 8, 5, 6, 10]])]
-    segments = tuple(Segment(None, cases.int32(p)) for p in positions)
+    segments = tuple(Segment(None, None, cases.int32(p)) for p in positions)
     view = View(segments, 1, 1, None if fill is None else cases.int32(fill))
     masks = view_masks(view, cases.int32(QUERY), causal=causal, sliding_window=window)
     assert len(masks) == 2

@@ -10,37 +10,49 @@ from hypothesis import strategies as st
 from keras_kvcache.ops import splice, write_slot
 
 
-def spliced(buffer, update, index):
+def spliced(buffer, update, index, axis=2):
     """The same, one entry at a time."""
     result = buffer.copy()
+    slots, entries = np.moveaxis(result, axis, 1), np.moveaxis(update, axis, 1)
     for row, first in enumerate(np.broadcast_to(index, len(buffer))):
-        for t in range(update.shape[2]):
-            if 0 <= first + t < buffer.shape[2]:
-                result[row, :, first + t] = update[row, :, t]
+        for t in range(entries.shape[1]):
+            if 0 <= first + t < slots.shape[1]:
+                slots[row, first + t] = entries[row, t]
     return result
 
 
-SHAPES = {"dense": (3, 2, 11, 5, 7), "head_major": (3, 5, 11, 7)}
+# Shapes, and the axis of their slots.
+SHAPES = {
+    "dense": ((3, 2, 11, 5, 7), 2),
+    "values": ((3, 5, 11, 7), 2),
+    "keys": ((3, 5, 7, 11), 3),
+}
 
 
 @pytest.mark.parametrize("length", [1, 4, 11, 13])
 @pytest.mark.parametrize("layout", SHAPES)
 def test_every_place(layout, length):
-    shape = SHAPES[layout]
+    shape, axis = SHAPES[layout]
     buffer, update = cases.noise(*shape), cases.noise(*shape, seed=1)
-    update = np.concatenate([update, update + 9], axis=2)[:, :, :length]
+    update = np.concatenate([update, update + 9], axis=axis)
+    update = np.take(update, range(length), axis=axis)
     tensors = keras.ops.convert_to_tensor(buffer), keras.ops.convert_to_tensor(update)
-    traced = cases.compiled(splice)
+
+    def splice_(*arguments):
+        return splice(*arguments, axis=axis)
+
+    traced = cases.compiled(splice_)
     for index in range(-14, 15):
-        expected = spliced(buffer, update, index)
+        expected = spliced(buffer, update, index, axis)
         got = traced(*tensors, cases.int32(index))
         np.testing.assert_array_equal(cases.numpy(got), expected)
-        got = splice(*tensors, index)
+        got = splice_(*tensors, index)
         np.testing.assert_array_equal(cases.numpy(got), expected)
     for first in range(-14, 15, 3):
         index = [first, first + 1, 5]
         got = traced(*tensors, cases.int32(index))
-        np.testing.assert_array_equal(cases.numpy(got), spliced(buffer, update, index))
+        expected = spliced(buffer, update, index, axis)
+        np.testing.assert_array_equal(cases.numpy(got), expected)
 
 
 _compiled_splice = cases.compiled(splice)

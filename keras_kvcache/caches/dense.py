@@ -9,7 +9,7 @@ from keras import ops
 from keras_kvcache.caches.base import Cache
 from keras_kvcache.caches.checks import check_arrays, nbytes
 from keras_kvcache.caches.static import StaticCache, segment_sizes
-from keras_kvcache.ops import Segment, View, splice, token_positions, write_slot
+from keras_kvcache.ops import View, dense_segment, splice, token_positions, write_slot
 
 
 @jax.tree_util.register_dataclass
@@ -18,8 +18,8 @@ class DenseCache(Cache):
     """Keys and values of one layer in one tensor; the slot is the position.
 
     This is the form that users hold in their hands and that `keras.Input` can
-    carry. It is updated in place when compiled and donated; it can't be read as
-    fast as a `StaticCache`.
+    carry. It is updated in place when compiled and donated, and read as it lies,
+    though not as fast as a `StaticCache`.
 
     Attributes:
         tensor: `(B, 2, S, K, H)`, keys at 0 and values at 1 of axis 1.
@@ -66,22 +66,16 @@ class DenseCache(Cache):
         segments, first = [], 0
         for size in segment_sizes(self.capacity):
             positions = first + ops.arange(size, dtype="int32")[None]
-            segments.append(Segment(self._reader(first, first + size), positions))
+            segments.append(dense_segment(self.tensor, first, positions))
             first += size
         return View(tuple(segments), *self.tensor.shape[3:], fill)
 
-    def _reader(self, first, last):
-        def read():
-            halves = (self.tensor[:, half, first:last] for half in (0, 1))
-            return tuple(ops.transpose(half, (0, 2, 1, 3)) for half in halves)
-
-        return read
-
     def to_static(self):
         """The same entries as a head-major `StaticCache`; exact."""
-        keys, values = [], []
-        for segment in self.view().segments:
-            key, value = segment.read()
-            keys.append(key)
-            values.append(value)
+        keys, values, first = [], [], 0
+        for size in segment_sizes(self.capacity):
+            part = self.tensor[:, :, first : first + size]
+            keys.append(ops.transpose(part[:, 0], (0, 2, 3, 1)))
+            values.append(ops.transpose(part[:, 1], (0, 2, 1, 3)))
+            first += size
         return StaticCache(tuple(keys), tuple(values))

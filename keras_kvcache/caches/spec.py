@@ -83,12 +83,11 @@ class CacheSpec:
             shape = (rows, 2, self.capacity, heads, self.head_dim)
             return DenseCache(ops.zeros(shape, self.dtype))
 
-        def buffers(head_dim):
-            return tuple(
-                ops.zeros((rows, heads, slots, head_dim), self.dtype)
-                for slots in segment_sizes(self.capacity)
-            )
-
+        sizes = segment_sizes(self.capacity)
+        value_dim = self.value_dim or self.head_dim
         return StaticCache(
-            buffers(self.head_dim), buffers(self.value_dim or self.head_dim)
+            tuple(
+                ops.zeros((rows, heads, self.head_dim, n), self.dtype) for n in sizes
+            ),
+            tuple(ops.zeros((rows, heads, n, value_dim), self.dtype) for n in sizes),
         )

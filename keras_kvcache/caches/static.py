@@ -8,7 +8,13 @@ from keras import ops
 
 from keras_kvcache.caches.base import Cache
 from keras_kvcache.caches.checks import check_arrays, nbytes
-from keras_kvcache.ops import Segment, View, splice, token_positions, write_slot
+from keras_kvcache.ops import (
+    View,
+    head_major_segment,
+    splice,
+    token_positions,
+    write_slot,
+)
 
 # Slots of the first segment: small enough that a short text costs little to
 # read, large enough that a long one has few segments to merge and compile.
@@ -35,7 +41,8 @@ class StaticCache(Cache):
     """Keys and values of one layer, heads before slots; the slot is the position.
 
     Attributes:
-        keys: Tuple of tensors `(B, K, n, H)`, one a segment.
+        keys: Tuple of tensors `(B, K, H, n)`, one a segment. Slots come last, as a
+            product with few queries reads them fastest so.
         values: Tuple of tensors `(B, K, n, Hv)`, as many slots each.
     """
 
@@ -45,7 +52,7 @@ class StaticCache(Cache):
     @property
     def capacity(self):
         """See `Cache.capacity`."""
-        return sum(keys.shape[2] for keys in self.keys)
+        return sum(values.shape[2] for values in self.values)
 
     @property
     def nbytes(self):
@@ -55,13 +62,14 @@ class StaticCache(Cache):
     def check(self, batch_size, heads, key_dim, value_dim):
         """See `Cache.check`."""
         sizes = {"batch size B": (0, batch_size), "key/value heads K": (1, heads)}
-        for name, arrays, head_dim in (
-            ("`cache` keys", self.keys, key_dim),
-            ("`cache` values", self.values, value_dim),
+        for name, arrays, head_size in (
+            ("`cache` keys", self.keys, (2, key_dim)),
+            ("`cache` values", self.values, (3, value_dim)),
         ):
-            check_arrays(name, arrays, 4, {**sizes, "head size H": (3, head_dim)})
+            check_arrays(name, arrays, 4, {**sizes, "head size H": head_size})
         slots = [
-            [array.shape[2] for array in half] for half in (self.keys, self.values)
+            [keys.shape[3] for keys in self.keys],
+            [values.shape[2] for values in self.values],
         ]
         if slots[0] != slots[1] or not slots[0]:
             raise ValueError(
@@ -72,14 +80,15 @@ class StaticCache(Cache):
     def update(self, key, value, index):
         """See `Cache.update`."""
         fill = token_positions(index, 1)[:, 0] + ops.shape(key)[1]
-        key, value = (ops.transpose(entries, (0, 2, 1, 3)) for entries in (key, value))
+        key = ops.transpose(key, (0, 2, 3, 1))
+        value = ops.transpose(value, (0, 2, 1, 3))
         slot = write_slot(index, self.capacity)
         keys, values = [], []
         for stored_keys, stored_values in zip(self.keys, self.values, strict=True):
             # Seen from a segment, most writes are past its end and dropped.
-            keys.append(splice(stored_keys, key, slot))
+            keys.append(splice(stored_keys, key, slot, axis=3))
             values.append(splice(stored_values, value, slot))
-            slot = slot - stored_keys.shape[2]
+            slot = slot - stored_values.shape[2]
         cache = StaticCache(tuple(keys), tuple(values))
         return cache, cache.view(fill)
 
@@ -87,9 +96,9 @@ class StaticCache(Cache):
         """See `Cache.view`."""
         segments, first = [], 0
         for keys, values in zip(self.keys, self.values, strict=True):
-            positions = first + ops.arange(keys.shape[2], dtype="int32")[None]
-            segments.append(Segment(lambda pair=(keys, values): pair, positions))
-            first += keys.shape[2]
+            positions = first + ops.arange(values.shape[2], dtype="int32")[None]
+            segments.append(head_major_segment(keys, values, positions))
+            first += values.shape[2]
         _, heads, _, value_dim = self.values[0].shape
         return View(tuple(segments), heads, value_dim, fill)
 
@@ -99,12 +108,12 @@ class StaticCache(Cache):
         Raises:
             ValueError: Keys and values differ in head size.
         """
-        key_dim, value_dim = self.keys[0].shape[-1], self.values[0].shape[-1]
+        key_dim, value_dim = self.keys[0].shape[2], self.values[0].shape[3]
         if key_dim != value_dim:
             raise ValueError(
                 "A dense cache needs keys and values of one head size. "
                 f"Received: key_dim={key_dim}, value_dim={value_dim}"
             )
-        keys = ops.concatenate(self.keys, axis=2)
-        values = ops.concatenate(self.values, axis=2)
-        return ops.transpose(ops.stack([keys, values], axis=1), (0, 1, 3, 2, 4))
+        keys = ops.transpose(ops.concatenate(self.keys, axis=3), (0, 3, 1, 2))
+        values = ops.transpose(ops.concatenate(self.values, axis=2), (0, 2, 1, 3))
+        return ops.stack([keys, values], axis=1)

@@ -2,7 +2,7 @@
 
 # A prompt is run in chunks of these sizes, so that prompts of all lengths need
 # three programs.
-CHUNKS = (16, 64, 256)
+CHUNKS = (32, 128, 512)
 
 # Caches have 256, 512, 1024, … slots.
 SMALLEST_CAPACITY = 256

@@ -1,11 +1,8 @@
 """Attention over a view: few queries, many slots.
 
-Scores and weighted sums are computed with batch and key/value heads merged to
-one axis, `(B·K, n, H)`: on a CPU a separate batch axis of size 1 costs a factor
-of ten. Segments are merged by their running maximum and sum, as in online
-softmax (Milakov and Gimelshein, 2018, https://arxiv.org/abs/1805.02867), the
-way flash attention merges its tiles (Dao et al., 2022,
-https://arxiv.org/abs/2205.14135).
+Segments are merged by their running maximum and sum, as in online softmax (Milakov
+and Gimelshein, 2018, https://arxiv.org/abs/1805.02867), the way flash attention
+merges its tiles (Dao et al., 2022, https://arxiv.org/abs/2205.14135).
 """
 
 from typing import Any, NamedTuple
@@ -14,15 +11,25 @@ import keras
 from keras import ops
 
 from keras_kvcache.ops.known import known_value
+from keras_kvcache.ops.products import is_few, sum_dtype
 from keras_kvcache.ops.softmax import LOWEST, masked_softmax
+
+# The maximum of no scores: so far above the score of a hidden slot that this weighs
+# nothing, and below any other.
+NOTHING_SEEN = LOWEST / 10
+
+# Slots that many queries are multiplied with at a time: no score is computed beyond
+# the block that holds the last slot seen, and those of a block stay in the
+# processor's cache.
+BLOCK = 512
 
 
 class _Partial(NamedTuple):
     """Attention over some of the slots, not yet divided by the sum of weights."""
 
-    maximum: Any  # (B·K, G·T, 1), the largest score
-    total: Any  # (B·K, G·T, 1), the sum of exp(score - maximum)
-    output: Any  # (B·K, G·T, Hv), the sum of exp(score - maximum) · value
+    maximum: Any  # (B·K, R, 1), the largest score
+    total: Any  # (B·K, R, 1), the sum of exp(score - maximum)
+    output: Any  # (B·K, R, Hv), the sum of exp(score - maximum) · value
 
 
 def attend(query, view, masks, scale, soft_cap=None):
@@ -42,26 +49,22 @@ def attend(query, view, masks, scale, soft_cap=None):
         A tensor `(B, T, N, Hv)`, float32 unless queries are float64; zero for a
         query with nothing to attend.
     """
-    batch, length, query_heads = ops.shape(query)[:3]
-    query = ops.transpose(query * scale, (0, 2, 1, 3))
-    rows = (batch * view.heads, query_heads // view.heads * length)
-    dtype = _sum_dtype(query)
+    shape, dtype = ops.shape(query), sum_dtype(query)
+    query = _merge_heads(query * scale, view.heads)
+    rows = ops.shape(query)[:2]
     running = _Partial(
-        ops.full((*rows, 1), LOWEST, dtype),
+        ops.full((*rows, 1), NOTHING_SEEN, dtype),
         ops.zeros((*rows, 1), dtype),
         ops.zeros((*rows, view.value_dim), dtype),
     )
+    few = is_few(query, view.heads)
     for segment, mask in zip(view.segments, masks, strict=True):
+        block = segment.block if few else BLOCK
 
-        def read(running, segment=segment, mask=mask):
-            part = _attend_segment(query, *segment.read(), mask, soft_cap)
-            return _merge(running, part)
-
-        running = _read_if(_any(mask), read, running)
+        attended = _Attended(query, segment, mask, soft_cap, shape)
+        running = _add_segment(running, attended, block)
     total = ops.where(running.total > 0, running.total, ops.ones_like(running.total))
-    output = running.output / total
-    output = ops.reshape(output, (batch, query_heads, length, output.shape[-1]))
-    return ops.transpose(output, (0, 2, 1, 3))
+    return _split_heads(running.output / total, shape)
 
 
 def attend_with_scores(query, view, masks, scale, soft_cap=None, dropout=None):
@@ -79,19 +82,27 @@ def attend_with_scores(query, view, masks, scale, soft_cap=None, dropout=None):
         The output `(B, T, N, Hv)` and the weights `(B, N, T, S)` before dropout,
         of the dtype of `attend`.
     """
-    batch, length, query_heads, _ = ops.shape(query)
-    dtype = _sum_dtype(query)
-    keys, values = zip(*(segment.read() for segment in view.segments), strict=True)
-    keys, values = ops.concatenate(keys, axis=2), ops.concatenate(values, axis=2)
-    group = query_heads // keys.shape[1]
-    keys, values = ops.repeat(keys, group, axis=1), ops.repeat(values, group, axis=1)
-    query = query * scale
-    scores = _contract("btnh,bnsh->bnts", query, keys, dtype)
+    shape = ops.shape(query)
+    batch, length, query_heads, _ = shape
+    query = _merge_heads(query * scale, view.heads)
+    sizes = [ops.shape(segment.positions)[1] for segment in view.segments]
+    scores = [
+        segment.scores(query, 0, size)
+        for segment, size in zip(view.segments, sizes, strict=True)
+    ]
+    scores = ops.concatenate(scores, axis=-1)
+    scores = ops.reshape(scores, (batch, query_heads, length, -1))
     if soft_cap is not None:
         scores = soft_cap * ops.tanh(scores / soft_cap)
     weights = masked_softmax(scores, _join(masks, view, (batch, query_heads, length)))
     dropped = weights if dropout is None else dropout(weights)
-    return _contract("bnts,bnsh->btnh", dropped, values, dtype), weights
+    dropped = ops.reshape(dropped, (*ops.shape(query)[:2], -1))
+    output, first = 0.0, 0
+    for segment, size in zip(view.segments, sizes, strict=True):
+        part = dropped[..., first : first + size]
+        output = output + segment.mix(part, 0, size)
+        first += size
+    return _split_heads(output, shape), weights
 
 
 def attend_fused(query, key, value, mask, scale, causal, flash_attention):
@@ -126,55 +137,109 @@ def attend_fused(query, key, value, mask, scale, causal, flash_attention):
     return ops.where(attends, output, ops.zeros_like(output))
 
 
-def _attend_segment(query, keys, values, mask, soft_cap):
-    """Query `(B, N, T, H)` over keys and values `(B, K, n, H)`."""
-    batch, query_heads, length, _ = ops.shape(query)
-    heads, slots = keys.shape[1], ops.shape(keys)[2]
-    group = query_heads // heads
-    query = ops.reshape(query, (batch * heads, group * length, query.shape[-1]))
-    keys = ops.reshape(keys, (batch * heads, slots, keys.shape[-1]))
-    values = ops.reshape(values, (batch * heads, slots, values.shape[-1]))
-    dtype = _sum_dtype(query)
-    scores = _contract("xqh,xnh->xqn", query, keys, dtype)
-    if soft_cap is not None:
-        scores = soft_cap * ops.tanh(scores / soft_cap)
-    if mask is not None:
-        mask = _merge_heads(mask, batch, heads, group, length)
-        scores = ops.where(mask, scores, LOWEST)
-    maximum = ops.max(scores, axis=-1, keepdims=True)
-    weights = ops.exp(scores - maximum)
-    if mask is not None:
-        weights = ops.where(mask, weights, 0.0)
-    return _Partial(
-        maximum,
-        ops.sum(weights, axis=-1, keepdims=True),
-        _contract("xqn,xnh->xqh", ops.cast(weights, values.dtype), values, dtype),
+class _Attended(NamedTuple):
+    """Queries, and what they attend of a segment."""
+
+    query: Any  # (B·K, R, H), scaled
+    segment: Any
+    mask: Any  # as in `attend`
+    soft_cap: float | None
+    shape: tuple  # (B, T, N, H) of the queries
+
+    def partial(self, first, count):
+        """Attention over `count` slots of the segment from `first` on."""
+        scores = self.segment.scores(self.query, first, count)
+        if self.soft_cap is not None:
+            scores = self.soft_cap * ops.tanh(scores / self.soft_cap)
+        mask = self.mask_of(first, count)
+        if mask is not None:
+            mask = _merge_mask_heads(mask, ops.shape(self.query)[0], self.shape)
+            scores = ops.where(mask, scores, LOWEST)
+        maximum = ops.max(scores, axis=-1, keepdims=True)
+        maximum = ops.maximum(maximum, NOTHING_SEEN)
+        weights = ops.exp(scores - maximum)
+        total = ops.sum(weights, axis=-1, keepdims=True)
+        return _Partial(maximum, total, self.segment.mix(weights, first, count))
+
+    def mask_of(self, first, count):
+        """The mask of these slots."""
+        if self.mask is None or self.mask.shape[3] in (None, 1, count):
+            return self.mask
+        shape = (*ops.shape(self.mask)[:3], count)
+        return ops.slice(self.mask, (0, 0, 0, first), shape)
+
+    def add_block(self, running, first, count):
+        """Merges a block in, unless it's hidden; a mask that hides nothing costs."""
+        mask = self.mask_of(first, count)
+
+        def add(running):
+            unmasked = self._replace(mask=None)
+            part = _either(
+                True if mask is None else ops.all(mask),
+                lambda: unmasked.partial(first, count),
+                lambda: self.partial(first, count),
+            )
+            return _merge(running, part)
+
+        return _either(_any(mask), lambda: add(running), lambda: running)
+
+
+def _add_segment(running, attended, block):
+    """Merges a segment in, unless it's hidden."""
+    return _either(
+        _any(attended.mask),
+        lambda: _add_slots(running, attended, block),
+        lambda: running,
     )
 
 
-def _sum_dtype(query):
-    """What scores and sums are computed in, however narrow queries and slots are."""
-    dtype = keras.backend.standardize_dtype(query.dtype)
-    return "float64" if dtype == "float64" else "float32"
+def _add_slots(running, attended, block):
+    """Merges the slots of a segment in, a block at a time if `block` is given."""
+    slots = attended.segment.positions.shape[1]
+    if slots is None or block is None or slots <= block:
+        slots = ops.shape(attended.segment.positions)[1]
+        return _merge(running, attended.partial(0, slots))
 
+    def add(number, running):
+        return attended.add_block(running, number * block, block)
 
-def _contract(equation, x, y, dtype):
-    """`einsum` that sums in `dtype`; JAX can without widening the operands first."""
+    blocks, rest = divmod(slots, block)
     if keras.backend.backend() == "jax":
-        import jax.numpy as jnp
+        import jax
 
-        return jnp.einsum(equation, x, y, preferred_element_type=dtype)
-    return ops.einsum(equation, ops.cast(x, dtype), ops.cast(y, dtype))
+        running = jax.lax.fori_loop(0, blocks, add, running)
+    else:
+        for number in range(blocks):
+            running = add(number, running)
+    if rest:
+        running = _merge(running, attended.partial(blocks * block, rest))
+    return running
 
 
-def _merge_heads(mask, batch, heads, group, length):
-    """`(1 | B, 1 | N, 1 | T, n)` to what broadcasts to `(B·K, G·T, n)`."""
+def _merge_heads(query, heads):
+    """`(B, T, N, H)` to `(B·K, R, H)`, `R = G·T`, the heads of a group together."""
+    batch, length, query_heads, head_dim = ops.shape(query)
+    query = ops.transpose(query, (0, 2, 1, 3))
+    return ops.reshape(query, (batch * heads, query_heads // heads * length, head_dim))
+
+
+def _split_heads(output, shape):
+    """`(B·K, R, Hv)` to `(B, T, N, Hv)`, with these of `shape`."""
+    batch, length, query_heads, _ = shape
+    output = ops.reshape(output, (batch, query_heads, length, output.shape[-1]))
+    return ops.transpose(output, (0, 2, 1, 3))
+
+
+def _merge_mask_heads(mask, rows, shape):
+    """`(1 | B, 1 | N, 1 | T, n)` to what broadcasts to `(B·K, R, n)`."""
+    batch, length, query_heads, _ = shape
     slots = ops.shape(mask)[3]
+    group = batch * query_heads // rows
     if mask.shape[:2] == (1, 1):
-        shape = (1, group, length, slots)
-        return ops.reshape(ops.broadcast_to(mask, shape), (1, group * length, slots))
-    mask = ops.broadcast_to(mask, (batch, heads * group, length, slots))
-    return ops.reshape(mask, (batch * heads, group * length, slots))
+        mask = ops.broadcast_to(mask, (1, group, length, slots))
+        return ops.reshape(mask, (1, group * length, slots))
+    mask = ops.broadcast_to(mask, (batch, query_heads, length, slots))
+    return ops.reshape(mask, (rows, group * length, slots))
 
 
 def _merge(a, b):
@@ -203,11 +268,11 @@ def _any(mask):
     return True if mask is None else ops.any(mask)
 
 
-def _read_if(predicate, read, running):
-    """`read(running)` where the predicate holds, else `running`, untouched."""
+def _either(predicate, then, otherwise):
+    """`then()` where the predicate holds, else `otherwise()`; `_Partial`s both."""
     known = known_value(predicate)
     if known is not None:
-        return read(running) if known else running
+        return then() if known else otherwise()
     return _Partial(
-        *ops.cond(predicate, lambda: tuple(read(running)), lambda: tuple(running))
+        *ops.cond(predicate, lambda: tuple(then()), lambda: tuple(otherwise()))
     )

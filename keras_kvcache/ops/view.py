@@ -3,22 +3,29 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from keras import ops
-
 
 class Segment(NamedTuple):
-    """A run of cache slots that is read whole or not at all.
+    """A run of cache slots that isn't read if no query may attend it.
+
+    How its entries lie in memory is its own affair: it is known by two products,
+    in both of which batch and heads are merged to one axis. `R` is the number of
+    queries that share a key/value head, `G·T`.
 
     Attributes:
-        read: Function without arguments that gives `(keys, values)`, head-major:
-            `(B, K, n, H)` each. It's called only if some query may attend one of
-            the slots, so that an empty segment costs nothing.
+        scores: Function of queries `(B·K, R, H)` and of `first` and `count`: the
+            products with the keys of `count` slots from `first` on,
+            `(B·K, R, count)`, of float32 or float64. `first` may be traced.
+        mix: Function of weights `(B·K, R, count)`, `first` and `count`: the sums
+            of values that they weigh, `(B·K, R, Hv)`, of the weights' dtype.
         positions: Absolute position of each slot, int32 `(1, n)` or `(B, n)`;
             -1 where a slot has none.
+        block: The most slots for a product with few queries; `None` for all.
     """
 
-    read: Callable[[], tuple[Any, Any]]
+    scores: Callable[..., Any]
+    mix: Callable[..., Any]
     positions: Any
+    block: int | None = None
 
 
 class View(NamedTuple):
@@ -37,21 +44,3 @@ class View(NamedTuple):
     heads: int
     value_dim: int
     fill: Any = None
-
-
-def sequence_view(keys, values):
-    """A view of keys and values that were never cached.
-
-    Args:
-        keys: Tensor `(B, S, K, H)`.
-        values: Tensor `(B, S, K, Hv)`.
-
-    Returns:
-        A `View` of one segment; entry `s` stands at position `s`.
-    """
-
-    def read():
-        return ops.transpose(keys, (0, 2, 1, 3)), ops.transpose(values, (0, 2, 1, 3))
-
-    positions = ops.arange(ops.shape(keys)[1], dtype="int32")[None]
-    return View((Segment(read, positions),), keys.shape[2], values.shape[3])
