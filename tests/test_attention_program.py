@@ -7,8 +7,6 @@ import keras
 import numpy as np
 import pytest
 
-from keras_kvcache.caches.static import segment_sizes
-
 pytestmark = pytest.mark.jax_only
 
 S, H = 1031, 37
@@ -55,18 +53,18 @@ def test_head_major_cache_is_read_where_it_lies(groups, batch_size, per_row):
 
 
 @pytest.mark.parametrize("groups, batch_size, per_row", STEPS)
-def test_dense_cache_is_written_where_it_lies(groups, batch_size, per_row):
-    """Reading it turns one segment at a time to head-major, never the cache."""
-    layer = cases.make_layer(6, H, num_key_value_heads=6 // groups)
-    cache = cases.make_cache(layer, batch_size, S, "dense")
+def test_dense_cache_is_copied_a_block_at_a_time(groups, batch_size, per_row):
+    capacity, heads = 8209, 6 // groups
+    layer = cases.make_layer(6, H, num_key_value_heads=heads)
+    cache = cases.make_cache(layer, batch_size, capacity, "dense")
     program = compiled_step(layer, cache, batch_size, per_row)
     memory = program.memory_analysis()
-    size = int(np.prod(cache.shape))
-    assert memory.alias_size_in_bytes == 4 * size
-    assert memory.temp_size_in_bytes < 0.55 * 4 * size
-    largest_half = size // 2 * max(segment_sizes(S)) // S
-    assert not made(program, COPIES, largest_half + 1)
-    assert made(program, COPIES, largest_half)  # which shows that `made` finds some
+    assert memory.alias_size_in_bytes == cache.nbytes
+    # Keys and values of a block are 2 · 1024 of 2 · 8209 slots.
+    assert memory.temp_size_in_bytes < 0.15 * cache.nbytes
+    block = batch_size * 1024 * heads * H
+    assert not made(program, COPIES, block + 1)
+    assert made(program, COPIES, block)  # which shows that `made` finds some
 
 
 def test_what_a_copy_would_look_like():
