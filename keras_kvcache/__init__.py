@@ -8,6 +8,12 @@ environment nor an `import keras` before this one.
 import os as _os
 import sys as _sys
 
+from keras_kvcache import interrupt as _interrupt
+
+# Before what takes long to import.
+if _interrupt.is_command():
+    _interrupt.set_handler(_interrupt.end_process)
+
 if "keras" not in _sys.modules:
     _os.environ.setdefault("KERAS_BACKEND", "jax")
 

@@ -1,14 +1,14 @@
 """What the command line does, once its arguments are read."""
 
 import os
-import signal
 import sys
 import time
 
 import keras
 
 from keras_kvcache import samplers
-from keras_kvcache.loaders import DownloadError, cache_folder
+from keras_kvcache.interrupt import Interrupt, interrupt_raises
+from keras_kvcache.loaders import DownloadError, cache_folder, fetch, known_presets
 from keras_kvcache.models import DecoderLM
 
 
@@ -81,6 +81,7 @@ def chat(model, system, dtype, max_new_tokens, seed, **sampling):
 
 def info(model, batch_size, length, cache_dtype):
     """Prints a model's shape and what its cache would take."""
+    _fetch(model)
     # Weights without values: their shapes suffice, and the model needn't fit.
     with keras.StatelessScope(initialize_variables=False):
         lm = DecoderLM.from_preset(model, load_weights=False)
@@ -123,7 +124,15 @@ def _keep_compiled_programs():
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+def _fetch(model):
+    """Downloads a model that is known by name; Ctrl-C leaves nothing unfinished."""
+    if model in known_presets() and not os.path.exists(model):
+        with interrupt_raises():
+            fetch(model)
+
+
 def _load(model, dtype):
+    _fetch(model)
     lm = DecoderLM.from_preset(model, **({} if dtype is None else {"dtype": dtype}))
     if lm.tokenizer is None:
         raise ValueError(f"`model` must have a tokenizer; {model} has none.")
@@ -141,38 +150,11 @@ def _sampler(temperature, **filters):
 def _read_turn():
     """The next line of the talk, or an empty string at its end."""
     try:
-        return input("> ").strip()
+        with interrupt_raises():
+            return input("> ").strip()
     except (EOFError, KeyboardInterrupt):
         print()
         return ""
-
-
-class _Interrupt:
-    """Ctrl-C while programs are compiled and run.
-
-    Python would raise `KeyboardInterrupt` wherever it is, within a callback of XLA
-    too, which swallows it, and would end while XLA still computes, which crashes.
-    So the first Ctrl-C is noted, or ends the process at once; a second one does.
-    """
-
-    def __init__(self, is_noted):
-        self._is_noted = is_noted
-        self.came = False
-
-    def __enter__(self):
-        self._before = signal.signal(signal.SIGINT, self._handle)
-        return self
-
-    def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self._before)
-
-    def _handle(self, *_):
-        if self._is_noted and not self.came:
-            self.came = True
-            return
-        # Not `print`, which may be what was interrupted.
-        os.write(2, b"\n")
-        os._exit(130)
 
 
 def _print_stream(lm, prompt, goes_on_after_interrupt=False, **options):
@@ -181,7 +163,7 @@ def _print_stream(lm, prompt, goes_on_after_interrupt=False, **options):
     first = None
     stream = lm.stream(prompt, **options)
     pieces = []
-    with _Interrupt(is_noted=goes_on_after_interrupt) as interrupt:
+    with Interrupt(is_noted=goes_on_after_interrupt) as interrupt:
         for piece in stream:
             first = first or time.perf_counter()
             pieces.append(piece)

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ import time
 import pytest
 from gguf_files import PRIMES, metadata, random_tensors, write
 
-from keras_kvcache import cli
+from keras_kvcache import cli, interrupt
 
 
 @pytest.fixture(scope="module")
@@ -115,14 +116,167 @@ def programs(tmp_path_factory):
     return {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("programs"))}
 
 
-def start(command, *arguments, **environment):
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Lets child processes get Ctrl-C where this one was started to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def start(*arguments, python=("-m", "keras_kvcache"), **environment):
     return subprocess.Popen(
-        [sys.executable, "-m", "keras_kvcache", command, *arguments],
+        [sys.executable, *python, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
     )
+
+
+def assert_ends_interrupted(process):
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert b"Traceback" not in errors and b"Exception" not in errors
+
+
+@pytest.fixture
+def console_script(tmp_path):
+    """What pip makes of the entry point."""
+    path = tmp_path / "keras-kvcache"
+    path.write_text("import sys; from keras_kvcache.cli import main; sys.exit(main())")
+    return str(path)
+
+
+# Something of Keras' imports from the first to the last, and the last of all.
+@pytest.mark.parametrize(
+    "module",
+    ["numpy", "h5py", "keras.src", "keras_kvcache.layers", "keras_kvcache.cli"],
+)
+@pytest.mark.parametrize("is_script", [False, True])
+def test_interrupt_while_importing(model, console_script, module, is_script):
+    """An import that swallows `KeyboardInterrupt` once let generation run on."""
+    program = [console_script] if is_script else ["-m", "keras_kvcache"]
+    # Python says which import is done. The prompt never ends, nor does the process.
+    process = start(
+        *("generate", "-", "--model", model),
+        python=["-X", "importtime", *program],
+    )
+    for line in process.stderr:
+        if line.split(b"|")[-1].strip() == module.encode():
+            break
+    process.send_signal(signal.SIGINT)
+    assert_ends_interrupted(process)
+
+
+def test_interrupt_of_a_download_leaves_nothing(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as index:
+        index.settimeout(60)
+        environment = {
+            "PIP_INDEX_URL": f"http://127.0.0.1:{index.getsockname()[1]}/",
+            "PIP_CONFIG_FILE": os.devnull,
+            "NO_PROXY": "127.0.0.1",
+        }
+        process = start("info", cli.DEFAULT_MODEL, **environment)
+        pip, _ = index.accept()
+        with pip:
+            # It waits for an answer now.
+            process.send_signal(signal.SIGINT)
+            assert_ends_interrupted(process)
+            pip.settimeout(60)
+            while pip.recv(1000):
+                pass
+    left = [path.name for path in (tmp_path / cli.DEFAULT_MODEL).iterdir()]
+    assert left == [".lock"]
+
+
+def test_interrupt_at_the_prompt_ends_the_talk(model):
+    process = start("chat", "--model", model)
+    assert process.stdout.read(2) == b"> "
+    process.send_signal(signal.SIGINT)
+    # The line is for a signal that came before Python began to read; it then acts as
+    # soon as Python has read. Its mark is the line that the talk ends with.
+    output, errors = process.communicate(b"hello\n", timeout=60)
+    assert process.returncode == 0, errors
+    assert output == b"\n"
+    assert b"Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    "is_command, argv, orig_argv",
+    [
+        (True, "-m generate ab", "python -m keras_kvcache generate ab"),
+        (True, "-m", "python -X dev -mkeras_kvcache"),
+        (True, "-m", "python -m keras_kvcache.cli"),
+        (True, "/bin/keras-kvcache chat", "python /bin/keras-kvcache chat"),
+        (True, "keras-kvcache.exe", "python keras-kvcache.exe"),
+        (False, "-m", "python -m other"),
+        (False, "-m keras_kvcache", "python -m other keras_kvcache"),
+        (False, "-m", "python -m my_keras_kvcache"),
+        (False, "-c keras_kvcache", "python -c keras_kvcache"),
+        (False, "train.py -m keras_kvcache", "python train.py -m keras_kvcache"),
+        (False, "-m a b c d", "python"),
+        (False, "", "python"),
+        (False, "", ""),
+    ],
+)
+def test_who_is_the_command(monkeypatch, is_command, argv, orig_argv):
+    monkeypatch.setattr(sys, "argv", argv.split())
+    monkeypatch.setattr(sys, "orig_argv", orig_argv.split())
+    assert interrupt.is_command() == is_command
+
+
+KEEPS_HANDLER = """
+import signal
+import keras_kvcache
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+"""
+IN_A_THREAD = """
+import signal, sys, threading
+sys.argv = ["keras-kvcache"]
+def work():
+    import keras_kvcache
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+assert sys.modules["keras_kvcache"].DecoderLM
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+"""
+
+
+@pytest.mark.parametrize(
+    "python",
+    [["-c", KEEPS_HANDLER], ["-m", "other"], ["-c", IN_A_THREAD]],
+    ids=["import", "package that imports", "thread"],
+)
+def test_a_program_keeps_its_interrupt_handler(tmp_path, python):
+    package = tmp_path / "other"
+    package.mkdir()
+    # Python imports this one, too, while `sys.argv[0]` is "-m".
+    (package / "__init__.py").write_text(KEEPS_HANDLER)
+    (package / "__main__.py").write_text("")
+    result = subprocess.run(
+        [sys.executable, *python], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_an_interrupt_that_is_ignored_stays_ignored():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with interrupt.interrupt_raises(), interrupt.Interrupt(is_noted=True) as noted:
+        signal.raise_signal(signal.SIGINT)
+    assert not noted.came
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_interrupt_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGINT)
+    with interrupt.Interrupt(is_noted=True) as noted:
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt), interrupt.interrupt_raises():
+            signal.raise_signal(signal.SIGINT)
+        assert noted.came
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.real_model
@@ -143,9 +297,7 @@ def test_interrupt_ends_generate(smollm2_path, tmp_path, programs, characters):
         while not list(tmp_path.glob("programs/*")) and time.monotonic() < deadline:
             time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert b"Traceback" not in errors and b"Exception" not in errors
+    assert_ends_interrupted(process)
 
 
 @pytest.mark.real_model

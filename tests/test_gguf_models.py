@@ -1,5 +1,6 @@
 """Models from GGUF files, against the tensors that were written."""
 
+import keras
 import numpy as np
 import pytest
 from gguf_files import PRIMES, metadata, random_tensors, write
@@ -60,3 +61,18 @@ def test_nothing_is_made_of_a_bad_file(tmp_path):
     path.write_bytes(b"PK\x03\x04" + bytes(100))
     with pytest.raises(ValueError, match="model.gguf"):
         DecoderLM.from_preset(path)
+
+
+@pytest.mark.jax_only
+def test_dtype_suits_the_platform_unless_told_otherwise(tmp_path, monkeypatch):
+    import jax
+
+    path = write(tmp_path / "model.gguf", metadata(**PRIMES), random_tensors(PRIMES))
+    assert DecoderLM.from_preset(path).compute_dtype == "float32"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert DecoderLM.from_preset(path).compute_dtype == "bfloat16"
+    assert DecoderLM.from_preset(path, dtype="float32").compute_dtype == "float32"
+    monkeypatch.setattr(
+        keras.config, "dtype_policy", lambda: keras.DTypePolicy("float16")
+    )
+    assert DecoderLM.from_preset(path).compute_dtype == "float16"

@@ -9,6 +9,7 @@ import keras
 
 from keras_kvcache import loaders
 from keras_kvcache.models.decoder_config import get_initializer
+from keras_kvcache.ops import preferred_dtype
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.weights.h5"
@@ -30,7 +31,9 @@ class PresetMethods:
                 model; or a folder that `save_to_preset` wrote.
             load_weights: Whether to load weights, or to leave them random.
             **kwargs: Constructor arguments that take the place of the preset's,
-                such as `dtype="bfloat16"`.
+                such as `dtype="bfloat16"`. A GGUF file's dtype is by default
+                bfloat16 on an accelerator and float32 on a CPU; a folder's is
+                that of the model it was saved from.
 
         Returns:
             The model, with its tokenizer.
@@ -44,7 +47,8 @@ class PresetMethods:
         if path.is_dir():
             return _load_folder(cls, path, load_weights, kwargs)
         checkpoint = loaders.read_gguf(path)
-        config = {"tokenizer": checkpoint.tokenizer, **checkpoint.config, **kwargs}
+        config = {"dtype": preferred_dtype(), "tokenizer": checkpoint.tokenizer}
+        config |= {**checkpoint.config, **kwargs}
         model = _construct(cls, config, load_weights)
         if load_weights:
             assign_weights(model, checkpoint.weights)

@@ -3,6 +3,7 @@
 from keras_kvcache.ops.attention import attend, attend_fused, attend_with_scores
 from keras_kvcache.ops.known import known_value
 from keras_kvcache.ops.masks import align_mask, check_mask_shape, view_masks
+from keras_kvcache.ops.platform import preferred_dtype
 from keras_kvcache.ops.positions import check_index, token_positions, write_slot
 from keras_kvcache.ops.products import (
     dense_segment,
@@ -26,6 +27,7 @@ __all__ = [
     "head_major_segment",
     "inverse_frequencies",
     "known_value",
+    "preferred_dtype",
     "rotate",
     "sequence_view",
     "splice",

@@ -1,0 +1,159 @@
+"""What all benchmarks share: interleaved timing, the machine, tables, JSON lines."""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("keras", "jax", "keras-hub", "transformers", "torch", "llama-cpp-python")
+
+
+def read_arguments(description):
+    """The options of every benchmark: `--quick` and `--output`."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(
+        "--quick", action="store_true", help="small sizes, for a look that it runs"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=RESULTS, help="folder for the JSON lines"
+    )
+    return parser.parse_args()
+
+
+def time_interleaved(functions, repeats):
+    """Times functions in turns, so that a slow moment of the machine hits all.
+
+    Args:
+        functions: Dictionary from names to functions without arguments that
+            return when their work is done. Each is first called once untimed.
+        repeats: How many rounds.
+
+    Returns:
+        A dictionary from names to lists of seconds, one a round.
+    """
+    seconds = {name: [] for name in functions}
+    for function in functions.values():
+        function()
+    for round_ in range(repeats):
+        # Alternate the order: what runs after whom matters to caches and clocks.
+        for name in list(functions)[:: 1 if round_ % 2 == 0 else -1]:
+            begin = time.perf_counter()
+            functions[name]()
+            seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def median_seconds(functions, repeats):
+    """The medians of `time_interleaved`."""
+    seconds = time_interleaved(functions, repeats)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def read_bandwidth(nbytes=2**30, repeats=7):
+    """Bytes per second that all cores together read from memory.
+
+    Args:
+        nbytes: Size of the buffer that is summed; by default more than caches hold.
+        repeats: How many rounds to take the median of.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    buffer = jnp.ones(nbytes // 4, jnp.float32)
+    total = jax.jit(jnp.sum)
+    seconds = median_seconds({"sum": lambda: total(buffer).block_until_ready()}, repeats)
+    return nbytes / seconds["sum"]
+
+
+class Report:
+    """Rows of one benchmark: a table on standard output, JSON lines in a file.
+
+    Args:
+        name: Name of the benchmark, of its file `<name>.jsonl` too.
+        options: What `read_arguments` gave.
+    """
+
+    def __init__(self, name, options):
+        self.name = name
+        self._rows = []
+        suffix = "-quick" if options.quick else ""
+        self._path = options.output / f"{name}{suffix}.jsonl"
+        self._context = {
+            "machine": describe_machine(),
+            "date": datetime.date.today().isoformat(),
+            "versions": _versions(),
+        }
+
+    def add(self, **row):
+        """Adds a row; it's shown and kept at once, as a long run may be cut short."""
+        self._rows.append(row)
+        shown = ", ".join(f"{key}={_format(value)}" for key, value in row.items())
+        print(f"# {shown}", file=sys.stderr, flush=True)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self._path, "w", encoding="utf-8") as file:
+            for line in ({"benchmark": self.name, **self._context}, *self._rows):
+                file.write(json.dumps(line) + "\n")
+
+    def finish(self):
+        """Prints the table."""
+        columns = list(dict.fromkeys(key for row in self._rows for key in row))
+        cells = [[_format(row.get(key, "")) for key in columns] for row in self._rows]
+        print(f"\n{self.name}: {self._context['machine']}\n")
+        for line in markdown_table(columns, cells):
+            print(line)
+
+
+def read_results(path):
+    """The context and the rows that a `Report` wrote."""
+    context, *rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return context, rows
+
+
+def markdown_table(columns, cells):
+    """Lines of a table whose columns are aligned."""
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    for row in (columns, ["-" * width for width in widths], *cells):
+        padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        yield "| " + " | ".join(padded) + " |"
+
+
+def describe_machine():
+    """What the benchmark ran on, in a line."""
+    import jax
+
+    accelerator = jax.devices()[0]
+    if accelerator.platform != "cpu":
+        return f"{accelerator.device_kind}, {platform.machine()} host"
+    return f"{_processor()}, {len(os.sched_getaffinity(0))} cores, {platform.system()}"
+
+
+def _processor():
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _versions():
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _format(value):
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
+    return str(value)

@@ -1,0 +1,90 @@
+"""What Ctrl-C (SIGINT) does to the command line.
+
+Python's own handler raises `KeyboardInterrupt` wherever the interpreter is: within a
+bare `except` of an import, or a callback of XLA or of the garbage collector, where it
+is swallowed; and Python would end while XLA still computes, which crashes. So Ctrl-C
+ends the command's process at once, from its first import on. Python's own handler is
+back where something is to be done about it: while a model is downloaded and at the
+prompt of a talk. Within an answer of a talk it is noted.
+
+A program that imports the package keeps its own handler.
+"""
+
+import os
+import signal
+import sys
+import threading
+from contextlib import contextmanager
+
+
+def is_command():
+    """Whether this process is `keras-kvcache` or `python -m keras_kvcache`.
+
+    While Python imports the package that `-m` names, or one that holds the module that
+    it names, `sys.argv[0]` is `"-m"`. The name is in `sys.orig_argv` then, before the
+    same arguments.
+    """
+    program = "".join(sys.argv[:1])
+    if program == "-m":
+        module = "".join(sys.orig_argv[-len(sys.argv) :][:1])
+        return module.removeprefix("-m").partition(".")[0] == "keras_kvcache"
+    return os.path.basename(program).removesuffix(".exe") == "keras-kvcache"
+
+
+def set_handler(handler):
+    """Gives Ctrl-C a handler, unless it is ignored or handled outside of Python.
+
+    Returns:
+        The handler so far.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    # Python calls handlers in the main thread only, and only it may set them.
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and before not in (signal.SIG_IGN, None):
+        signal.signal(signal.SIGINT, handler)
+    return before
+
+
+def end_process(*_):
+    """A handler that ends the process with status 130, whatever it is doing."""
+    try:
+        # Not `print`, which may be what was interrupted.
+        os.write(2, b"\n")
+    finally:
+        os._exit(130)
+
+
+@contextmanager
+def interrupt_raises():
+    """Within it, Ctrl-C raises `KeyboardInterrupt`."""
+    before = set_handler(signal.default_int_handler)
+    try:
+        yield
+    finally:
+        set_handler(before)
+
+
+class Interrupt:
+    """Ctrl-C while programs are compiled and run.
+
+    The first one is noted, or ends the process at once; a second one does.
+
+    Args:
+        is_noted: Whether the first one is noted, in the attribute `came`.
+    """
+
+    def __init__(self, is_noted):
+        self._is_noted = is_noted
+        self.came = False
+
+    def __enter__(self):
+        self._before = set_handler(self._handle)
+        return self
+
+    def __exit__(self, *_):
+        set_handler(self._before)
+
+    def _handle(self, *_):
+        if self.came or not self._is_noted:
+            end_process()
+        self.came = True
