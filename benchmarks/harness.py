@@ -68,8 +68,8 @@ def read_bandwidth(nbytes=2**30, repeats=7):
 
     buffer = jnp.ones(nbytes // 4, jnp.float32)
     total = jax.jit(jnp.sum)
-    seconds = median_seconds({"sum": lambda: total(buffer).block_until_ready()}, repeats)
-    return nbytes / seconds["sum"]
+    functions = {"sum": lambda: total(buffer).block_until_ready()}
+    return nbytes / median_seconds(functions, repeats)["sum"]
 
 
 class Report:

@@ -84,9 +84,7 @@ def read_weights(lm):
             "query": dense(attention.query_dense, width),
             "key": dense(attention.key_dense, width),
             "value": dense(attention.value_dense, width),
-            "output": dense(
-                attention.output_dense, lm.num_query_heads * lm.head_dim
-            ),
+            "output": dense(attention.output_dense, lm.num_query_heads * lm.head_dim),
             "forward_norm": values(block.feedforward_norm),
             "up": dense(forward.intermediate, width),
             "down": dense(forward.output_dense, lm.intermediate_dim),
@@ -111,10 +109,11 @@ def empty_cache(shape, layers, capacity):
         sizes.append(min(max(total, FIRST_SEGMENT), capacity - total))
         total += sizes[-1]
     heads, head_dim = shape.heads, shape.head_dim
-    return [
-        [(jnp.zeros((heads, head_dim, n)), jnp.zeros((heads, n, head_dim))) for n in sizes]
-        for _ in range(layers)
-    ]
+
+    def segment(slots):
+        return jnp.zeros((heads, head_dim, slots)), jnp.zeros((heads, slots, head_dim))
+
+    return [[segment(slots) for slots in sizes] for _ in range(layers)]
 
 
 def normalize(shape, weights, x):
@@ -123,7 +122,8 @@ def normalize(shape, weights, x):
         return x * jax.lax.rsqrt(square + shape.epsilon) * weights[0]
     mean = jnp.mean(x, axis=-1, keepdims=True)
     variance = jnp.mean(x * x, axis=-1, keepdims=True) - mean * mean
-    return (x - mean) * jax.lax.rsqrt(variance + shape.epsilon) * weights[0] + weights[1]
+    scale = jax.lax.rsqrt(variance + shape.epsilon) * weights[0]
+    return (x - mean) * scale + weights[1]
 
 
 def dense(weights, x):
@@ -235,8 +235,9 @@ def prefill(shape, weights, prompt, cache):
     x, cos_sin = embed(shape, weights, prompt, jnp.arange(length))
     filled = []
     for block, segments in zip(weights["blocks"], cache, strict=True):
+        filled_layer = []
 
-        def attention(query, key, value, segments=segments):
+        def attention(query, key, value, segments=segments, filled=filled_layer):
             first = 0
             for keys, values in segments:
                 part = slice(first, min(first + values.shape[1], length))
@@ -247,11 +248,10 @@ def prefill(shape, weights, prompt, cache):
                     values = values.at[:, : part.stop - first].set(
                         value[part].transpose(1, 0, 2)
                     )
-                filled_layer.append((keys, values))
+                filled.append((keys, values))
                 first += values.shape[1]
             return jax.nn.dot_product_attention(query, key, value, is_causal=True)
 
-        filled_layer = []
         x = block_step(shape, block, x, cos_sin, attention)
         filled.append(filled_layer)
     return likeliest(shape, weights, x[-1:])[0].astype(jnp.int32), filled
