@@ -80,8 +80,8 @@ def save(figure, context, rows, path):
         axes.spines[["top", "right"]].set_visible(False)
         handles |= {line.get_label(): line for line in axes.get_lines()}
     grid[0].set_ylabel(figure.y)
-    place = dict(loc="outside lower center", ncols=3, frameon=False)
-    canvas.legend(handles.values(), handles.keys(), **place)
+    place = dict(loc="outside lower center", borderaxespad=1.5)
+    canvas.legend(handles.values(), handles.keys(), ncols=3, frameon=False, **place)
     canvas.suptitle(figure.title)
     canvas.get_layout_engine().set(rect=(0, 0.045, 1, 0.955))
     canvas.text(0.5, 0.01, context["machine"], ha="center", fontsize="x-small")
@@ -97,7 +97,7 @@ def draw_lines(axes, rows, figure):
         axes.plot(*zip(*points, strict=True), label=name, **style_of(name))
     axes.set_xscale("log", base=2)
     ticks = sorted({row[x] for row in rows})
-    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize="small")
     axes.xaxis.set_minor_locator(NullLocator())
     plain_log_scale(axes)
 
@@ -139,7 +139,7 @@ def draw_stages(axes, rows, figure):
         labels = [label if width > narrow else "" for width in seconds]
         axes.bar_label(bars, labels, label_type="center", fontsize="small")
         ends = [end + more for end, more in zip(ends, seconds, strict=True)]
-    axes.bar_label(bars, [f"{end:.1f} s" for end in ends], padding=4)
+    axes.bar_label(bars, [f"{row['in all s']:.1f} s" for row in rows], padding=4)
     axes.margins(x=0.12)
     axes.invert_yaxis()
 
@@ -197,9 +197,9 @@ FIGURES = (
     ),
     Figure(
         "attention_step",
-        "What does a decode step of attention cost as its cache grows, hardly filled?",
+        "What does a decode step of attention cost as its cache has more room?",
         draw_lines,
-        ("capacity", "slots"),
+        ("capacity", "capacity in slots, 256 filled"),
         "ms per step",
         SHAPE,
         at_smallest_fill,
