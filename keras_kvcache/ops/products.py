@@ -105,9 +105,11 @@ def dense_segment(tensor, origin, positions):
     def mix(weights, first, count):
         values = read(1, first, count)
         if is_few(weights, heads):
-            weights = ops.reshape(weights, (batch, -1, count))
+            rows = weights.shape[1]
+            weights = ops.reshape(weights, (batch, heads * rows, count))
             values = ops.reshape(values, (batch, count, heads * head_dim))
-            return _gather(_mix("brn,bnf->brf", weights, values), batch, heads)
+            product = _mix("brn,bnf->brf", weights, values)
+            return _gather(product, (batch, heads, rows, head_dim))
         values = ops.transpose(values, (0, 2, 1, 3))
         values = ops.reshape(values, (batch * heads, count, head_dim))
         return _mix("xrn,xnh->xrh", weights, values)
@@ -126,15 +128,15 @@ def _slots(tensor, first, count, axis):
 
 def _spread(query, batch, heads):
     """Block-diagonal: `(B·K, R, H)` to `(B, K·R, K·H)`."""
-    rows, head_dim = ops.shape(query)[1], query.shape[2]
+    rows, head_dim = query.shape[1:]
     query = ops.reshape(query, (batch, heads, rows, 1, head_dim))
     query = query * _own_head(heads, query.dtype)
     return ops.reshape(query, (batch, heads * rows, heads * head_dim))
 
 
-def _gather(product, batch, heads):
-    """Each head's own part: `(B, K·R, K·H)` to `(B·K, R, H)`."""
-    rows, head_dim = product.shape[1] // heads, product.shape[2] // heads
+def _gather(product, shape):
+    """Each head's own part: `(B, K·R, K·H)` to `(B·K, R, H)`; `shape` has the sizes."""
+    batch, heads, rows, head_dim = shape
     product = ops.reshape(product, (batch, heads, rows, heads, head_dim))
     # Not a sum of products: what belongs to other heads may be infinite.
     own = ops.where(_own_head(heads, "bool"), product, 0.0)
