@@ -22,7 +22,7 @@ QUICK_CASES = ((24, 41),)  # What the contenders' check has compiled.
 def main():
     options = harness.read_arguments("Times the first token of prompts.")
     report = harness.Report("first_token", options)
-    rounds = 2
+    rounds = 2 if options.quick else 3
     runs = ((subjects.gpt2, GPT2_CASES), (subjects.smollm2, SMOLLM2_CASES))
     for make_subject, cases in runs:
         subject = make_subject(options.quick)

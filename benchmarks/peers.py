@@ -6,6 +6,7 @@ runs the weights of the GGUF file quantized as they are. A contender that can't 
 here is left out with a line that says so; those that should agree are checked to.
 """
 
+import abc
 import functools
 import importlib.util
 import itertools
@@ -18,12 +19,13 @@ from keras_kvcache.generation.sizes import capacity_for
 CORES = len(os.sched_getaffinity(0))
 
 
-class Contender:
+class Contender(abc.ABC):
     """A library that runs a `Subject`; `name` and `needs` belong to the class."""
 
     needs = ()  # modules
     exact = True  # whether it must choose the tokens that the others choose
 
+    @abc.abstractmethod
     def generate(self, prompts, new_tokens, capacity):
         """Decodes greedily.
 
@@ -36,7 +38,6 @@ class Contender:
         Returns:
             Lists of the new ids.
         """
-        raise NotImplementedError
 
     def first_token(self, prompt, capacity):
         """Runs a prompt and makes one token, with room for `capacity` tokens."""

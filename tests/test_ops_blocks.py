@@ -76,9 +76,8 @@ def test_a_mask_may_hide_all_of_a_block_or_of_a_query(layout, number):
     query = cases.noise(B, length, N, H, seed=1)
     mask = np.random.default_rng(2).random((B, N, length, S)) < 0.5
     mask[..., 11:26] = False  # whole blocks
-    mask[:, :, 1] = False  # a query
     mask[..., 33:44] = True  # a block without a hidden slot but for that query
-    mask[:, :, 1] = False
+    mask[:, :, 1] = False  # a query
     view = cache.view()
 
     @cases.compiled

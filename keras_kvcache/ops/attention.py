@@ -60,7 +60,6 @@ def attend(query, view, masks, scale, soft_cap=None):
     few = is_few(query, view.heads)
     for segment, mask in zip(view.segments, masks, strict=True):
         block = segment.block if few else BLOCK
-
         attended = _Attended(query, segment, mask, soft_cap, shape)
         running = _add_segment(running, attended, block)
     total = ops.where(running.total > 0, running.total, ops.ones_like(running.total))
@@ -211,9 +210,7 @@ def _add_slots(running, attended, block):
     else:
         for number in range(blocks):
             running = add(number, running)
-    if rest:
-        running = _merge(running, attended.partial(blocks * block, rest))
-    return running
+    return attended.add_block(running, blocks * block, rest) if rest else running
 
 
 def _merge_heads(query, heads):
