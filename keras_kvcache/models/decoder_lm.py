@@ -3,17 +3,16 @@
 import keras
 from keras import ops
 
-from keras_kvcache.caches import CacheSpec
-from keras_kvcache.generation import GenerateMethods, Generator
 from keras_kvcache.layers import DecoderBlock, RotaryEmbedding
 from keras_kvcache.layers.normalization import make_normalization
 from keras_kvcache.models.decoder_config import complete_config, get_initializer
+from keras_kvcache.models.decoding import DecodingMethods
 from keras_kvcache.models.presets import PresetMethods
 from keras_kvcache.ops import token_positions
 
 
 @keras.saving.register_keras_serializable(package="keras_kvcache")
-class DecoderLM(PresetMethods, GenerateMethods, keras.Model):
+class DecoderLM(PresetMethods, DecodingMethods, keras.Model):
     """Token ids in, logits out: embedding, blocks, final norm, projection.
 
     The defaults are a Llama's (Touvron et al., 2023,
@@ -265,47 +264,6 @@ class DecoderLM(PresetMethods, GenerateMethods, keras.Model):
             positions = ops.minimum(positions, self.max_sequence_length - 1)
             x = x + self.position_table(positions)
         return self.embedding_dropout(x, training=training)
-
-    def cache_spec(self, batch_size, max_length=None, dtype=None, layout="head_major"):
-        """What one layer's cache would be; the model has `num_layers` of them.
-
-        Args:
-            batch_size: `B`.
-            max_length: `S`; `None` for `max_sequence_length`.
-            dtype: Dtype of the entries; `None` for the model's compute dtype.
-            layout: `"head_major"` or `"dense"`, as in `CacheSpec`.
-
-        Returns:
-            A `keras_kvcache.caches.CacheSpec`.
-        """
-        return CacheSpec(
-            batch_size,
-            self.max_sequence_length if max_length is None else max_length,
-            self.num_key_value_heads,
-            self.head_dim,
-            dtype=dtype or self.compute_dtype,
-            layout=layout,
-        )
-
-    def init_cache(self, batch_size, max_length=None, dtype=None, layout="head_major"):
-        """Empty caches, a tuple of one a layer. Arguments as in `cache_spec`."""
-        spec = self.cache_spec(batch_size, max_length, dtype, layout)
-        return tuple(spec.allocate() for _ in range(self.num_layers))
-
-    @property
-    def generator(self):
-        """The `Generator` behind `generate` and `stream`."""
-        if self._generator is None:
-            self._generator = Generator(
-                self,
-                step=self.hidden_with_cache,
-                init_cache=self.init_cache,
-                logits=self.logits,
-                tokenizer=self.tokenizer,
-                max_sequence_length=self.max_sequence_length,
-                vocabulary_size=self.vocabulary_size,
-            )
-        return self._generator
 
     def compile(
         self,
