@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from keras_kvcache.caches import DenseCache
+from keras_kvcache.caches import StaticCache
 from keras_kvcache.layers import CachedMultiHeadAttention, RotaryEmbedding
 
 STEPS = 4  # tokens that one call decodes
@@ -221,7 +221,7 @@ def make_caches(shape, capacity, dtype, head_major):
     caches = []
     for layer in range(shape.layers):
         cache = jax.random.normal(jax.random.key(layer), size, dtype)
-        caches.append(DenseCache(cache).to_static() if head_major else cache)
+        caches.append(StaticCache.from_dense(cache) if head_major else cache)
     return caches
 
 

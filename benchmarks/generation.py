@@ -118,7 +118,7 @@ def bytes_read(lm, fill):
     """
     weights = (weight for weight in lm.weights if "position" not in weight.path)
     weight_bytes = sum(4 * math.prod(weight.shape) for weight in weights)
-    return weight_bytes + lm.num_layers * lm.cache_spec(1, fill).nbytes
+    return weight_bytes + lm.cache_bytes(1, fill).total
 
 
 def measure_stream(report, subject, new_tokens, rounds):

@@ -39,7 +39,7 @@ def main():
         hub_lm = peer_models.hub_model(lm)
         contenders["keras-hub"] = functools.partial(weigh_keras_hub, hub_lm)
     for capacity in QUICK_CAPACITIES if options.quick else CAPACITIES:
-        cache = lm.num_layers * lm.cache_spec(1, capacity).nbytes
+        cache = lm.cache_bytes(1, capacity).total
         for name, weigh in contenders.items():
             report.add(
                 contender=name,

@@ -51,9 +51,8 @@ def _parser():
     info.add_argument("model", help=_model_help())
     info.add_argument("--batch-size", type=int, default=1, metavar="B")
     info.add_argument(
-        "--length", type=int, metavar="S", help="cache slots (the model's longest)"
+        "--length", type=int, metavar="S", help="tokens (the model's longest sequence)"
     )
-    info.add_argument("--cache-dtype", metavar="DTYPE", help="dtype of the cache")
     info.set_defaults(command=commands.info)
     return parser
 
@@ -88,6 +87,11 @@ def _add_generation(parser):
     parser.add_argument("--top-p", type=float, metavar="P", help="keep a mass of P")
     parser.add_argument(
         "--min-p", type=float, metavar="P", help="keep P times the likeliest's"
+    )
+    parser.add_argument(
+        "--cache",
+        metavar="NAME",
+        help="a codec (float32, bfloat16, int8, int4) or a kind (static, rolling)",
     )
     parser.add_argument("--seed", type=int, metavar="N", help="repeatable sampling")
 

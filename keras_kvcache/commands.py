@@ -7,6 +7,7 @@ import time
 import keras
 
 from keras_kvcache import samplers
+from keras_kvcache.caches import CODECS, DTYPES, Static
 from keras_kvcache.interrupt import Interrupt, interrupt_raises
 from keras_kvcache.loaders import DownloadError, cache_folder, fetch, known_presets
 from keras_kvcache.models import DecoderLM
@@ -40,7 +41,7 @@ def run(command, **options):
     return 0
 
 
-def generate(prompt, model, raw, dtype, max_new_tokens, seed, **sampling):
+def generate(prompt, model, raw, dtype, cache, max_new_tokens, seed, **sampling):
     """Answers one prompt on standard output, as the text appears."""
     sampler = _sampler(**sampling)
     if prompt == "-":
@@ -50,10 +51,17 @@ def generate(prompt, model, raw, dtype, max_new_tokens, seed, **sampling):
     lm = _load(model, dtype)
     if not raw and lm.tokenizer.chat_template is not None:
         prompt = lm.tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
-    _print_stream(lm, prompt, max_new_tokens=max_new_tokens, sampler=sampler, seed=seed)
+    _print_stream(
+        lm,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        sampler=sampler,
+        seed=seed,
+        cache=cache,
+    )
 
 
-def chat(model, system, dtype, max_new_tokens, seed, **sampling):
+def chat(model, system, dtype, cache, max_new_tokens, seed, **sampling):
     """Talks turn by turn until the end of input, Ctrl-D or Ctrl-C at the prompt.
 
     Ctrl-C within an answer ends that answer.
@@ -74,23 +82,23 @@ def chat(model, system, dtype, max_new_tokens, seed, **sampling):
             max_new_tokens=max_new_tokens,
             sampler=sampler,
             seed=seed,
+            cache=cache,
             goes_on_after_interrupt=True,
         )
         messages.append({"role": "assistant", "content": answer})
 
 
-def info(model, batch_size, length, cache_dtype):
-    """Prints a model's shape and what its cache would take."""
+def info(model, batch_size, length):
+    """Prints a model's shape and what its caches would take."""
     _fetch(model)
     # Weights without values: their shapes suffice, and the model needn't fit.
     with keras.StatelessScope(initialize_variables=False):
         lm = DecoderLM.from_preset(model, load_weights=False)
-    spec = lm.cache_spec(batch_size, length, cache_dtype)
-    per_token = lm.num_layers * spec.bytes_per_token
-    parameters = lm.count_params()
+    windows = sorted({block.sliding_window for block in lm.blocks} - {None})
+    length = lm.max_sequence_length if length is None else length
     rows = {
         "model": model,
-        "parameters": f"{parameters:,}",
+        "parameters": f"{lm.count_params():,}",
         "vocabulary V": f"{lm.vocabulary_size:,}",
         "layers L": lm.num_layers,
         "query heads N": lm.num_query_heads,
@@ -99,18 +107,21 @@ def info(model, batch_size, length, cache_dtype):
         "width D": lm.hidden_dim,
         "feed-forward width": lm.intermediate_dim,
         "longest sequence": f"{lm.max_sequence_length:,}",
-        "sliding window W": lm.sliding_window or "none",
-        "cache": f"{batch_size} x {spec.capacity:,} tokens, {spec.dtype}",
-        "  a token": f"{per_token:,} bytes",
-        "  a row": _megabytes(per_token * spec.capacity),
-        "  in all": _megabytes(lm.num_layers * spec.nbytes),
+        "sliding window W": ", ".join(map(str, windows)) or "none",
     }
     for name, value in rows.items():
         print(f"{name:<20}{value}")
-
-
-def _megabytes(size):
-    return f"{size:,} bytes ({size / 1e6:,.1f} MB)"
+    print(f"\n{f'bytes of caches for {batch_size} x {length:,} tokens':<44}", end="")
+    print(f"{'a token':>12}{'a row':>18}{'in all':>18}")
+    kinds = [Static.name, *(["auto"] if windows else [])]
+    for kind in kinds:
+        for codec in (*DTYPES, *CODECS):
+            size = lm.cache_bytes(batch_size, length, kind=kind, codec=codec)
+            label = "rolling where layers slide" if kind == "auto" else kind
+            print(
+                f"  {label + ', ' + codec:<42}{size.per_token:>12,.0f}"
+                f"{size.per_row:>18,}{size.total:>18,}"
+            )
 
 
 def _keep_compiled_programs():

@@ -1,10 +1,10 @@
 """Layers, caches and inputs that the tests of attention share."""
 
+import jax
 import keras
 import numpy as np
 
-from keras_kvcache.caches import StaticCache
-from keras_kvcache.caches.static import segment_sizes
+from keras_kvcache.caches import CacheSpec
 from keras_kvcache.layers import CachedMultiHeadAttention, RotaryEmbedding
 
 D = 11  # width of the inputs
@@ -44,20 +44,14 @@ def make_cache(layer, batch_size, capacity, layout, dtype="float32", filler=GARB
 
     if layout == "dense":
         return full(batch_size, 2, capacity, heads, key_dim)
-    sizes = segment_sizes(capacity)
-    return StaticCache(
-        tuple(full(batch_size, heads, key_dim, size) for size in sizes),
-        tuple(full(batch_size, heads, size, value_dim) for size in sizes),
-    )
+    spec = CacheSpec(batch_size, capacity, heads, key_dim, value_dim, codec=dtype)
+    shapes = spec.allocate()
+    return jax.tree_util.tree_map(lambda array: full(*array.shape), shapes)
 
 
 def entries(cache):
     """What a cache holds, as a NumPy array `(B, 2, S, K, H)`."""
-    if keras.ops.is_tensor(cache):
-        return numpy(cache)
-    keys = np.concatenate([numpy(part) for part in cache.keys], axis=3)
-    values = np.concatenate([numpy(part) for part in cache.values], axis=2)
-    return np.stack([keys.transpose(0, 3, 1, 2), values.transpose(0, 2, 1, 3)], axis=1)
+    return numpy(cache if keras.ops.is_tensor(cache) else cache.to_dense())
 
 
 def numpy(tensor):

@@ -1,13 +1,14 @@
 """A cache keeps its dtype, and narrow floats keep their sums wide."""
 
 import attention_cases as cases
+import jax
 import keras
 import ml_dtypes
 import numpy as np
 import pytest
 import reference
 
-from keras_kvcache.caches import DenseCache
+from keras_kvcache.caches import StaticCache
 from keras_kvcache.layers import DecoderBlock
 
 B, T, S = 3, 5, 17
@@ -35,11 +36,11 @@ def test_cache_keeps_its_dtype(policy, layout):
     )
     for dtype in ("float32", "bfloat16", "float16"):
         tensor = keras.ops.convert_to_tensor(stored, dtype=dtype)
-        cache = tensor if layout == "dense" else DenseCache(tensor).to_static()
+        cache = tensor if layout == "dense" else StaticCache.from_dense(tensor)
         output, updated = step(x, cache, cases.int32(0))
         assert keras.backend.standardize_dtype(output.dtype) == layer.compute_dtype
         np.testing.assert_allclose(cases.numpy(output), expected, rtol=0, atol=0.05)
-        arrays = [updated] if layout == "dense" else updated.keys + updated.values
+        arrays = jax.tree_util.tree_leaves(updated)
         for array in arrays:
             assert keras.backend.standardize_dtype(array.dtype) == dtype
         held, before = cases.entries(updated), cases.numpy(tensor)

@@ -105,9 +105,9 @@ def test_more_entries_than_slots(layout):
 
 
 def _dense(tensor):
-    from keras_kvcache.caches import DenseCache
+    from keras_kvcache.caches import StaticCache
 
-    return DenseCache(tensor)
+    return StaticCache.from_dense(tensor, "dense")
 
 
 @pytest.mark.parametrize("layout", cases.LAYOUTS)

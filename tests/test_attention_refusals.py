@@ -5,7 +5,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_kvcache.caches import CacheSpec, StaticCache
+from keras_kvcache.caches import CacheSpec, Rolling, Static, StaticCache
 from keras_kvcache.layers import CachedMultiHeadAttention, RotaryEmbedding
 
 B, T, S = 3, 5, 17
@@ -159,28 +159,31 @@ def test_cache_that_holds_no_floats(layout, dtype):
     layer = cases.make_layer()
     x = zeros(B, T, cases.D)
     cache = zeros(B, 2, S, 3, 7, dtype=dtype)
-    if layout == "head_major":
-        keys = zeros(B, 3, 7, S, dtype=dtype)
-        cache = StaticCache((keys,), (zeros(B, 3, S, 7, dtype=dtype),))
     with pytest.raises(TypeError, match=f"must hold floats.*{dtype}"):
+        if layout == "head_major":
+            StaticCache.from_dense(cache)
         layer(x, x, cache=cache, cache_update_index=0)
 
 
+@pytest.mark.parametrize("kind", [Static(), Rolling(5)], ids=str)
+@pytest.mark.parametrize("codec", ["float32", "int8", "int4"])
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
 @pytest.mark.parametrize(
-    "keys, values, words",
+    "changed, words",
     [
-        ((4, 3, 7, S), (B, 3, S, 7), ["keys", "batch size B = 3", "4"]),
-        ((B, 3, 7, S), (B, 2, S, 7), ["values", "heads K = 3", "2"]),
-        ((B, 3, 7, S), (B, 3, S, 5), ["values", "head size H = 7", "5"]),
-        ((B, 3, 7, S), (B, 3, 13, 7), ["slots", "[17]", "[13]"]),
-        ((B, S, 21), (B, S, 21), ["keys", "4 axes", "(3, 17, 21)"]),
+        (dict(batch_size=4), ["batch size B = 3", "4"]),
+        (dict(num_key_value_heads=2), ["heads K = 3", "2"]),
+        (dict(head_dim=5, value_dim=7), ["key head size H = 7", "5"]),
+        (dict(value_dim=5), ["value head size = 7", "5"]),
     ],
     ids=str,
 )
-def test_static_cache_that_does_not_fit(keys, values, words):
+def test_cache_object_that_does_not_fit(kind, codec, layout, changed, words):
     layer = cases.make_layer()
     x = zeros(B, T, cases.D)
-    cache = StaticCache((zeros(*keys),), (zeros(*values),))
+    sizes = dict(batch_size=B, num_key_value_heads=3, head_dim=7)
+    options = dict(capacity=S, codec=codec, layout=layout, kind=kind)
+    cache = CacheSpec(**{**sizes, **changed}, **options).allocate()
     with pytest.raises(ValueError) as caught:
         layer(x, x, cache=cache, cache_update_index=0)
     for word in words:
@@ -197,7 +200,7 @@ def test_index_without_cache():
 def test_dense_cache_with_two_head_sizes():
     layer = cases.make_layer(3, 7, value_dim=5)
     x = zeros(B, T, cases.D)
-    with pytest.raises(ValueError, match="key_dim=7, value_dim=5"):
+    with pytest.raises(ValueError, match="value head size = 5. Received: 7"):
         layer(x, x, cache=zeros(B, 2, S, 3, 7), cache_update_index=0)
 
 

@@ -1,17 +1,57 @@
-"""Caches: layouts, sizes, immutability, and what JAX makes of them."""
+"""Caches: sizes, layouts, immutability, what a call sees, what JAX makes of them."""
 
 import dataclasses
+import itertools
 
 import attention_cases as cases
+import jax
 import keras
 import numpy as np
 import pytest
+import reference_cache
 
-from keras_kvcache.caches import Cache, CacheSpec, DenseCache, StaticCache
-from keras_kvcache.caches.static import segment_sizes
+from keras_kvcache.caches import Cache, CacheSpec, Int4, Rolling, Static, StaticCache
+from keras_kvcache.caches.sizes import ring_slots, segment_sizes, whole_groups
+from keras_kvcache.ops import attend, token_positions, view_masks
 
 B, K, H = 3, 2, 7
 CAPACITIES = (1, 256, 257, 521)
+DTYPES = ("float32", "bfloat16", "float16")
+KINDS = {"static": "static", "rolling": Rolling(13), "sinks": Rolling(13, sinks=3)}
+CODECS = (*DTYPES, "int8", "int4")
+COMBINATIONS = list(itertools.product(KINDS, CODECS, cases.LAYOUTS))
+every_combination = pytest.mark.parametrize("kind, codec, layout", COMBINATIONS)
+
+
+def make_spec(kind, codec, layout, capacity=41, **sizes):
+    sizes = dict(batch_size=B, num_key_value_heads=K, head_dim=H, **sizes)
+    return CacheSpec(
+        capacity=capacity, codec=codec, layout=layout, kind=KINDS[kind], **sizes
+    )
+
+
+def leaves(cache):
+    return [cases.numpy(leaf) for leaf in jax.tree_util.tree_leaves(cache)]
+
+
+def make_entries(length, seed=0):
+    return cases.noise(2, B, length, K, H, seed=seed)
+
+
+@cases.compiled
+def update(cache, entries, index):
+    return cache.update(*entries, index)[0]
+
+
+@cases.compiled
+def step(cache, query, entries, index):
+    """Output and the new cache, as the layer computes them."""
+    cache, view = cache.update(*entries, index)
+    masks = view_masks(view, token_positions(index, query.shape[1]), causal=True)
+    return attend(query, view, masks, 1.0), cache
+
+
+# Sizes.
 
 
 @pytest.mark.parametrize(
@@ -29,43 +69,60 @@ def test_segments(capacity, sizes):
     assert segment_sizes(capacity) == sizes
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("capacity", CAPACITIES)
-def test_layouts_turn_into_each_other(capacity, dtype):
-    """Not a bit is lost either way, and each entry is where it belongs."""
-    tensor = keras.ops.convert_to_tensor(cases.noise(B, 2, capacity, K, H), dtype=dtype)
-    static = DenseCache(tensor).to_static()
-    assert [keys.shape[3] for keys in static.keys] == list(segment_sizes(capacity))
-    np.testing.assert_array_equal(cases.entries(static), cases.numpy(tensor))
-    back = static.to_dense()
-    assert keras.backend.standardize_dtype(back.dtype) == dtype
-    np.testing.assert_array_equal(cases.numpy(back), cases.numpy(tensor))
+@pytest.mark.parametrize("group", [1, 5, 32])
+def test_a_group_that_begins_replaces_what_no_query_sees(group):
+    """With the fewest slots of which that is true."""
+    for window in range(1, 99):
+        slots = ring_slots(window, group)
+        assert slots == whole_groups(slots, group)
+
+        def replaces_what_is_seen(slots, window=window):
+            # The first token of a group at `slots` sees so far back.
+            return slots - window + 1 < group
+
+        assert not replaces_what_is_seen(slots)
+        assert slots == group or replaces_what_is_seen(slots - group)
+
+
+@every_combination
+@pytest.mark.parametrize("value_dim", [None, 5])
+def test_size_is_what_is_allocated(kind, codec, layout, value_dim):
+    spec = make_spec(kind, codec, layout, value_dim=value_dim)
+    cache = spec.allocate()
+    arrays = jax.tree_util.tree_leaves(cache)
+    allocated = sum(array.nbytes for array in arrays)
+    assert cache.nbytes == spec.nbytes == allocated == B * spec.bytes_per_row
+    assert all(array.shape[0] == B for array in arrays)
+    slots = spec.bytes_per_token * cache.storage.slots
+    if kind == "static" and codec != "int4":
+        assert cache.capacity == 41 and spec.nbytes == B * slots
+    # Positions, the newest group and the sinks.
+    assert B * slots <= spec.nbytes
+    for array in leaves(dataclasses.replace(cache, end=None)):
+        assert not array.any()
 
 
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_size_is_what_is_allocated(layout, dtype):
-    spec = CacheSpec(B, 521, K, H, dtype=dtype, layout=layout)
-    cache = spec.allocate()
-    arrays = [cache.tensor] if layout == "dense" else cache.keys + cache.values
-    allocated = sum(np.asarray(cases.numpy(array)).size for array in arrays)
-    allocated *= 4 if dtype == "float32" else 2
-    assert cache.nbytes == spec.nbytes == allocated
-    assert spec.bytes_per_token * B * 521 == spec.nbytes
-    assert cache.capacity == 521
-    if keras.backend.backend() == "jax":
-        assert cache.nbytes == sum(array.nbytes for array in arrays)
-    for array in arrays:
-        assert keras.backend.standardize_dtype(array.dtype) == dtype
-        assert not cases.numpy(array).any()
+@pytest.mark.parametrize("codec, bytes_per_number", [("int8", 1), ("int4", 0.5)])
+def test_codes_take_few_bytes(codec, bytes_per_number, layout):
+    """At head sizes of models, scales and the newest group cost little."""
+    spec = CacheSpec(1, 4096, 8, 64, codec=codec, layout=layout)
+    exact = CacheSpec(1, 4096, 8, 64, codec="bfloat16", layout=layout)
+    assert spec.nbytes <= (bytes_per_number / 2 + 0.05) * exact.nbytes
+    if codec == "int4":
+        assert spec.nbytes <= 0.30 * exact.nbytes
 
 
-def test_values_may_have_another_size():
-    cache = CacheSpec(B, 521, K, H, value_dim=5).allocate()
-    assert [v.shape[3] for v in cache.values] == [5, 5, 5]
-    assert cache.nbytes == 4 * B * 521 * K * (H + 5)
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+def test_values_may_have_another_size(layout):
+    cache = make_spec("static", "float32", layout, value_dim=5).allocate()
+    assert cache.nbytes == 4 * B * 41 * K * (H + 5)
     with pytest.raises(ValueError, match="key_dim=7, value_dim=5"):
         cache.to_dense()
+    key, value = cases.noise(B, 11, K, H), cases.noise(B, 11, K, 5, seed=1)
+    keys, values = update(cache, (key, value), cases.int32(30)).storage.decode()
+    np.testing.assert_array_equal(cases.numpy(keys)[:, 30:], key)
+    np.testing.assert_array_equal(cases.numpy(values)[:, 30:], value)
 
 
 @pytest.mark.parametrize(
@@ -78,10 +135,13 @@ def test_values_may_have_another_size():
         (dict(num_key_value_heads=None), ["`num_key_value_heads`", "None"]),
         (dict(head_dim="7"), ["`head_dim`", "'7'"]),
         (dict(value_dim=0), ["`value_dim`", "0"]),
-        (dict(dtype="int8"), ["`dtype`", "'int8'", "bfloat16"]),
-        (dict(dtype="float64"), ["`dtype`", "'float64'", "float32"]),
-        (dict(layout="sparse"), ["`layout`", "'sparse'", "dense"]),
-        (dict(layout="dense", value_dim=5), ["head_dim=7", "value_dim=5"]),
+        (dict(codec="int7"), ["`codec`", "'int7'", "bfloat16", "int8", "int4"]),
+        (dict(codec="float64"), ["`codec`", "'float64'", "float32"]),
+        (dict(codec=8), ["`codec`", "8"]),
+        (dict(layout="sparse"), ["`layout`", "'sparse'", "dense", "head_major"]),
+        (dict(kind="ring"), ["`kind`", "'ring'", "static", "Rolling"]),
+        (dict(kind="rolling"), ["`kind`", "'rolling'", "Rolling(window"]),
+        (dict(kind=None), ["`kind`", "None"]),
     ],
     ids=str,
 )
@@ -93,28 +153,110 @@ def test_bad_specs(changed, words):
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("layout", cases.LAYOUTS)
-def test_immutable(layout):
-    """Updating gives a new cache; the old one, and its arrays, stay."""
-    cache = CacheSpec(B, 263, K, H, layout=layout).allocate()
-    assert isinstance(cache, Cache)
-    for field in dataclasses.fields(cache):
-        with pytest.raises(dataclasses.FrozenInstanceError):
-            setattr(cache, field.name, None)
-    entry = keras.ops.convert_to_tensor(cases.noise(B, 11, K, H))
-    updated, view = cache.update(entry, entry, 251)
-    assert type(updated) is type(cache)
-    assert sum(segment.positions.shape[1] for segment in view.segments) == 263
-    held = [cases.entries(getattr(c, "tensor", c)) for c in (cache, updated)]
-    assert not held[0].any()
-    np.testing.assert_array_equal(held[1][:, 0, 251:262], cases.numpy(entry))
-    np.testing.assert_array_equal(held[1][:, 1, 251:262], cases.numpy(entry))
-    assert not held[1][:, :, :251].any() and not held[1][:, :, 262:].any()
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (dict(window=0), ["`window`", "at least 1", "0"]),
+        (dict(window=-3), ["`window`", "-3"]),
+        (dict(window=2.0), ["`window`", "2.0"]),
+        (dict(window=True), ["`window`", "True"]),
+        (dict(window=5, sinks=-1), ["`sinks`", "at least 0", "-1"]),
+        (dict(window=5, sinks=5), ["`sinks`", "smaller", "sinks=5", "window=5"]),
+        (dict(window=5, sinks=7), ["`sinks`", "sinks=7", "window=5"]),
+        (dict(window=1, sinks=None), ["`sinks`", "None"]),
+    ],
+    ids=str,
+)
+def test_bad_windows(arguments, words):
+    with pytest.raises(ValueError) as caught:
+        Rolling(**arguments)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_names_stand_for_objects():
+    by_name, by_object = (
+        CacheSpec(B, 5, K, H, codec=codec, kind=kind)
+        for codec, kind in (("int4", "static"), (Int4(), Static()))
+    )
+    assert by_name == by_object
+
+
+# Layouts.
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("capacity", CAPACITIES)
+def test_layouts_turn_into_each_other(capacity, dtype):
+    """Not a bit is lost either way, and each entry is where it belongs."""
+    tensor = keras.ops.convert_to_tensor(cases.noise(B, 2, capacity, K, H), dtype=dtype)
+    cache = StaticCache.from_dense(tensor)
+    assert [keys.shape[3] for keys, _ in cache.storage.segments] == list(
+        segment_sizes(capacity)
+    )
+    np.testing.assert_array_equal(cases.entries(cache), cases.numpy(tensor))
+    back = cache.to_dense()
+    assert keras.backend.standardize_dtype(back.dtype) == dtype
+    np.testing.assert_array_equal(cases.numpy(back), cases.numpy(tensor))
+    assert StaticCache.from_dense(tensor, "dense").to_dense() is tensor
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4"])
+def test_coded_entries_of_both_layouts_are_the_same(codec):
+    """To the bit, as keys and values and as a dense tensor."""
+    entries, decoded = make_entries(37), []
+    for layout in cases.LAYOUTS:
+        cache = make_spec("static", codec, layout).allocate()
+        cache = update(cache, entries, cases.int32(0))
+        full = 32 if codec == "int4" else 37
+        keys, values = (cases.numpy(x)[:, :full] for x in cache.storage.decode())
+        decoded.append((keys, values))
+        dense = cases.entries(cache)[:, :, :full]
+        np.testing.assert_array_equal(dense, np.stack([keys, values], axis=1))
+    np.testing.assert_array_equal(*decoded)
+
+
+# What a call sees.
+
+
+@every_combination
+def test_what_is_in_sight_is_seen_once(kind, codec, layout):
+    """By its position, wherever its slot is; what's elsewhere has no position there."""
+    cache, index = make_spec(kind, codec, layout).allocate(), 0
+    rolling = KINDS[kind]
+    for length in (17, 1, 11, 5):
+        shapes = [(B, length, K, H)] * 2
+        arguments = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
+        view = positions_after(cache, arguments, index)
+        fill = index + length
+        seen = view[(view >= 0) & (view < fill)].tolist()
+        if kind == "static":
+            first = 0
+            assert sorted(seen) == list(range(fill))
+        else:
+            first = max(index - rolling.window + 1, 0)
+            sinks = range(min(rolling.sinks, fill))
+            assert [seen.count(position) for position in sinks] == [1] * len(sinks)
+        for position in range(first, fill):
+            assert seen.count(position) == 1
+        cache, index = update(cache, make_entries(length), cases.int32(index)), fill
+
+
+def positions_after(cache, shapes, index):
+    """The positions that the view of an update shows, of row 0."""
+    entries = [keras.ops.zeros(shape.shape, shape.dtype) for shape in shapes]
+    view = positions_of(cache, entries, cases.int32(index))
+    return np.concatenate([cases.numpy(part)[0] for part in view])
+
+
+@cases.compiled
+def positions_of(cache, entries, index):
+    return [segment.positions for segment in cache.update(*entries, index)[1].segments]
 
 
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
-def test_view_knows_positions_and_fill(layout):
-    cache = CacheSpec(B, 521, K, H, layout=layout).allocate()
+def test_view_of_all_slots(layout):
+    cache = make_spec("static", "float32", layout, capacity=521).allocate()
     entry = keras.ops.ones((B, 5, K, H))
     for index, fill in ((3, [8]), (cases.int32([0, 1, 516]), [5, 6, 521])):
         _, view = cache.update(entry, entry, index)
@@ -128,45 +270,228 @@ def test_view_knows_positions_and_fill(layout):
     assert cache.view().fill is None
 
 
-@pytest.mark.jax_only
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
-def test_pytree(layout):
-    """Through `tree_util`, `jit` and donation, and as a loop's state."""
-    import jax
+@pytest.mark.parametrize("causal", [True, False])
+def test_layer_with_a_cache_is_the_layer_without(kind, layout, causal):
+    """Given a mask of what a call of the other one could see."""
+    layer, _ = cases.make_kind("grouped")
+    x = cases.noise(B, 23, cases.D)
+    spec = dict(kind=KINDS[kind], layout=layout)
+    heads = layer.num_key_value_heads
+    cache = CacheSpec(B, 29, heads, layer.key_dim, **spec).allocate()
 
-    spec = CacheSpec(B, 521, K, H, layout=layout)
-    cache = spec.allocate()
-    leaves, structure = jax.tree_util.tree_flatten(cache)
-    assert len(leaves) == (1 if layout == "dense" else 6)
-    assert type(jax.tree_util.tree_unflatten(structure, leaves)) is type(cache)
-    doubled = jax.tree_util.tree_map(lambda x: x + 2, cache)
-    assert float(jax.tree_util.tree_leaves(doubled)[0].min()) == 2
+    @cases.compiled
+    def call(x, cache, index):
+        return layer(
+            x, x, cache=cache, cache_update_index=index, use_causal_mask=causal
+        )
 
-    def step(cache, index):
-        entry = keras.ops.ones((B, 1, K, H))
-        return cache.update(entry, entry, index)[0]
+    outputs, mask = [], np.zeros((23, 23), bool)
+    for first, last in ((0, 17), (17, 18), (18, 23)):
+        output, cache = call(x[:, first:last], cache, cases.int32(first))
+        outputs.append(cases.numpy(output))
+        for query, slot in itertools.product(range(first, last), range(last)):
+            is_near = kind == "static" or abs(query - slot) < 13
+            is_sink = kind == "sinks" and slot < 3
+            mask[query, slot] = (is_near or is_sink) and (slot <= query or not causal)
+    expected = cases.compiled(lambda x, mask: layer(x, x, attention_mask=mask))(x, mask)
+    np.testing.assert_allclose(
+        np.concatenate(outputs, axis=1), cases.numpy(expected), rtol=0, atol=1e-5
+    )
 
-    plain = jax.jit(step)(cache, 3)
-    donated = jax.jit(step, donate_argnums=0)(spec.allocate(), 3)
-    looped = jax.lax.fori_loop(3, 4, lambda i, cache: step(cache, i), cache)
-    for given in (plain, donated, looped):
-        assert type(given) is type(cache)
-        held = cases.entries(getattr(given, "tensor", given))
-        assert (held[:, :, 3] == 1).all() and held.sum() == B * 2 * K * H
 
-    used = spec.allocate()
-    arrays = jax.tree_util.tree_leaves(used)
-    jax.jit(step, donate_argnums=0)(used, 3)
+@pytest.mark.parametrize("codec", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_written_whole_is_read_whole(kind, codec):
+    """By a call without an index, as a decoder reads its encoder's entries.
+
+    All of what a cache was asked to take, that is; groups may need more slots.
+    """
+    length = 41 if kind == "static" else 13
+    query, entries = cases.noise(B, 5, K, H), make_entries(length)
+    outputs = []
+    for layout in cases.LAYOUTS:
+        cache = make_spec(kind, codec, layout).allocate()
+        cache = update(cache, entries, cases.int32(0))
+
+        @cases.compiled
+        def read(cache, query):
+            view = cache.view()
+            return attend(query, view, view_masks(view, token_positions(0, 5)), 1.0)
+
+        outputs.append(cases.numpy(read(cache, query)))
+    reference = reference_cache.ReferenceCache(B, lambda x: x)
+    for row in range(B):
+        reference.write(row, 0, *entries[:, row])
+        expected = reference.attend(row, query[row])
+        tolerance = {"float32": 1e-5, "bfloat16": 0.02, "int8": 0.03}.get(codec, 0.4)
+        for output in outputs:
+            np.testing.assert_allclose(output[row], expected, rtol=0, atol=tolerance)
+
+
+# Codecs.
+
+
+def relative_error(codec, kind, layout):
+    """Of the attention of the next token, against exact entries."""
+    query, outputs = 3 * cases.noise(B, 1, K, H, seed=5), []
+    for name in (codec, "float32"):
+        cache = make_spec(kind, name, layout, capacity=101).allocate()
+        for index in range(0, 99, 11):
+            cache = update(cache, make_entries(11, seed=index), cases.int32(index))
+        output, _ = step(cache, query, make_entries(1, seed=99), cases.int32(99))
+        outputs.append(cases.numpy(output))
+    difference = np.linalg.norm(outputs[0] - outputs[1])
+    return difference / np.linalg.norm(outputs[1])
+
+
+@pytest.mark.parametrize(
+    "codec, largest", [("bfloat16", 0.005), ("int8", 0.01), ("int4", 0.2)]
+)
+@pytest.mark.parametrize("kind, layout", [("static", "head_major"), ("sinks", "dense")])
+def test_codecs_change_attention_little(codec, largest, kind, layout):
+    assert 0 < relative_error(codec, kind, layout) <= largest
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("kind", ["static", "rolling"])
+def test_keys_are_exact_until_their_group_is_full(kind, layout):
+    """And within half a step of it from then on."""
+    entries = make_entries(37)
+    cache = make_spec(kind, "int4", layout).allocate()
+    cache = update(cache, entries[:, :, :31], cases.int32(0))
+    newest, _ = map(cases.numpy, cache.newest.storage.decode())
+    np.testing.assert_array_equal(newest[:, :31], entries[0, :, :31])
+    cache = update(cache, entries[:, :, 31:], cases.int32(31))
+    assert cases.numpy(cache.newest.start).tolist() == [32] * B
+    newest, _ = map(cases.numpy, cache.newest.storage.decode())
+    np.testing.assert_array_equal(newest[:, :5], entries[0, :, 32:])
+    coded, _ = map(cases.numpy, cache.storage.decode())
+    group = np.float64(entries[0, :, :32])
+    lowest = group.min(axis=1, keepdims=True)
+    # bfloat16 rounds the step, and the lowest level, which lies below by 1/256.
+    step = (group.max(axis=1, keepdims=True) - lowest + abs(lowest) / 128) / 15
+    assert (abs(coded[:, :32] - group) <= step * (1 + 1 / 256) / 2).all()
+    for row in range(B):
+        expected = reference_cache.int4_of_group(entries[0, row, :32])
+        np.testing.assert_array_equal(coded[row, :32], expected)
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+def test_sinks_are_exact_whatever_the_codec(layout):
+    entries = make_entries(17)
+    for codec in ("int8", "int4"):
+        cache = make_spec("sinks", codec, layout).allocate()
+        cache = update(cache, entries, cases.int32(0))
+        for decoded, given in zip(cache.sinks.decode(), entries, strict=True):
+            np.testing.assert_array_equal(cases.numpy(decoded), given[:, :3])
+
+
+@pytest.mark.parametrize("codec", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("kind", ["rolling", "sinks"])
+def test_what_left_the_window_is_gone(kind, codec, layout):
+    """Entries of 1e30, and the same query sees what it'd see without them."""
+    query, outputs = cases.noise(B, 1, K, H), []
+    for huge in (0.0, cases.GARBAGE):
+        cache = make_spec(kind, codec, layout).allocate()
+        for index in range(0, 64, 16):
+            entries = make_entries(16, seed=index)
+            if index == 16:
+                entries[:] = huge
+            # No entry has its group with those, whose range they would widen.
+            if index != 0 or kind == "sinks":
+                cache = update(cache, entries, cases.int32(index))
+        output, _ = step(cache, query, make_entries(1, seed=9), cases.int32(64))
+        outputs.append(cases.numpy(output))
+    np.testing.assert_array_equal(*outputs)
+    assert abs(outputs[1]).max() < 9
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_row_that_brings_nothing_stays_as_it_was(layout, length):
+    """Even one that was rolled back into a group that was full."""
+    cache = make_spec("static", "int4", layout).allocate()
+    cache = update(cache, make_entries(37), cases.int32(0))
+    padding = np.full((2, B, length, K, H), cases.GARBAGE, "float32")
+    idle = update(cache.with_end(cases.int32([19] * B)), padding, cases.int32(19))
+    query, entry = cases.noise(B, 1, K, H), make_entries(1, seed=9)
+    outputs = [
+        cases.numpy(step(c.with_end(None), query, entry, cases.int32(19))[0])
+        for c in (cache, idle)
+    ]
+    np.testing.assert_array_equal(*outputs)
+
+
+# Immutable trees of arrays.
+
+
+@every_combination
+def test_immutable(kind, codec, layout):
+    """Updating gives a new cache; the old one, and its arrays, stay."""
+    cache = make_spec(kind, codec, layout).allocate()
+    assert isinstance(cache, Cache)
+    for field in dataclasses.fields(cache):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(cache, field.name, None)
+    before = leaves(cache)
+    updated = update(cache, make_entries(11), cases.int32(3))
+    assert type(updated) is type(cache)
+    for old, kept in zip(before, leaves(cache), strict=True):
+        np.testing.assert_array_equal(old, kept)
+    assert any((old != new).any() for old, new in zip(before, leaves(updated)))
+    shapes = [[x.shape for x in arrays] for arrays in (before, leaves(updated))]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+def test_entries_go_to_their_slots(layout):
+    cache = make_spec("static", "float32", layout, capacity=263).allocate()
+    entries = make_entries(11)
+    updated, _ = cache.update(*map(keras.ops.convert_to_tensor, entries), 251)
+    held = cases.entries(updated)
+    np.testing.assert_array_equal(held[:, :, 251:262], np.moveaxis(entries, 0, 1))
+    assert not held[:, :, :251].any() and not held[:, :, 262:].any()
+
+
+@pytest.mark.jax_only
+@every_combination
+def test_a_loop_leaves_what_a_chunk_leaves(kind, codec, layout):
+    """As a loop's state, donated to the program, through `jit` and `tree_util`."""
+    cache = make_spec(kind, codec, layout).allocate()
+    arrays, structure = jax.tree_util.tree_flatten(cache)
+    assert type(jax.tree_util.tree_unflatten(structure, arrays)) is type(cache)
+    entries = make_entries(11)
+
+    def loop(cache, entries):
+        def body(number, cache):
+            entry = jax.lax.dynamic_slice_in_dim(entries, number, 1, axis=2)
+            return cache.update(*entry, number)[0]
+
+        return jax.lax.fori_loop(0, 11, body, cache)
+
+    options = {"xla_backend_optimization_level": 0}
+    looped = jax.jit(loop, donate_argnums=0, compiler_options=options)(cache, entries)
     assert all(array.is_deleted() for array in arrays)
+    fresh = make_spec(kind, codec, layout).allocate()
+    written = update(fresh, entries, cases.int32(0))
+    assert jax.tree_util.tree_structure(looped) == structure
+    for one_by_one, at_once in zip(leaves(looped), leaves(written), strict=True):
+        np.testing.assert_array_equal(one_by_one, at_once)
 
 
 def test_static_cache_of_any_segments():
     """Whoever grows a cache adds a segment of whatever size."""
-    sizes = (5, 3, 11)
-    cache = StaticCache(
-        tuple(keras.ops.zeros((B, K, H, size)) for size in sizes),
-        tuple(keras.ops.zeros((B, K, size, H)) for size in sizes),
-    )
+    cache = CacheSpec(B, 19, K, H).allocate()
+    arrays, first = [], 0
+    for size in (5, 3, 11):
+        keys, values = cache.storage.segments[0]
+        arrays.append((keys[..., first:][..., :size], values[:, :, first:][:, :, :size]))
+        first += size
+    storage = dataclasses.replace(cache.storage, segments=tuple(arrays))
+    cache = dataclasses.replace(cache, storage=storage)
     layer = cases.make_layer(4, H, num_key_value_heads=K)
     x = cases.noise(B, 13, cases.D)
 

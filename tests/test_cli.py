@@ -73,10 +73,11 @@ def test_info_shows_shape_and_cache_size(model, capsys):
     assert re.search(r"layers L +2\n", printed)
     assert re.search(r"key/value heads K +3\n", printed)
     # Two layers, keys and values, three heads of size 10, four bytes each.
-    assert re.search(r"a token +480 bytes", printed)
-    assert f"{2 * 37 * 480:,} bytes" in printed
-    assert cli.main([*arguments, "--cache-dtype", "bfloat16"]) == 0
-    assert f"{37 * 480:,} bytes" in capsys.readouterr().out
+    assert re.search(r"static, float32 +480 +17,760 +35,520\n", printed)
+    assert re.search(r"static, bfloat16 +240 +8,880 +17,760\n", printed)
+    # One byte each, and four of a scale.
+    assert re.search(r"static, int8 +168 +6,216 +12,432\n", printed)
+    assert "int4" in printed and "rolling" not in printed
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,8 @@ def test_info_shows_shape_and_cache_size(model, capsys):
         (["generate", "a" * 99, "--model", "MODEL"], "context of 41"),
         (["info", "nope"], "'nope'"),
         (["info", "MODEL", "--length", "0"], "capacity|max_length"),
-        (["info", "MODEL", "--cache-dtype", "int7"], "int7"),
+        (["generate", "ab", "--model", "MODEL", "--cache", "int7"], "int7"),
+        (["generate", "ab", "--model", "MODEL", "--cache", "rolling"], "rolling"),
     ],
 )
 def test_errors_are_one_line_and_a_status(model, arguments, message, capsys):

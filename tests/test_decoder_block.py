@@ -7,6 +7,8 @@ import pytest
 import reference
 
 from keras_kvcache.layers import DecoderBlock, FeedForward, RotaryEmbedding
+from keras_kvcache.layers.mixture_of_experts import MixtureOfExperts
+from keras_kvcache.layers.normalization import make_normalization
 
 B, T, S, E = 3, 7, 13, 5  # E encoder positions
 D, ENCODER_D = 12, 19
@@ -228,8 +230,14 @@ def test_config_round_trip():
         layer_norm_epsilon=0.03,
         activation="gelu_tanh",
         gated_feedforward=False,
+        attention_bias=False,
         sliding_window=5,
+        query_scale=0.7,
         logit_soft_cap=11.0,
+        query_key_norm=True,
+        query_key_norm_epsilon=0.02,
+        use_post_attention_norm=True,
+        use_post_ffw_norm=True,
         dropout=0.125,
         kernel_initializer="ones",
         name="block",
@@ -367,3 +375,56 @@ def test_feed_forward(gated):
     )
     copy = FeedForward.from_config(layer.get_config())
     assert copy.get_config() == layer.get_config()
+
+
+def test_mixture_of_experts():
+    """Each token's best two of five, weighted by how fit they are."""
+    layer = MixtureOfExperts(5, 17)
+    x = cases.noise(B, T, D)
+    layer(x)
+    for seed, weight in enumerate(layer.weights):
+        weight.assign(cases.noise(*weight.shape, seed=seed))
+    router, gates, inners, outputs = (cases.numpy(weight) for weight in layer.weights)
+    expected = np.zeros_like(x)
+    for row, token in np.ndindex(B, T):
+        inputs = x[row, token]
+        scores = inputs @ router
+        best = np.argsort(scores)[-2:]
+        weights = np.exp(scores[best]) / np.exp(scores[best]).sum()
+        for weight, e in zip(weights, best, strict=True):
+            gate = inputs @ gates[e]
+            inner = gate / (1 + np.exp(-gate)) * (inputs @ inners[e])
+            expected[row, token] += weight * (inner @ outputs[e])
+    np.testing.assert_allclose(
+        cases.numpy(layer(x)), expected, rtol=1e-4, atol=1e-4 * abs(expected).max()
+    )
+    copy = MixtureOfExperts.from_config(layer.get_config())
+    assert copy.get_config() == layer.get_config()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_unit_offset_rms_norm(dtype):
+    layer = make_normalization("unit_offset_rms_norm", 0.01, "norm", dtype)
+    x = cases.noise(B, T, D)
+    layer.build(x.shape)
+    layer.scale.assign(cases.noise(D, seed=1))
+    expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 0.01)
+    expected = expected * (1 + cases.noise(D, seed=1))
+    assert keras.backend.standardize_dtype(layer(x).dtype) == dtype
+    atol = 1e-5 if dtype == "float32" else 0.05
+    np.testing.assert_allclose(cases.numpy(layer(x)), expected, rtol=0, atol=atol)
+
+
+def test_adopted_parts_are_shared():
+    ours, theirs = make_block(), make_block(name="theirs")
+    block = DecoderBlock(6, 17, num_key_value_heads=2, head_dim=14, use_bias=True)
+    block.adopt(
+        attention=dict(query_dense=theirs.attention.query_dense),
+        feedforward=theirs.feedforward,
+    )
+    block.build((None, None, D))
+    assert block.attention.query_dense is theirs.attention.query_dense
+    assert block.feedforward is theirs.feedforward
+    assert block.attention.key_dense is not theirs.attention.key_dense
+    with pytest.raises(ValueError, match="`adopt` must come before.*feedforward"):
+        ours.adopt(feedforward=theirs.feedforward)

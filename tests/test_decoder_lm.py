@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_kvcache import DecoderLM
 from keras_kvcache.layers import DecoderBlock
+from keras_kvcache.models.presets import weight_name
 
 IDS = np.random.default_rng(5).integers(0, 101, (3, 19))
 
@@ -40,8 +41,8 @@ def test_caches_may_be_plain_tensors():
 def test_what_a_cache_takes_is_known_before_it_is_made():
     lm = shared_lm()
     for layout in ("head_major", "dense"):
-        spec = lm.cache_spec(2, 521, "bfloat16", layout)
-        caches = lm.init_cache(2, 521, "bfloat16", layout)
+        spec, *_ = lm.cache_specs(2, 521, codec="bfloat16", layout=layout)
+        caches = lm.init_cache(2, 521, codec="bfloat16", layout=layout)
         assert spec.nbytes == 2 * 521 * 2 * 2 * 14 * 2
         assert [cache.nbytes for cache in caches] == [spec.nbytes] * 3
 
@@ -175,6 +176,15 @@ def test_unknown_presets_are_refused(preset, error, message):
         (dict(layer_norm_epsilon="a"), "`layer_norm_epsilon`"),
         (dict(rope_max_wavelength="a"), "`max_wavelength`"),
         (dict(head_dim=None, hidden_dim=47), "`hidden_dim`"),
+        (dict(embedding_scale=0), "`embedding_scale`.*Received: 0"),
+        (dict(query_scale=-1.0), "`query_scale`.*Received: -1.0"),
+        (dict(query_key_norm_epsilon=0), "`query_key_norm_epsilon`"),
+        (dict(final_norm_epsilon="a"), "`final_norm_epsilon`"),
+        (dict(sliding_window_pattern=2), "`sliding_window_pattern`.*=2.*=None"),
+        (dict(rope_local_max_wavelength=9), "`rope_local_max_wavelength`.*=None"),
+        (dict(sliding_window=5, sliding_window_pattern=0), "`sliding_window_pattern`"),
+        (dict(num_experts=2, num_experts_per_token=3), "=3, num_experts=2"),
+        (dict(num_experts=2, use_bias=True), "`num_experts`.*use_bias=True"),
     ],
 )
 def test_bad_configurations_are_refused(options, message):
@@ -182,11 +192,75 @@ def test_bad_configurations_are_refused(options, message):
         make_lm(**options)
 
 
+EVERYTHING = dict(
+    num_layers=4,
+    normalization="unit_offset_rms_norm",
+    attention_bias=True,
+    query_scale=0.3,
+    query_key_norm=True,
+    query_key_norm_epsilon=1e-3,
+    final_norm_epsilon=1e-2,
+    use_post_attention_norm=True,
+    use_post_ffw_norm=True,
+    num_experts=3,
+    num_experts_per_token=2,
+    embedding_scale=1.7,
+    sliding_window=5,
+    sliding_window_pattern=2,
+    rope_max_wavelength=300.0,
+    rope_local_max_wavelength=20.0,
+    rope_local_position_scaling_factor=1.5,
+    attention_logit_soft_cap=3.0,
+    final_logit_soft_cap=5.0,
+)
+
+
+def test_all_that_families_have(tmp_path):
+    """At once: cached equals uncached, a saved model equals itself."""
+    lm = make_lm(**EVERYTHING)
+    assert [block.sliding_window for block in lm.blocks] == [5, None, 5, None]
+    wavelengths = [block.rotary_embedding.max_wavelength for block in lm.blocks]
+    assert wavelengths == [20.0, 300.0, 20.0, 300.0]
+    whole = to_numpy(lm(IDS))
+    cache = lm.init_cache(3, 23)
+    first, _, cache = lm.call_with_cache(IDS[:, :13], cache, 0)
+    second, _, cache = lm.call_with_cache(IDS[:, 13:], cache, 13)
+    cached = np.concatenate([to_numpy(first), to_numpy(second)], axis=1)
+    np.testing.assert_allclose(cached, whole, atol=1e-4)
+    lm.save_to_preset(tmp_path)
+    loaded = DecoderLM.from_preset(tmp_path)
+    np.testing.assert_array_equal(to_numpy(loaded(IDS)), whole)
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("attention_bias", True),
+        ("query_scale", 0.3),
+        ("query_key_norm", True),
+        ("use_post_attention_norm", True),
+        ("use_post_ffw_norm", True),
+        ("embedding_scale", 1.7),
+        ("final_norm_epsilon", 1.0),
+        ("rope_local_max_wavelength", 20.0),
+        ("sliding_window_pattern", 1),
+    ],
+)
+def test_every_option_changes_the_numbers(option, value):
+    plain = make_lm("windowed", num_layers=1, sliding_window=5)
+    changed = make_lm("windowed", num_layers=1, sliding_window=5, **{option: value})
+    values = {weight_name(weight): weight for weight in plain.weights}
+    for weight in changed.weights:
+        name = weight_name(weight)
+        weight.assign(values[name] if name in values else np.ones(weight.shape))
+    assert abs(to_numpy(changed(IDS)) - to_numpy(plain(IDS))).max() > 1e-3
+
+
 def test_bad_caches_are_refused():
     lm = shared_lm()
     with pytest.raises(ValueError, match="one cache a layer.*3. Received: 2"):
         lm.call_with_cache(IDS, lm.init_cache(3, 23)[:2], 0)
-    with pytest.raises(ValueError, match="batch size B = 3 on axis 0. Received: 2"):
+    with pytest.raises(ValueError, match="batch size B = 3.*Received: 2"):
         lm.call_with_cache(IDS, lm.init_cache(2, 23), 0)
     with pytest.raises(ValueError, match="index=7, T=19, S=23"):
         lm.call_with_cache(IDS, lm.init_cache(3, 23), 7)

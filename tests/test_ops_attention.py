@@ -13,9 +13,14 @@ from keras_kvcache.ops import (
     head_major_segment,
     view_masks,
 )
+from keras_kvcache.ops.products import reader
 
 B, T, N, K, H, HV = 3, 5, 6, 2, 7, 11
 SIZES = (3, 1, 13)
+
+
+def read(array, axis):
+    return reader(keras.ops.convert_to_tensor(array), axis)
 
 
 def make_view(keys, values, reads=None):
@@ -24,8 +29,8 @@ def make_view(keys, values, reads=None):
     for number, size in enumerate(SIZES):
         part = slice(first, first + size)
         segment = head_major_segment(
-            keras.ops.convert_to_tensor(keys[:, part].transpose(0, 2, 3, 1)),
-            keras.ops.convert_to_tensor(values[:, part].transpose(0, 2, 1, 3)),
+            read(keys[:, part].transpose(0, 2, 3, 1), axis=3),
+            read(values[:, part].transpose(0, 2, 1, 3), axis=2),
             cases.int32(np.arange(first, first + size)[None]),
         )
 

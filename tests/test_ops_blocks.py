@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import reference
 
-from keras_kvcache.caches import DenseCache, StaticCache
+from keras_kvcache.caches import StaticCache
 from keras_kvcache.ops import attend, attention, products, view_masks
 
 B, N, K, H, S = 2, 6, 3, 7, 47
@@ -28,13 +28,8 @@ def make_cache(layout, fill):
     entries = cases.noise(B, 2, S, K, H)
     stored = entries.copy()
     stored[:, :, fill:] = cases.GARBAGE
-    if layout == "dense":
-        cache = DenseCache(keras.ops.convert_to_tensor(stored))
-    else:
-        keys = keras.ops.convert_to_tensor(stored[:, 0].transpose(0, 2, 3, 1))
-        values = keras.ops.convert_to_tensor(stored[:, 1].transpose(0, 2, 1, 3))
-        cache = StaticCache((keys,), (values,))
-    return cache, entries
+    tensor = keras.ops.convert_to_tensor(stored)
+    return StaticCache.from_dense(tensor, layout), entries
 
 
 @pytest.mark.parametrize("index", [0, 9, 24])

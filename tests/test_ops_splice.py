@@ -1,5 +1,7 @@
 """`splice` against a loop over rows and entries."""
 
+import sys
+
 import attention_cases as cases
 import keras
 import numpy as np
@@ -8,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keras_kvcache.ops import splice, write_slot
+from keras_kvcache.ops.splice import STRATEGIES, choose_strategy
 
 
 def spliced(buffer, update, index, axis=2):
@@ -53,6 +56,43 @@ def test_every_place(layout, length):
         got = traced(*tensors, cases.int32(index))
         expected = spliced(buffer, update, index, axis)
         np.testing.assert_array_equal(cases.numpy(got), expected)
+
+
+@pytest.mark.parametrize("length", [1, 4, 13])
+@pytest.mark.parametrize("layout", SHAPES)
+def test_strategies_are_equal(layout, length):
+    """Whichever way suits the platform, the same entries get to the same slots."""
+    shape, axis = SHAPES[layout]
+    buffer, update = cases.noise(*shape), cases.noise(*shape, seed=1)
+    update = np.take(np.concatenate([update, update + 9], axis), range(length), axis)
+    tensors = [keras.ops.convert_to_tensor(array) for array in (buffer, update)]
+    is_jax = keras.backend.backend() == "jax"
+    for name, strategy in STRATEGIES.items():
+        if name == "scatter" and not is_jax:
+            continue  # Other backends can't map a slice over rows.
+        for index in ([-3], [0], [9], [11]) + (
+            [[-2, 5, 10]] if name != "slice" else []
+        ):
+            got = strategy(*tensors, cases.int32(index), axis)
+            expected = spliced(buffer, update, index, axis)
+            np.testing.assert_array_equal(cases.numpy(got), expected)
+
+
+def test_strategy_by_platform(monkeypatch):
+    is_jax = keras.backend.backend() == "jax"
+    assert choose_strategy(is_shared=True, is_known=True, rows=3) == "slice"
+    scatter = "scatter" if is_jax else "where"
+    assert choose_strategy(is_shared=False, is_known=True, rows=3) == scatter
+    assert choose_strategy(is_shared=True, is_known=False, rows=3) == "where"
+    # The function `splice` hides its module of the same name.
+    module = sys.modules[choose_strategy.__module__]
+    monkeypatch.setattr(module, "is_tpu", lambda: True)
+    assert choose_strategy(is_shared=True, is_known=True, rows=3) == "slice"
+    assert choose_strategy(is_shared=False, is_known=True, rows=3) == "where"
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "rows_divide", lambda rows: rows % 2 == 0)
+    assert choose_strategy(is_shared=False, is_known=True, rows=3) == "where"
+    assert choose_strategy(is_shared=False, is_known=True, rows=4) == scatter
 
 
 _compiled_splice = cases.compiled(splice)

@@ -1,8 +1,60 @@
 """Key/value caches behind one verb: `cache.update(key, value, index)`."""
 
 from keras_kvcache.caches.base import Cache
-from keras_kvcache.caches.dense import DenseCache
+from keras_kvcache.caches.codecs import (
+    CODECS,
+    DTYPES,
+    Codec,
+    Exact,
+    Int4,
+    Int8,
+    get_codec,
+)
+from keras_kvcache.caches.files import load_caches, save_caches
+from keras_kvcache.caches.kinds import Rolling, Static
+from keras_kvcache.caches.options import choose_kind, read_options
+from keras_kvcache.caches.rolling import RollingCache
 from keras_kvcache.caches.spec import CacheSpec
 from keras_kvcache.caches.static import StaticCache
+from keras_kvcache.caches.verbs import (
+    batch_size,
+    crop,
+    insert_rows,
+    join_rows,
+    repeat_rows,
+    reset_rows,
+    resize,
+    split_rows,
+    take_rows,
+    with_end,
+)
 
-__all__ = ["Cache", "CacheSpec", "DenseCache", "StaticCache"]
+__all__ = [
+    "CODECS",
+    "DTYPES",
+    "Cache",
+    "CacheSpec",
+    "Codec",
+    "Exact",
+    "Int4",
+    "Int8",
+    "Rolling",
+    "RollingCache",
+    "Static",
+    "StaticCache",
+    "batch_size",
+    "choose_kind",
+    "crop",
+    "get_codec",
+    "insert_rows",
+    "join_rows",
+    "load_caches",
+    "read_options",
+    "repeat_rows",
+    "reset_rows",
+    "resize",
+    "save_caches",
+    "split_rows",
+    "take_rows",
+    "with_end",
+]

@@ -1,16 +1,42 @@
 """What every cache can do."""
 
 import abc
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import keras
+from keras import ops
+
+from keras_kvcache.caches.newest import Newest
+from keras_kvcache.caches.storage import Storage
+from keras_kvcache.ops import as_int32
+
+# The `end` of rows that may go on.
+NO_END = 2**30
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class Cache(abc.ABC):
     """Keys and values of one layer, seen through one verb.
 
     A cache is immutable: `update` gives a new one, which a compiled program that
-    donates the old one writes in place. It is a JAX pytree of arrays. It doesn't
-    know how much of it is filled: the index belongs to the caller, all layers
-    share one, and rolling a cache back is passing a smaller index.
+    donates the old one writes in place. It is a JAX pytree of arrays, in all of
+    which axis 0 is `B`. It doesn't know how much of it is filled: the index belongs
+    to the caller, all layers share one, and rolling a cache back is passing a
+    smaller index.
+
+    Attributes:
+        storage: The slots; how they lie and are coded is their affair.
+        newest: `Newest`, entries whose group isn't full, if the codec has groups.
+        end: int32 `(B,)`: entries at or past this position are dropped. `None` for
+            a cache in which padding does no harm; see `with_end`.
     """
+
+    storage: Storage
+    newest: Newest | None = None
+    end: Any = None
 
     @property
     @abc.abstractmethod
@@ -19,14 +45,25 @@ class Cache(abc.ABC):
 
     @property
     @abc.abstractmethod
+    def max_length(self):
+        """The first position that has no place any more; `None` if all have."""
+
+    @property
+    def codec(self):
+        """The codec of the slots."""
+        return self.storage.codec
+
+    @property
     def nbytes(self):
         """Bytes of all arrays."""
+        return nbytes(self)
 
     def __repr__(self):
         # Arrays are long, and Keras puts the arguments of a call in its errors.
-        return f"{type(self).__name__}(capacity={self.capacity})"
+        return (
+            f"{type(self).__name__}(capacity={self.capacity}, codec={self.codec.name})"
+        )
 
-    @abc.abstractmethod
     def check(self, batch_size, heads, key_dim, value_dim):
         """Raises unless the cache fits attention of these sizes.
 
@@ -38,8 +75,20 @@ class Cache(abc.ABC):
 
         Raises:
             ValueError: A size differs.
-            TypeError: The cache doesn't hold floats.
         """
+        arrays = self.storage.segments[0]
+        for what, held, wanted in (
+            ("batch size B", arrays[0].shape[0], batch_size),
+            ("key/value heads K", self.storage.heads, heads),
+            ("key head size H", self.storage.head_dim, key_dim),
+            ("value head size", self.storage.value_dim, value_dim),
+        ):
+            if None not in (held, wanted) and held != wanted:
+                shapes = [tuple(array.shape) for array in arrays]
+                raise ValueError(
+                    f"`cache` must have {what} = {wanted}. Received: {held}, in arrays "
+                    f"of shape {', '.join(map(str, shapes))}"
+                )
 
     @abc.abstractmethod
     def update(self, key, value, index):
@@ -68,3 +117,68 @@ class Cache(abc.ABC):
             fill: int32 `(1,)` or `(B,)`: entries at or past this position are
                 not there. `None` if every slot holds one.
         """
+
+    @abc.abstractmethod
+    def check_crop(self, fill, length):
+        """Raises unless the cache can go back from `fill` to `length`, as `crop`.
+
+        Args:
+            fill, length: Integer NumPy arrays `()` or `(B,)`.
+        """
+
+    @abc.abstractmethod
+    def resize(self, capacity, fill):
+        """The cache with another number of slots; see `keras_kvcache.caches.resize`."""
+
+    def with_end(self, end):
+        """The cache with entries at or past a position dropped when they're written.
+
+        Prompts of unequal lengths are padded on the right. Where a slot is its
+        position's alone what padding leaves there is overwritten before anything
+        attends it. In a ring it would take the place of what is still attended, and
+        in a group it would spoil its range.
+
+        Args:
+            end: int32 `(B,)`, or `None` for no end.
+        """
+        if self.end is None:
+            return self
+        no_end = ops.full_like(self.end, NO_END)
+        return replace(self, end=no_end if end is None else as_int32(end))
+
+    def _fill(self, index, length):
+        """Positions below which entries are there once `length` came at `index`.
+
+        Args:
+            index: int32 `(1 | B,)`.
+            length: `T`.
+
+        Returns:
+            int32 `(1 | B,)`; the index itself where nothing of it is to be kept.
+        """
+        end = self.end
+        if self.max_length is not None:
+            end = ops.minimum(end, self.max_length)
+        fill = ops.maximum(ops.minimum(index + length, end), index)
+        return ops.where(index < 0, index, fill)
+
+
+def nbytes(tree):
+    """Bytes that arrays take in memory: one, a cache, or a tree of these."""
+    return sum(
+        math.prod(array.shape) * itemsize(array.dtype)
+        for array in jax.tree_util.tree_leaves(tree)
+    )
+
+
+def itemsize(dtype):
+    """Bytes of one number."""
+    sizes = {"64": 8, "32": 4, "16": 2, "int8": 1}
+    dtype = keras.backend.standardize_dtype(dtype)
+    return next(size for end, size in sizes.items() if dtype.endswith(end))
+
+
+def first_positions(index):
+    """An index as int32 `(1 | B,)`."""
+    index = as_int32(ops.convert_to_tensor(index))
+    return ops.reshape(index, (-1,))

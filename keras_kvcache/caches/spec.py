@@ -1,35 +1,50 @@
 """What a cache would take, before there is one."""
 
-import numbers
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import keras
 from keras import ops
 
-from keras_kvcache.caches.checks import itemsize
-from keras_kvcache.caches.dense import DenseCache
-from keras_kvcache.caches.static import StaticCache, segment_sizes
+from keras_kvcache.caches.base import NO_END, itemsize, nbytes
+from keras_kvcache.caches.codecs import Codec, Exact, get_codec
+from keras_kvcache.caches.dense import DenseStorage
+from keras_kvcache.caches.head_major import HeadMajorStorage
+from keras_kvcache.caches.kinds import Rolling, Static, is_integer
+from keras_kvcache.caches.newest import Newest
+from keras_kvcache.caches.rolling import RollingCache
+from keras_kvcache.caches.sizes import ring_slots, whole_groups
+from keras_kvcache.caches.static import StaticCache
+from keras_kvcache.ops import distribute
 
-LAYOUTS = ("head_major", "dense")
-DTYPES = ("float32", "float16", "bfloat16")
+LAYOUTS = {"head_major": HeadMajorStorage, "dense": DenseStorage}
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """An array that isn't made."""
+
+    shape: tuple
+    dtype: str
 
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """Shape, dtype and layout of one layer's cache.
+    """Shape, kind, codec and layout of one layer's cache.
 
     Attributes:
         batch_size: `B`, rows.
-        capacity: `S`, slots.
+        capacity: `S`, how many positions it is to take. A rolling cache takes any
+            number.
         num_key_value_heads: `K`.
         head_dim: `H`, size of a key head.
         value_dim: Size of a value head; `None` for `head_dim`.
-        dtype: Dtype of the entries: `"float32"`, `"float16"` or `"bfloat16"`.
-        layout: `"head_major"` for a `StaticCache`, `"dense"` for a `DenseCache`.
+        codec: `"float32"`, `"float16"` or `"bfloat16"` for entries as they are,
+            `"int8"`, `"int4"`, or a `Codec`.
+        layout: `"head_major"`, or `"dense"` for slots before heads.
+        kind: `"static"`, `Static()` or a `Rolling`.
 
     Raises:
-        ValueError: A size isn't a positive integer, or the dtype or the layout is
-            unknown.
+        ValueError: A size isn't a positive integer, or the codec, the layout or the
+            kind is unknown.
     """
 
     batch_size: int
@@ -37,57 +52,82 @@ class CacheSpec:
     num_key_value_heads: int
     head_dim: int
     value_dim: int | None = None
-    dtype: str = "float32"
+    codec: str | Codec = "float32"
     layout: str = "head_major"
+    kind: str | Static | Rolling = field(default_factory=Static)
 
     def __post_init__(self):
         names = ("batch_size", "capacity", "num_key_value_heads", "head_dim")
         for name in (*names, *(["value_dim"] if self.value_dim is not None else [])):
             value = getattr(self, name)
-            is_size = isinstance(value, numbers.Integral) and not isinstance(
-                value, bool
-            )
-            if not is_size or value <= 0:
+            if not is_integer(value) or value <= 0:
                 raise ValueError(
                     f"`{name}` must be a positive integer. Received: {value!r}"
                 )
-        if keras.backend.standardize_dtype(self.dtype) not in DTYPES:
-            raise ValueError(
-                f"`dtype` must be one of {list(DTYPES)}. Received: {self.dtype!r}"
-            )
+        object.__setattr__(self, "codec", get_codec(self.codec))
         if self.layout not in LAYOUTS:
             raise ValueError(
                 f"`layout` must be one of {list(LAYOUTS)}. Received: {self.layout!r}"
             )
-        if self.layout == "dense" and self.value_dim not in (None, self.head_dim):
+        if self.kind == Static.name:
+            object.__setattr__(self, "kind", Static())
+        if not isinstance(self.kind, (Static, Rolling)):
             raise ValueError(
-                "A dense cache needs `value_dim` equal to `head_dim`. Received: "
-                f"head_dim={self.head_dim}, value_dim={self.value_dim}"
+                "`kind` must be 'static', Static() or Rolling(window=…). Received: "
+                f"{self.kind!r}"
             )
 
     @property
     def bytes_per_token(self):
-        """Bytes that one token of one row takes."""
-        both = self.head_dim + (self.value_dim or self.head_dim)
-        return self.num_key_value_heads * both * itemsize(self.dtype)
+        """Bytes of one token of one row, with its share of what a group shares."""
+        parts = [
+            *self.codec.key_parts(self.head_dim),
+            *self.codec.value_parts(self.value_dim or self.head_dim),
+        ]
+        each = (part.width * itemsize(part.dtype) / part.tokens for part in parts)
+        return self.num_key_value_heads * sum(each)
+
+    @property
+    def bytes_per_row(self):
+        """Bytes that one row takes in all."""
+        return self.nbytes // self.batch_size
 
     @property
     def nbytes(self):
         """Bytes that `allocate()` takes."""
-        return self.batch_size * self.capacity * self.bytes_per_token
+        return nbytes(self._make(_Shape))
 
     def allocate(self):
-        """An empty cache of this shape."""
-        rows, heads = self.batch_size, self.num_key_value_heads
-        if self.layout == "dense":
-            shape = (rows, 2, self.capacity, heads, self.head_dim)
-            return DenseCache(ops.zeros(shape, self.dtype))
+        """An empty cache of this shape, on the devices of `keras.distribution`."""
+        heads_axis = LAYOUTS[self.layout].heads_axis
 
-        sizes = segment_sizes(self.capacity)
-        value_dim = self.value_dim or self.head_dim
-        return StaticCache(
-            tuple(
-                ops.zeros((rows, heads, self.head_dim, n), self.dtype) for n in sizes
-            ),
-            tuple(ops.zeros((rows, heads, n, value_dim), self.dtype) for n in sizes),
-        )
+        def make(shape, dtype):
+            has_heads = len(shape) > 1
+            array = ops.zeros(shape, dtype)
+            return distribute(array, heads_axis if has_heads else None)
+
+        return self._make(make)
+
+    def _make(self, make):
+        """The cache of arrays that `make` gives for a shape and a dtype."""
+        codec, kind, layout = self.codec, self.kind, LAYOUTS[self.layout]
+        is_static = isinstance(kind, Static)
+        if is_static:
+            slots = whole_groups(self.capacity, codec.group)
+        else:
+            slots = ring_slots(kind.window, codec.group)
+        newest = end = None
+        if codec.group > 1:
+            group = layout.allocate(self, codec.group, codec.ungrouped, make)
+            newest = Newest(group, make((self.batch_size,), "int32"))
+        if codec.group > 1 or not is_static:
+            end = make((self.batch_size,), "int32")
+            end = end if isinstance(end, _Shape) else end + NO_END
+        storage = layout.allocate(self, slots, codec, make)
+        if is_static:
+            length = None if slots == self.capacity else self.capacity
+            return StaticCache(storage, newest, end, length)
+        sinks = None
+        if kind.sinks:
+            sinks = layout.allocate(self, kind.sinks, Exact(codec.dtype), make)
+        return RollingCache(storage, newest, end, sinks, kind.window)

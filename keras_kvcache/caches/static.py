@@ -1,119 +1,147 @@
-"""The static cache: head-major buffers of doubling size."""
+"""The static cache: the slot is the position."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import jax
+import keras
 from keras import ops
 
-from keras_kvcache.caches.base import Cache
-from keras_kvcache.caches.checks import check_arrays, nbytes
-from keras_kvcache.ops import (
-    View,
-    head_major_segment,
-    splice,
-    token_positions,
-    write_slot,
-)
-
-# Slots of the first segment: small enough that a short text costs little to
-# read, large enough that a long one has few segments to merge and compile.
-FIRST_SEGMENT = 256
-
-
-def segment_sizes(capacity):
-    """How `capacity` slots are cut: 256, 256, 512, 1024, …, the last cut short.
-
-    Each segment doubles what was there, so a text is read at most twice as far
-    as it reaches, in a number of segments that grows with the logarithm.
-    """
-    sizes, total = [], 0
-    while total < capacity:
-        size = min(max(total, FIRST_SEGMENT), capacity - total)
-        sizes.append(size)
-        total += size
-    return tuple(sizes)
+from keras_kvcache.caches.base import Cache, first_positions
+from keras_kvcache.caches.codecs import Exact
+from keras_kvcache.caches.dense import DenseStorage
+from keras_kvcache.caches.head_major import HeadMajorStorage
+from keras_kvcache.caches.sizes import whole_groups
+from keras_kvcache.ops import View, known_value, token_positions, write_slot
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False, repr=False)
 class StaticCache(Cache):
-    """Keys and values of one layer, heads before slots; the slot is the position.
+    """Keys and values of one layer, each position in the slot of its number.
+
+    It takes as many positions as it has slots, or fewer where the last group of its
+    codec isn't needed whole.
 
     Attributes:
-        keys: Tuple of tensors `(B, K, H, n)`, one a segment. Slots come last, as a
-            product with few queries reads them fastest so.
-        values: Tuple of tensors `(B, K, n, Hv)`, as many slots each.
+        length: How many, if fewer.
     """
 
-    keys: tuple[Any, ...]
-    values: tuple[Any, ...]
+    length: int | None = field(default=None, metadata={"static": True})
 
-    @property
-    def capacity(self):
-        """See `Cache.capacity`."""
-        return sum(values.shape[2] for values in self.values)
+    @classmethod
+    def from_dense(cls, tensor, layout="head_major"):
+        """A cache that holds what a dense tensor holds, as it is.
 
-    @property
-    def nbytes(self):
-        """See `Cache.nbytes`."""
-        return nbytes(self.keys + self.values)
+        Args:
+            tensor: `(B, 2, S, K, H)`, keys at 0 and values at 1 of axis 1.
+            layout: `"head_major"`, or `"dense"` for the very tensor.
 
-    def check(self, batch_size, heads, key_dim, value_dim):
-        """See `Cache.check`."""
-        sizes = {"batch size B": (0, batch_size), "key/value heads K": (1, heads)}
-        for name, arrays, head_size in (
-            ("`cache` keys", self.keys, (2, key_dim)),
-            ("`cache` values", self.values, (3, value_dim)),
-        ):
-            check_arrays(name, arrays, 4, {**sizes, "head size H": head_size})
-        slots = [
-            [keys.shape[3] for keys in self.keys],
-            [values.shape[2] for values in self.values],
-        ]
-        if slots[0] != slots[1] or not slots[0]:
+        Raises:
+            ValueError: The tensor has another rank, or no keys or no values.
+            TypeError: It doesn't hold floats.
+        """
+        shape = tuple(tensor.shape)
+        dtype = keras.backend.standardize_dtype(tensor.dtype)
+        if len(shape) != 5 or shape[1] not in (2, None):
             raise ValueError(
-                "`cache` must have keys and values in segments of as many slots. "
-                f"Received: keys in {slots[0]}, values in {slots[1]}"
+                "`cache` must have 5 axes, (B, 2, S, K, H), with keys and values = 2 "
+                f"on axis 1. Received: shape={shape}"
             )
-
-    def update(self, key, value, index):
-        """See `Cache.update`."""
-        fill = token_positions(index, 1)[:, 0] + ops.shape(key)[1]
-        key = ops.transpose(key, (0, 2, 3, 1))
-        value = ops.transpose(value, (0, 2, 1, 3))
-        slot = write_slot(index, self.capacity)
-        keys, values = [], []
-        for stored_keys, stored_values in zip(self.keys, self.values, strict=True):
-            # Seen from a segment, most writes are past its end and dropped.
-            keys.append(splice(stored_keys, key, slot, axis=3))
-            values.append(splice(stored_values, value, slot))
-            slot = slot - stored_values.shape[2]
-        cache = StaticCache(tuple(keys), tuple(values))
-        return cache, cache.view(fill)
-
-    def view(self, fill=None):
-        """See `Cache.view`."""
-        segments, first = [], 0
-        for keys, values in zip(self.keys, self.values, strict=True):
-            positions = first + ops.arange(values.shape[2], dtype="int32")[None]
-            segments.append(head_major_segment(keys, values, positions))
-            first += values.shape[2]
-        _, heads, _, value_dim = self.values[0].shape
-        return View(tuple(segments), heads, value_dim, fill)
+        if not keras.backend.is_float_dtype(dtype):
+            raise TypeError(
+                f"`cache` must hold floats. Received: dtype={dtype}, shape={shape}"
+            )
+        codec, head_dim = Exact(dtype), shape[4]
+        if layout == "dense":
+            return cls(DenseStorage(((tensor,),), codec, head_dim, head_dim))
+        storage = HeadMajorStorage((), codec, head_dim, head_dim)
+        whole = storage.encode(tensor[:, 0], tensor[:, 1])
+        return cls(whole.resize(shape[2]))
 
     def to_dense(self):
-        """The same entries as one tensor `(B, 2, S, K, H)`; exact.
+        """Keys and values of all slots as one tensor `(B, 2, S, K, H)`.
+
+        Exact if the codec is.
 
         Raises:
             ValueError: Keys and values differ in head size.
         """
-        key_dim, value_dim = self.keys[0].shape[2], self.values[0].shape[3]
-        if key_dim != value_dim:
+        storage = self.storage
+        if storage.head_dim != storage.value_dim:
             raise ValueError(
-                "A dense cache needs keys and values of one head size. "
-                f"Received: key_dim={key_dim}, value_dim={value_dim}"
+                "A dense tensor needs keys and values of one head size. Received: "
+                f"key_dim={storage.head_dim}, value_dim={storage.value_dim}"
             )
-        keys = ops.transpose(ops.concatenate(self.keys, axis=3), (0, 3, 1, 2))
-        values = ops.transpose(ops.concatenate(self.values, axis=2), (0, 2, 1, 3))
-        return ops.stack([keys, values], axis=1)
+        if isinstance(storage, DenseStorage) and storage.is_shared:
+            if isinstance(self.codec, Exact):
+                return storage.segments[0][0]
+        return ops.stack(storage.decode(), axis=1)[:, :, : self.capacity]
+
+    @property
+    def capacity(self):
+        """See `Cache.capacity`."""
+        return self.storage.slots if self.length is None else self.length
+
+    @property
+    def max_length(self):
+        """See `Cache.max_length`."""
+        return self.capacity
+
+    def update(self, key, value, index):
+        """See `Cache.update`."""
+        slots = self.storage.slots
+        slot = write_slot(index, slots)
+        if self.newest is None:
+            storage = self.storage.write(self.storage.encode(key, value), slot)
+            fill = token_positions(index, 1)[:, 0] + ops.shape(key)[1]
+            cache = StaticCache(storage)
+            return cache, cache.view(fill)
+
+        index = first_positions(slot)
+        fill = self._fill(index, key.shape[1])
+        newest, ahead, start = self.newest.advance(
+            lambda slot: self.storage.part(slot, self.codec.group),
+            self.storage.encode(key, value, self.codec.ungrouped),
+            index,
+            fill,
+        )
+        # A row that brings nothing would code padding into a group that is full.
+        start = ops.where(fill > index, start, slots)
+        storage = self.storage.write(ahead.regroup(self.codec), start)
+        cache = replace(self, storage=storage, newest=newest)
+        return cache, cache.view(fill)
+
+    def view(self, fill=None):
+        """See `Cache.view`."""
+        if fill is None and self.length is not None:
+            fill = ops.full((1,), self.length, "int32")
+        segments = []
+        for first, size in self.storage.spans:
+            positions = first + ops.arange(size, dtype="int32")[None]
+            known = first
+            if self.newest is not None:
+                coded = positions < self.newest.start[:, None]
+                positions, known = ops.where(coded, positions, -1), None
+            segments.append(self.storage.segment(first, size, positions, known))
+        if self.newest is not None:
+            segments.append(self.newest.segment())
+        storage = self.storage
+        return View(tuple(segments), storage.heads, storage.value_dim, fill)
+
+    def check_crop(self, fill, length):
+        """See `Cache.check_crop`."""
+        self._check_fill(fill, self.capacity)
+
+    def resize(self, capacity, fill):
+        """See `Cache.resize`."""
+        self._check_fill(known_value(fill), capacity)
+        slots = whole_groups(capacity, self.codec.group)
+        length = None if slots == capacity else capacity
+        return replace(self, storage=self.storage.resize(slots), length=length)
+
+    def _check_fill(self, fill, capacity):
+        if fill is not None and (fill > capacity).any():
+            raise ValueError(
+                "`fill` must not pass the capacity. Received: "
+                f"fill={fill.tolist()}, capacity={capacity}"
+            )

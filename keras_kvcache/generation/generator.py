@@ -1,5 +1,6 @@
 """Generation from any Keras model built with caches."""
 
+import inspect
 import random
 
 import keras
@@ -7,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_kvcache import samplers
+from keras_kvcache.caches import read_options
 from keras_kvcache.generation.detokenizer import Detokenizer
 from keras_kvcache.generation.limits import read_stop_token_ids, row_ends
 from keras_kvcache.generation.program import make_program
@@ -40,13 +42,16 @@ class Generator:
         step: `(token_ids (B, T), cache, index (B,)) -> (outputs (B, T, …), cache)`:
             runs tokens at positions `index[b] … index[b] + T - 1` of row `b`.
             Outputs are logits, or what `logits` makes logits of.
-        init_cache: `(batch_size, capacity) -> cache`: any pytree of arrays.
+        init_cache: `(batch_size, capacity) -> cache`: any pytree of arrays. What
+            `generate` is told of the cache comes as `kind`, `codec` and `layout`.
         logits: `outputs (B, …) -> logits (B, V)`, applied where a token is
             sampled only. `None` if `step` gives logits.
         tokenizer: Object with `encode(text) -> ids`, `decode(ids) -> text` and
             `stop_token_ids`; `None` if only ids come in.
         max_sequence_length: The most positions that the model knows; `None` if
             there is no limit.
+        is_endless: Function of what `generate` is told of the cache: whether
+            positions may nevertheless go on. `None` if they never may.
         vocabulary_size: `V`, to check ids against; `None` to leave them unchecked.
         sampler: What to sample with unless told otherwise; see `samplers.get`.
 
@@ -64,6 +69,7 @@ class Generator:
         logits=None,
         tokenizer=None,
         max_sequence_length=None,
+        is_endless=None,
         vocabulary_size=None,
         sampler="greedy",
     ):
@@ -72,6 +78,7 @@ class Generator:
         self._init_cache = init_cache
         self.tokenizer = tokenizer
         self.max_sequence_length = max_sequence_length
+        self._is_endless = is_endless or (lambda **options: False)
         self.vocabulary_size = vocabulary_size
         self.sampler = sampler
         self._prefill = make_program(self._run_prefill, model, donate=("cache",))
@@ -101,6 +108,7 @@ class Generator:
         strip_prompt=False,
         sampler=None,
         seed=None,
+        cache=None,
     ):
         """Continues prompts.
 
@@ -119,6 +127,11 @@ class Generator:
             sampler: As in `samplers.get`; `None` for the default.
             seed: Integer. The same seed gives the same answer; `None` draws one
                 from Python's `random`, which `keras.utils.set_random_seed` seeds.
+            cache: What to keep keys and values in: a kind (`"auto"`, `"static"`,
+                `"rolling"`, `keras_kvcache.caches.Rolling(window=…)`), a codec
+                (`"float32"`, `"bfloat16"`, `"float16"`, `"int8"`, `"int4"`), or a
+                dictionary of `"kind"`, `"codec"` and `"layout"`. `None` for
+                the model's choice.
 
         Returns:
             What came in, continued: a string, a list of strings, ids, lists of
@@ -132,8 +145,11 @@ class Generator:
         prompts = read_prompts(inputs, self.tokenizer, self.vocabulary_size)
         if prompts.form == "arrays" and max_length is None and max_new_tokens is None:
             max_length = prompts.width
-        ends = self._ends(prompts, max_length, max_new_tokens)
-        bursts = self._bursts(prompts.rows, ends, stop_token_ids, sampler, seed, BURST)
+        options = read_options(cache)
+        ends = self._ends(prompts, max_length, max_new_tokens, options)
+        bursts = self._bursts(
+            prompts.rows, ends, stop_token_ids, sampler, seed, BURST, options
+        )
         new_rows = [[] for _ in prompts.rows]
         for tokens in bursts:
             for row, burst in zip(new_rows, tokens, strict=True):
@@ -155,6 +171,7 @@ class Generator:
         stop_token_ids="auto",
         sampler=None,
         seed=None,
+        cache=None,
     ):
         """Like `generate`, token by token and without the prompt.
 
@@ -165,6 +182,7 @@ class Generator:
             stop_token_ids: As in `generate`.
             sampler: As in `generate`.
             seed: As in `generate`.
+            cache: As in `generate`.
 
         Returns:
             A `TextStream`, an iterator over what was added: pieces of text for
@@ -181,20 +199,27 @@ class Generator:
             raise TypeError(
                 "`inputs` can't be a dictionary to stream from; give text or ids."
             )
-        ends = self._ends(prompts, max_length, max_new_tokens)
-        bursts = self._bursts(prompts.rows, ends, stop_token_ids, sampler, seed, 1)
+        options = read_options(cache)
+        ends = self._ends(prompts, max_length, max_new_tokens, options)
+        bursts = self._bursts(
+            prompts.rows, ends, stop_token_ids, sampler, seed, 1, options
+        )
         return TextStream(bursts, prompts, self.tokenizer)
 
-    def _ends(self, prompts, max_length, max_new_tokens):
+    def _ends(self, prompts, max_length, max_new_tokens, options):
+        context = self.max_sequence_length
+        asked = (max_length, max_new_tokens) != (None, None)
+        if asked and self._is_endless(**options):
+            context = None
         return row_ends(
             [len(row) for row in prompts.rows],
             max_length,
             max_new_tokens,
-            self.max_sequence_length,
+            context,
             may_be_full=prompts.form == "arrays",
         )
 
-    def _bursts(self, rows, ends, stop_token_ids, sampler, seed, burst):
+    def _bursts(self, rows, ends, stop_token_ids, sampler, seed, burst, options):
         """Checks the remaining arguments, then iterates over new tokens.
 
         Yields:
@@ -210,7 +235,7 @@ class Generator:
         # A few sizes, so that the number of stop tokens compiles nothing.
         padded = np.full(max(8, 1 << len(stop).bit_length()), NO_TOKEN, "int32")
         padded[: len(stop)] = stop
-        return self._run(rows, Limits(ends, padded), sampler, seed, burst)
+        return self._run(rows, Limits(ends, padded), sampler, seed, burst, options)
 
     def _build(self):
         """Lets a model that was never called make its weights.
@@ -225,13 +250,26 @@ class Generator:
         outputs, _ = self._functions.step(token_ids, cache, index)
         self._functions.logits(outputs[:, 0])
 
-    def _run(self, rows, limits, sampler, seed, burst):
+    def _new_cache(self, batch_size, capacity, options):
+        if options:
+            try:
+                signature = inspect.signature(self._init_cache)
+                signature.bind(batch_size, capacity, **options)
+            except TypeError as error:
+                raise ValueError(
+                    "`cache` needs an `init_cache` that takes its options. Received: "
+                    f"{options}: {error}"
+                ) from error
+        return self._init_cache(batch_size, capacity, **options)
+
+    def _run(self, rows, limits, sampler, seed, burst, options):
         self._build()
         # 1. Room for the longest row, in one of few sizes.
         lengths = np.array([len(row) for row in rows], "int32")
         longest = max(int(limits.end.max()), int(lengths.max()))
-        capacity = capacity_for(longest, self.max_sequence_length)
-        cache = self._init_cache(len(rows), capacity)
+        limit = None if self._is_endless(**options) else self.max_sequence_length
+        capacity = capacity_for(longest, limit)
+        cache = self._new_cache(len(rows), capacity, options)
         # 2. The prompts, chunk by chunk; each row's first new token.
         cache, token = self._run_prompts(cache, rows, lengths, sampler, seed)
         is_full = lengths >= limits.end

@@ -13,6 +13,7 @@ class GenerateMethods:
         strip_prompt=False,
         sampler=None,
         seed=None,
+        cache=None,
     ):
         """Continues prompts; see `keras_kvcache.Generator.generate`."""
         return self.generator.generate(
@@ -23,6 +24,7 @@ class GenerateMethods:
             strip_prompt=strip_prompt,
             sampler=sampler,
             seed=seed,
+            cache=cache,
         )
 
     def stream(
@@ -33,6 +35,7 @@ class GenerateMethods:
         stop_token_ids="auto",
         sampler=None,
         seed=None,
+        cache=None,
     ):
         """Continues prompts piece by piece; see `keras_kvcache.Generator.stream`."""
         return self.generator.stream(
@@ -42,4 +45,5 @@ class GenerateMethods:
             stop_token_ids=stop_token_ids,
             sampler=sampler,
             seed=seed,
+            cache=cache,
         )

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
+from keras_kvcache.caches import with_end
+
 # In the place of a token that a finished row doesn't have.
 NO_TOKEN = -1
 
@@ -75,7 +77,9 @@ def prefill(model, cache, token, token_ids, first, lengths, sampler, seed):
     """
     chunk = ops.shape(token_ids)[1]
     index = ops.zeros_like(lengths) + first
-    outputs, cache = model.step(token_ids, cache, index)
+    # Padding must not take the place of entries in caches that reuse their slots.
+    outputs, cache = model.step(token_ids, with_end(cache, lengths), index)
+    cache = with_end(cache, None)
     last = lengths - 1 - first
     row_end = ops.clip(last, 0, chunk - 1)
     row_end = ops.reshape(row_end, [-1] + [1] * (len(outputs.shape) - 1))

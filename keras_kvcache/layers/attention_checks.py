@@ -4,7 +4,7 @@ import numbers
 
 import keras
 
-from keras_kvcache.caches import Cache, DenseCache
+from keras_kvcache.caches import Cache, StaticCache
 from keras_kvcache.ops import check_index, check_mask_shape
 
 # Constructor arguments that are layers.
@@ -116,7 +116,7 @@ def check_call(
     if cache is not None:
         holder = as_cache(cache)
         holder.check(batch, layer.num_key_value_heads, layer.key_dim, layer.value_dim)
-        slots = holder.capacity
+        slots = holder.max_length
     if cache_update_index is not None:
         if cache is None:
             raise ValueError(
@@ -143,7 +143,7 @@ def as_cache(cache):
     if isinstance(cache, Cache):
         return cache
     if keras.ops.is_tensor(cache) or keras.backend.is_keras_tensor(cache):
-        return DenseCache(cache)
+        return StaticCache.from_dense(cache, "dense")
     raise TypeError(
         "`cache` must be a tensor of shape (B, 2, S, K, H) or a cache object of "
         f"`keras_kvcache.caches`. Received: {type(cache).__name__}"

@@ -4,12 +4,14 @@ import keras
 from keras import ops
 
 from keras_kvcache.caches import Cache
+from keras_kvcache.layers.adoption import AdoptsParts
 from keras_kvcache.layers.attention_checks import (
     LAYER_ARGUMENTS,
     check_call,
     check_constructor,
     check_left_to_keras,
 )
+from keras_kvcache.layers.projections import make_output_projection, make_projection
 from keras_kvcache.ops import (
     align_mask,
     attend,
@@ -22,7 +24,7 @@ from keras_kvcache.ops import (
 
 
 @keras.saving.register_keras_serializable(package="keras_kvcache")
-class CachedMultiHeadAttention(keras.layers.MultiHeadAttention):
+class CachedMultiHeadAttention(AdoptsParts, keras.layers.MultiHeadAttention):
     """Multi-head attention that can keep its keys and values in a cache.
 
     Three modes, told apart by the call:
@@ -54,6 +56,8 @@ class CachedMultiHeadAttention(keras.layers.MultiHeadAttention):
         num_key_value_heads: `K`, a divisor of `N`; query heads share key/value
             heads in groups of `N / K` (Ainslie et al., 2023,
             https://arxiv.org/abs/2305.13245). `None` for `N`.
+        use_output_bias: Whether the output projection has a bias. `None` for
+            `use_bias`, which then is about the others only.
         rotary_embedding: A layer called as `rotary(x, positions=positions)` on
             `(B, T, heads, H)`, applied to queries, and to keys before they are
             cached. `keras_kvcache.layers.RotaryEmbedding` is one.
@@ -69,8 +73,8 @@ class CachedMultiHeadAttention(keras.layers.MultiHeadAttention):
             index it is how many entries are written.
         key: `(B, T', D)`; `None` for `value`.
         attention_mask: Boolean or 0/1, `(T, S)`, `(B, T, S)` or `(B, N, T, S)`,
-            sizes of 1 broadcast; `S` are the slots if there is a cache. It takes
-            the place of the default by which, with an index, slots at or past
+            sizes of 1 broadcast; `S` are positions, in most caches the slots. It
+            takes the place of the default by which, with an index, slots at or past
             `index + T'` are not attended.
         cache: The dense tensor `(B, 2, S, K, H)`, keys at 0 and values at 1 of
             axis 1, or a cache object of `keras_kvcache.caches`. What is returned
@@ -105,6 +109,7 @@ class CachedMultiHeadAttention(keras.layers.MultiHeadAttention):
         key_dim,
         *args,
         num_key_value_heads=None,
+        use_output_bias=None,
         rotary_embedding=None,
         query_norm=None,
         key_norm=None,
@@ -118,6 +123,8 @@ class CachedMultiHeadAttention(keras.layers.MultiHeadAttention):
         self.autocast = False
         heads = num_heads if num_key_value_heads is None else num_key_value_heads
         self.num_key_value_heads = heads
+        has_bias = self._use_bias if use_output_bias is None else use_output_bias
+        self.use_output_bias = has_bias
         self.rotary_embedding = rotary_embedding
         self.query_norm = query_norm
         self.key_norm = key_norm
@@ -157,10 +164,9 @@ class CachedMultiHeadAttention(keras.layers.MultiHeadAttention):
             "value", value_shape, group_heads, self._value_dim
         )
         self._build_attention(len(query_shape) + 1)
-        self._output_dense = self._make_output_dense(
-            query_shape, self._get_common_kwargs_for_sublayer(), "attention_output"
+        self._output_dense = self._part(
+            "output_dense", lambda: make_output_projection(self, query_shape)
         )
-        self._output_dense.build((*query_shape[:-1], heads, self._value_dim))
         for layer, shape, layer_heads in (
             (self.query_norm, query_shape, heads),
             (self.key_norm, key_shape, group_heads),
@@ -169,18 +175,10 @@ class CachedMultiHeadAttention(keras.layers.MultiHeadAttention):
             if layer is not None and not layer.built:
                 layer.build((*shape[:-1], layer_heads, self._key_dim))
 
-    def _projection(self, name, input_shape, heads, head_dim, activation=None):
-        free = "abcdefgh"[: len(input_shape) - 1]
-        layer = keras.layers.EinsumDense(
-            f"{free}x,xnh->{free}nh",
-            output_shape=[None] * (len(free) - 1) + [heads, head_dim],
-            bias_axes="nh" if self._use_bias else None,
-            activation=activation,
-            name=name,
-            **self._get_common_kwargs_for_sublayer(),
+    def _projection(self, name, *arguments, **options):
+        return self._part(
+            f"{name}_dense", lambda: make_projection(self, name, *arguments, **options)
         )
-        layer.build(input_shape)
-        return layer
 
     def call(
         self,
@@ -297,7 +295,7 @@ class CachedMultiHeadAttention(keras.layers.MultiHeadAttention):
         if return_attention_scores:
             returned += (ops.cast(scores, self.compute_dtype),)
         if cache is not None:
-            returned += (holder if isinstance(cache, Cache) else holder.tensor,)
+            returned += (holder if isinstance(cache, Cache) else holder.to_dense(),)
         return returned if len(returned) > 1 else returned[0]
 
     def _project_query(self, query, index):
@@ -383,6 +381,7 @@ class CachedMultiHeadAttention(keras.layers.MultiHeadAttention):
             **super().get_config(),
             "flash_attention": self._flash_attention,
             "num_key_value_heads": self.num_key_value_heads,
+            "use_output_bias": self.use_output_bias,
             "query_scale": self.query_scale,
             "logit_soft_cap": self.logit_soft_cap,
             **{name: layer and serialize(layer) for name, layer in layers.items()},

@@ -6,14 +6,15 @@ import keras
 from keras import ops
 
 from keras_kvcache.layers.activations import get_activation
+from keras_kvcache.layers.adoption import AdoptsParts
 from keras_kvcache.layers.cached_multi_head_attention import CachedMultiHeadAttention
-from keras_kvcache.layers.feed_forward import FeedForward
+from keras_kvcache.layers.feed_forward import make_feedforward
 from keras_kvcache.layers.initializers import clone_initializer
 from keras_kvcache.layers.normalization import make_normalization
 
 
 @keras.saving.register_keras_serializable(package="keras_kvcache")
-class DecoderBlock(keras.layers.Layer):
+class DecoderBlock(AdoptsParts, keras.layers.Layer):
     """A pre-norm transformer decoder block with caches.
 
     Each part normalizes its input, and its output is added to it: causal
@@ -25,13 +26,23 @@ class DecoderBlock(keras.layers.Layer):
         intermediate_dim: Width of the feed-forward part.
         num_key_value_heads: `K`; `None` for `N`.
         head_dim: `H`; `None` for `D / N`.
-        normalization: `"rms_norm"` or `"layer_norm"`.
+        normalization: `"rms_norm"`, `"unit_offset_rms_norm"` or `"layer_norm"`.
         layer_norm_epsilon: Epsilon of the normalization.
         activation: Activation of the feed-forward part.
         gated_feedforward: Whether the feed-forward part is gated.
         use_bias: Whether projections and dense layers have biases.
+        attention_bias: Whether the projections to queries, keys and values have
+            them; `None` for `use_bias`.
         sliding_window: `W` of self-attention, or `None`.
+        query_scale: Factor of the attention scores; `None` for `H ** -0.5`.
         logit_soft_cap: Soft cap of the attention scores, or `None`.
+        query_key_norm: Whether queries and keys of self-attention are normalized,
+            head by head.
+        query_key_norm_epsilon: Epsilon of that; `None` for `layer_norm_epsilon`.
+        use_post_attention_norm, use_post_ffw_norm: Whether what self-attention,
+            or the feed-forward part, gives is normalized before it is added.
+        num_experts, num_experts_per_token: Those of `MixtureOfExperts`; `None`
+            for a plain feed-forward part.
         rotary_embedding: Layer for `CachedMultiHeadAttention`, or `None`.
         dropout: Rate on attention weights and on each part's output.
         kernel_initializer: Initializer of all kernels.
@@ -74,8 +85,16 @@ class DecoderBlock(keras.layers.Layer):
         activation="silu",
         gated_feedforward=True,
         use_bias=False,
+        attention_bias=None,
         sliding_window=None,
+        query_scale=None,
         logit_soft_cap=None,
+        query_key_norm=False,
+        query_key_norm_epsilon=None,
+        use_post_attention_norm=False,
+        use_post_ffw_norm=False,
+        num_experts=None,
+        num_experts_per_token=None,
         rotary_embedding=None,
         dropout=0.0,
         kernel_initializer="glorot_uniform",
@@ -101,8 +120,18 @@ class DecoderBlock(keras.layers.Layer):
         self.activation = get_activation(activation)
         self.gated_feedforward = gated_feedforward
         self.use_bias = use_bias
+        self.attention_bias = use_bias if attention_bias is None else attention_bias
         self.sliding_window = sliding_window
+        self.query_scale = query_scale
         self.logit_soft_cap = logit_soft_cap
+        self.query_key_norm = query_key_norm
+        if query_key_norm_epsilon is None:
+            query_key_norm_epsilon = layer_norm_epsilon
+        self.query_key_norm_epsilon = query_key_norm_epsilon
+        self.use_post_attention_norm = use_post_attention_norm
+        self.use_post_ffw_norm = use_post_ffw_norm
+        self.num_experts = num_experts
+        self.num_experts_per_token = num_experts_per_token
         self.rotary_embedding = rotary_embedding
         self.dropout = dropout
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
@@ -118,52 +147,78 @@ class DecoderBlock(keras.layers.Layer):
                 f"num_query_heads={self.num_query_heads}"
             )
         self.attention_norm = self._norm("attention_norm", shape)
-        self.attention = self._attention(
-            "attention",
-            head_dim,
-            sliding_window=self.sliding_window,
-            rotary_embedding=self.rotary_embedding,
+        self.attention = self._part(
+            "attention", lambda: self._self_attention(shape, head_dim), shape, shape
         )
-        self.attention.build(shape, shape)
+        self.post_attention_norm = None
+        if self.use_post_attention_norm:
+            self.post_attention_norm = self._norm("post_attention_norm", shape)
         self.cross_attention = None
         if encoder_sequence_shape is not None:
             self.cross_attention_norm = self._norm("cross_attention_norm", shape)
             self.cross_attention = self._attention("cross_attention", head_dim)
             self.cross_attention.build(shape, encoder_sequence_shape)
         self.feedforward_norm = self._norm("feedforward_norm", shape)
-        self.feedforward = FeedForward(
-            self.intermediate_dim,
-            activation=self.activation,
-            gated=self.gated_feedforward,
-            use_bias=self.use_bias,
-            kernel_initializer=clone_initializer(self.kernel_initializer),
-            dtype=self.dtype_policy,
-            name="feedforward",
-        )
-        self.feedforward.build(shape)
+        self.feedforward = self._part("feedforward", self._make_feedforward, shape)
+        self.post_ffw_norm = None
+        if self.use_post_ffw_norm:
+            self.post_ffw_norm = self._norm("post_ffw_norm", shape)
         self.residual_dropout = keras.layers.Dropout(
             self.dropout, dtype=self.dtype_policy, name="residual_dropout"
         )
 
-    def _norm(self, name, shape):
-        layer = make_normalization(
-            self.normalization, self.layer_norm_epsilon, name, self.dtype_policy
+    def _norm(self, name, shape, epsilon=None):
+        if epsilon is None:
+            epsilon = self.layer_norm_epsilon
+        return self._part(
+            name,
+            lambda: make_normalization(
+                self.normalization, epsilon, name, self.dtype_policy
+            ),
+            shape,
         )
-        layer.build(shape)
-        return layer
+
+    def _self_attention(self, shape, head_dim):
+        norms = {}
+        if self.query_key_norm:
+            shape, epsilon = (*shape[:-1], head_dim), self.query_key_norm_epsilon
+            norms["query_norm"] = self._norm("query_norm", shape, epsilon)
+            norms["key_norm"] = self._norm("key_norm", shape, epsilon)
+        return self._attention(
+            "attention",
+            head_dim,
+            sliding_window=self.sliding_window,
+            rotary_embedding=self.rotary_embedding,
+            **norms,
+        )
 
     def _attention(self, name, head_dim, **kwargs):
         return CachedMultiHeadAttention(
             self.num_query_heads,
             head_dim,
             num_key_value_heads=self.num_key_value_heads,
-            use_bias=self.use_bias,
+            use_bias=self.attention_bias,
+            use_output_bias=self.use_bias,
             dropout=self.dropout,
+            query_scale=self.query_scale,
             logit_soft_cap=self.logit_soft_cap,
             kernel_initializer=clone_initializer(self.kernel_initializer),
             dtype=self.dtype_policy,
             name=name,
             **kwargs,
+        )
+
+    def _make_feedforward(self):
+        return make_feedforward(
+            self.intermediate_dim,
+            num_experts=self.num_experts,
+            num_experts_per_token=self.num_experts_per_token,
+            activation=self.activation,
+            gated=self.gated_feedforward,
+            use_bias=self.use_bias,
+            kernel_initializer=clone_initializer(self.kernel_initializer),
+            dtype=self.dtype_policy,
+            name="feedforward",
         )
 
     def call(
@@ -207,6 +262,8 @@ class DecoderBlock(keras.layers.Layer):
             ),
             self_attention_cache,
         )
+        if self.post_attention_norm is not None:
+            attended = self.post_attention_norm(attended)
         x = x + self.residual_dropout(attended, training=training)
         if self.cross_attention is not None:
             padding = encoder_padding_mask
@@ -228,6 +285,8 @@ class DecoderBlock(keras.layers.Layer):
             )
             x = x + self.residual_dropout(attended, training=training)
         fed = self.feedforward(self.feedforward_norm(x))
+        if self.post_ffw_norm is not None:
+            fed = self.post_ffw_norm(fed)
         x = x + self.residual_dropout(fed, training=training)
 
         caches = (self_attention_cache, cross_attention_cache)
@@ -300,8 +359,16 @@ class DecoderBlock(keras.layers.Layer):
             "layer_norm_epsilon",
             "gated_feedforward",
             "use_bias",
+            "attention_bias",
             "sliding_window",
+            "query_scale",
             "logit_soft_cap",
+            "query_key_norm",
+            "query_key_norm_epsilon",
+            "use_post_attention_norm",
+            "use_post_ffw_norm",
+            "num_experts",
+            "num_experts_per_token",
             "dropout",
         )
         return {

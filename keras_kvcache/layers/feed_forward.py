@@ -3,11 +3,13 @@
 import keras
 
 from keras_kvcache.layers.activations import get_activation
+from keras_kvcache.layers.adoption import AdoptsParts
 from keras_kvcache.layers.initializers import clone_initializer
+from keras_kvcache.layers.mixture_of_experts import MixtureOfExperts
 
 
 @keras.saving.register_keras_serializable(package="keras_kvcache")
-class FeedForward(keras.layers.Layer):
+class FeedForward(AdoptsParts, keras.layers.Layer):
     """Two dense layers with an activation between, optionally gated.
 
     Gated (Shazeer, 2020, https://arxiv.org/abs/2002.05202):
@@ -49,21 +51,28 @@ class FeedForward(keras.layers.Layer):
     def build(self, input_shape):
         """Creates the dense layers for inputs of shape `(…, D)`."""
         inner_shape = (*input_shape[:-1], self.intermediate_dim)
+        inner_activation = None if self.gated else self.activation
         if self.gated:
-            self.gate = self._dense("gate", self.intermediate_dim)
-            self.gate.build(input_shape)
-        self.intermediate = self._dense("intermediate", self.intermediate_dim)
-        self.intermediate.build(input_shape)
-        self.output_dense = self._dense("output", input_shape[-1])
-        self.output_dense.build(inner_shape)
+            self.gate = self._dense("gate", input_shape, self.intermediate_dim)
+        self.intermediate = self._dense(
+            "intermediate", input_shape, self.intermediate_dim, inner_activation
+        )
+        self.output_dense = self._dense(
+            "output_dense", inner_shape, input_shape[-1], name="output"
+        )
 
-    def _dense(self, name, units):
-        return keras.layers.Dense(
-            units,
-            use_bias=self.use_bias,
-            kernel_initializer=clone_initializer(self.kernel_initializer),
-            dtype=self.dtype_policy,
-            name=name,
+    def _dense(self, part, input_shape, units, activation=None, name=None):
+        return self._part(
+            part,
+            lambda: keras.layers.Dense(
+                units,
+                activation=activation,
+                use_bias=self.use_bias,
+                kernel_initializer=clone_initializer(self.kernel_initializer),
+                dtype=self.dtype_policy,
+                name=name or part,
+            ),
+            input_shape,
         )
 
     def call(self, inputs):
@@ -71,8 +80,6 @@ class FeedForward(keras.layers.Layer):
         inner = self.intermediate(inputs)
         if self.gated:
             inner = self.activation(self.gate(inputs)) * inner
-        else:
-            inner = self.activation(inner)
         return self.output_dense(inner)
 
     def compute_output_shape(self, input_shape):
@@ -89,3 +96,28 @@ class FeedForward(keras.layers.Layer):
             "use_bias": self.use_bias,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
         }
+
+
+def make_feedforward(
+    intermediate_dim, gated, use_bias, num_experts, num_experts_per_token, **options
+):
+    """A `FeedForward`, or a `MixtureOfExperts` if there are experts.
+
+    Args:
+        intermediate_dim, gated, use_bias: As in `FeedForward`.
+        num_experts, num_experts_per_token: As in `MixtureOfExperts`, or `None`.
+        **options: Arguments that both have.
+
+    Raises:
+        ValueError: Experts are asked for that aren't gated or have biases.
+    """
+    if num_experts is None:
+        return FeedForward(intermediate_dim, gated=gated, use_bias=use_bias, **options)
+    if use_bias or not gated:
+        raise ValueError(
+            "`num_experts` needs gated feed-forward parts without biases. Received: "
+            f"num_experts={num_experts}, gated={gated}, use_bias={use_bias}"
+        )
+    if num_experts_per_token is not None:
+        options["num_experts_per_token"] = num_experts_per_token
+    return MixtureOfExperts(num_experts, intermediate_dim, **options)

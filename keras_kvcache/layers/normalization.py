@@ -1,9 +1,55 @@
-"""The two normalizations that decoders use."""
+"""The normalizations that decoders use."""
 
 import keras
+from keras import ops
+
+
+@keras.saving.register_keras_serializable(package="keras_kvcache")
+class UnitOffsetRMSNormalization(keras.layers.Layer):
+    """RMS normalization whose gain is `1 + scale`, as in the Gemma models.
+
+    Args:
+        epsilon: Added to the mean square.
+        **kwargs: Arguments of `keras.layers.Layer`.
+
+    Call arguments:
+        inputs: Tensor `(…, D)`.
+
+    Returns:
+        A tensor like `inputs`; computed in float32.
+    """
+
+    def __init__(self, epsilon=1e-6, **kwargs):
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        self.epsilon = epsilon
+
+    def build(self, input_shape):
+        """Creates the scale, zero at the start."""
+        self.scale = self.add_weight(
+            name="scale", shape=input_shape[-1:], initializer="zeros"
+        )
+
+    def call(self, inputs):
+        """See the class."""
+        gain = 1.0 + ops.cast(self.scale, "float32")
+        normed = ops.rms_normalization(
+            ops.cast(inputs, "float32"), scale=gain, epsilon=self.epsilon
+        )
+        return ops.cast(normed, self.compute_dtype)
+
+    def compute_output_shape(self, input_shape):
+        """The shape of `inputs`."""
+        return input_shape
+
+    def get_config(self):
+        """Constructor arguments."""
+        return {**super().get_config(), "epsilon": self.epsilon}
+
 
 NORMALIZATIONS = {
     "rms_norm": keras.layers.RMSNormalization,
+    "unit_offset_rms_norm": UnitOffsetRMSNormalization,
     "layer_norm": keras.layers.LayerNormalization,
 }
 
@@ -13,7 +59,8 @@ def make_normalization(kind, epsilon, name, dtype):
 
     Args:
         kind: `"rms_norm"` (Zhang and Sennrich, 2019,
-            https://arxiv.org/abs/1910.07467) or `"layer_norm"`.
+            https://arxiv.org/abs/1910.07467), `"unit_offset_rms_norm"`, whose
+            gain is one plus its weight, or `"layer_norm"`.
         epsilon: Added to the mean square or the variance.
         name: Name of the layer.
         dtype: Its dtype policy.

@@ -19,9 +19,21 @@ def complete_config(config):
     Raises:
         ValueError: An argument is out of range or doesn't go with another.
     """
-    heads, hidden_dim = config["num_query_heads"], config["hidden_dim"]
     if config["num_key_value_heads"] is None:
-        config["num_key_value_heads"] = heads
+        config["num_key_value_heads"] = config["num_query_heads"]
+    _check_sizes(config)
+    for name, default in (
+        ("query_key_norm_epsilon", "layer_norm_epsilon"),
+        ("final_norm_epsilon", "layer_norm_epsilon"),
+        ("attention_bias", "use_bias"),
+    ):
+        if config[name] is None:
+            config[name] = config[default]
+    _check_values(config)
+
+
+def _check_sizes(config):
+    """Refuses sizes that aren't positive or don't divide each other."""
     sizes = (
         "vocabulary_size",
         "num_layers",
@@ -31,9 +43,11 @@ def complete_config(config):
         "num_key_value_heads",
         "max_sequence_length",
     )
-    for name in sizes:
+    optional = ("sliding_window_pattern", "num_experts", "num_experts_per_token")
+    for name in (*sizes, *(name for name in optional if config[name] is not None)):
         _check_size(name, config[name])
         config[name] = int(config[name])
+    heads, hidden_dim = config["num_query_heads"], config["hidden_dim"]
     if config["head_dim"] is None:
         if hidden_dim % heads:
             raise ValueError(
@@ -49,6 +63,10 @@ def complete_config(config):
             "`num_query_heads` must be a multiple of `num_key_value_heads`. Received: "
             f"num_query_heads={heads}, num_key_value_heads={group_heads}"
         )
+
+
+def _check_values(config):
+    """Refuses names that are unknown, numbers out of range, what goes alone."""
     choices = {
         "normalization": list(NORMALIZATIONS),
         "position_embedding": list(POSITION_EMBEDDINGS),
@@ -62,11 +80,33 @@ def complete_config(config):
         raise ValueError(
             f"`dropout` must be from 0 to below 1. Received: {config['dropout']!r}"
         )
-    epsilon = config["layer_norm_epsilon"]
-    if not _is_number(epsilon) or not epsilon > 0:
-        raise ValueError(
-            f"`layer_norm_epsilon` must be a positive number. Received: {epsilon!r}"
-        )
+    for name in (
+        "layer_norm_epsilon",
+        "query_key_norm_epsilon",
+        "final_norm_epsilon",
+        "embedding_scale",
+    ):
+        value = config[name]
+        if value is not None and not (_is_number(value) and value > 0):
+            raise ValueError(f"`{name}` must be a positive number. Received: {value!r}")
+    needed = {
+        "sliding_window_pattern": "sliding_window",
+        "rope_local_max_wavelength": "sliding_window",
+        "num_experts_per_token": "num_experts",
+    }
+    for name, other in needed.items():
+        if config[name] is not None and config[other] is None:
+            raise ValueError(
+                f"`{name}` means nothing without `{other}`. Received: "
+                f"{name}={config[name]}, {other}=None"
+            )
+
+
+def window_of_layer(config, index):
+    """`W` of the layer of this number, or `None` if it attends everything."""
+    pattern = config["sliding_window_pattern"]
+    slides = pattern is None or (index + 1) % pattern != 0
+    return config["sliding_window"] if slides else None
 
 
 def _is_number(value):

@@ -1,18 +1,47 @@
 """A decoder language model."""
 
+import functools
+
 import keras
 from keras import ops
 
 from keras_kvcache.layers import DecoderBlock, RotaryEmbedding
+from keras_kvcache.layers.adoption import AdoptsParts
 from keras_kvcache.layers.normalization import make_normalization
-from keras_kvcache.models.decoder_config import complete_config, get_initializer
+from keras_kvcache.models.decoder_config import (
+    complete_config,
+    get_initializer,
+    window_of_layer,
+)
 from keras_kvcache.models.decoding import DecodingMethods
 from keras_kvcache.models.presets import PresetMethods
 from keras_kvcache.ops import token_positions
 
+# Arguments that a model hands on to all its blocks as they are.
+BLOCK_OPTIONS = (
+    "num_query_heads",
+    "intermediate_dim",
+    "num_key_value_heads",
+    "head_dim",
+    "normalization",
+    "layer_norm_epsilon",
+    "activation",
+    "gated_feedforward",
+    "use_bias",
+    "attention_bias",
+    "query_scale",
+    "query_key_norm",
+    "query_key_norm_epsilon",
+    "use_post_attention_norm",
+    "use_post_ffw_norm",
+    "num_experts",
+    "num_experts_per_token",
+    "dropout",
+)
+
 
 @keras.saving.register_keras_serializable(package="keras_kvcache")
-class DecoderLM(PresetMethods, DecodingMethods, keras.Model):
+class DecoderLM(PresetMethods, DecodingMethods, AdoptsParts, keras.Model):
     """Token ids in, logits out: embedding, blocks, final norm, projection.
 
     The defaults are a Llama's (Touvron et al., 2023,
@@ -29,18 +58,25 @@ class DecoderLM(PresetMethods, DecodingMethods, keras.Model):
         num_key_value_heads: `K`; `None` for `N`.
         head_dim: `H`; `None` for `D / N`.
         max_sequence_length: The most positions that the model can tell apart.
-        normalization: `"rms_norm"` or `"layer_norm"`.
-        layer_norm_epsilon: Epsilon of the normalizations.
-        activation: Activation of the feed-forward parts.
-        gated_feedforward: Whether they are gated.
-        use_bias: Whether projections and dense layers have biases.
+        normalization, layer_norm_epsilon, activation, gated_feedforward,
+            use_bias, attention_bias, query_scale, query_key_norm,
+            query_key_norm_epsilon, use_post_attention_norm, use_post_ffw_norm,
+            num_experts, num_experts_per_token: Those of
+            `keras_kvcache.layers.DecoderBlock`, the same in all blocks.
+        final_norm_epsilon: Epsilon of the normalization after the blocks; `None`
+            for `layer_norm_epsilon`.
         position_embedding: `"rotary"` or `"learned"`.
         rope_max_wavelength, rope_position_scaling_factor,
             rope_frequency_factors, rotary_dim: `max_wavelength`,
             `scaling_factor`, `frequency_factors` and `rotary_dim` of
             `keras_kvcache.layers.RotaryEmbedding`.
+        rope_local_max_wavelength, rope_local_position_scaling_factor: Those of
+            layers with a sliding window, if they differ from the others'.
+        embedding_scale: Factor of the token embeddings, or `None`.
         tie_word_embeddings: Whether the logits use the embedding's weights.
-        sliding_window: `W` of every layer, or `None`.
+        sliding_window: `W`, or `None`.
+        sliding_window_pattern: Every layer of a number divisible by it, counted
+            from one, attends everything; `None` for a window in all layers.
         attention_logit_soft_cap, final_logit_soft_cap: Soft caps of attention
             scores and of logits, or `None`.
         dropout: Rate after the embedding, on attention weights and on each
@@ -75,13 +111,26 @@ class DecoderLM(PresetMethods, DecodingMethods, keras.Model):
         activation="silu",
         gated_feedforward=True,
         use_bias=False,
+        attention_bias=None,
+        query_scale=None,
+        query_key_norm=False,
+        query_key_norm_epsilon=None,
+        use_post_attention_norm=False,
+        use_post_ffw_norm=False,
+        num_experts=None,
+        num_experts_per_token=None,
+        final_norm_epsilon=None,
         position_embedding="rotary",
         rope_max_wavelength=10000.0,
         rope_position_scaling_factor=1.0,
         rope_frequency_factors=None,
         rotary_dim=None,
+        rope_local_max_wavelength=None,
+        rope_local_position_scaling_factor=1.0,
+        embedding_scale=None,
         tie_word_embeddings=True,
         sliding_window=None,
+        sliding_window_pattern=None,
         attention_logit_soft_cap=None,
         final_logit_soft_cap=None,
         dropout=0.0,
@@ -104,13 +153,26 @@ class DecoderLM(PresetMethods, DecodingMethods, keras.Model):
             activation=activation,
             gated_feedforward=gated_feedforward,
             use_bias=use_bias,
+            attention_bias=attention_bias,
+            query_scale=query_scale,
+            query_key_norm=query_key_norm,
+            query_key_norm_epsilon=query_key_norm_epsilon,
+            use_post_attention_norm=use_post_attention_norm,
+            use_post_ffw_norm=use_post_ffw_norm,
+            num_experts=num_experts,
+            num_experts_per_token=num_experts_per_token,
+            final_norm_epsilon=final_norm_epsilon,
             position_embedding=position_embedding,
             rope_max_wavelength=rope_max_wavelength,
             rope_position_scaling_factor=rope_position_scaling_factor,
             rope_frequency_factors=rope_frequency_factors,
             rotary_dim=rotary_dim,
+            rope_local_max_wavelength=rope_local_max_wavelength,
+            rope_local_position_scaling_factor=rope_local_position_scaling_factor,
+            embedding_scale=embedding_scale,
             tie_word_embeddings=tie_word_embeddings,
             sliding_window=sliding_window,
+            sliding_window_pattern=sliding_window_pattern,
             attention_logit_soft_cap=attention_logit_soft_cap,
             final_logit_soft_cap=final_logit_soft_cap,
             dropout=dropout,
@@ -126,71 +188,90 @@ class DecoderLM(PresetMethods, DecodingMethods, keras.Model):
         self.build((None, None))
 
     def _create_layers(self):
-        dtype = self.dtype_policy
-        self.token_embedding = keras.layers.ReversibleEmbedding(
+        """Makes the layers, those apart that were given by `adopt`."""
+        self.token_embedding = self._part("token_embedding", self._make_embedding)
+        if self.position_embedding == "learned":
+            self.position_table = self._part("position_table", self._make_positions)
+        self.embedding_dropout = keras.layers.Dropout(
+            self.dropout, dtype=self.dtype_policy
+        )
+        self.blocks = [
+            self._part(f"block_{i}", functools.partial(self._make_block, i))
+            for i in range(self.num_layers)
+        ]
+        self.final_norm = self._part(
+            "final_norm",
+            lambda: make_normalization(
+                self.normalization,
+                self.final_norm_epsilon,
+                "final_norm",
+                self.dtype_policy,
+            ),
+        )
+
+    def _make_embedding(self):
+        return keras.layers.ReversibleEmbedding(
             self.vocabulary_size,
             self.hidden_dim,
             tie_weights=self.tie_word_embeddings,
             embeddings_initializer=self.kernel_initializer,
             logit_soft_cap=self.final_logit_soft_cap,
-            dtype=dtype,
+            dtype=self.dtype_policy,
             name="token_embedding",
         )
-        if self.position_embedding == "learned":
-            self.position_table = keras.layers.Embedding(
-                self.max_sequence_length,
-                self.hidden_dim,
-                embeddings_initializer=self.kernel_initializer,
-                dtype=dtype,
-                name="position_embedding",
-            )
-        self.embedding_dropout = keras.layers.Dropout(self.dropout, dtype=dtype)
-        self.blocks = [
-            DecoderBlock(
-                self.num_query_heads,
-                self.intermediate_dim,
-                num_key_value_heads=self.num_key_value_heads,
-                head_dim=self.head_dim,
-                normalization=self.normalization,
-                layer_norm_epsilon=self.layer_norm_epsilon,
-                activation=self.activation,
-                gated_feedforward=self.gated_feedforward,
-                use_bias=self.use_bias,
-                sliding_window=self.sliding_window,
-                logit_soft_cap=self.attention_logit_soft_cap,
-                rotary_embedding=self._make_rotary(),
-                dropout=self.dropout,
-                kernel_initializer=self.kernel_initializer,
-                dtype=dtype,
-                name=f"block_{i}",
-            )
-            for i in range(self.num_layers)
-        ]
-        self.final_norm = make_normalization(
-            self.normalization, self.layer_norm_epsilon, "final_norm", dtype
+
+    def _make_positions(self):
+        return keras.layers.Embedding(
+            self.max_sequence_length,
+            self.hidden_dim,
+            embeddings_initializer=self.kernel_initializer,
+            dtype=self.dtype_policy,
+            name="position_embedding",
         )
 
-    def _make_rotary(self):
+    def _make_block(self, index):
+        sliding_window = window_of_layer(self._config, index)
+        return DecoderBlock(
+            sliding_window=sliding_window,
+            logit_soft_cap=self.attention_logit_soft_cap,
+            rotary_embedding=self._make_rotary(is_local=sliding_window is not None),
+            kernel_initializer=self.kernel_initializer,
+            dtype=self.dtype_policy,
+            name=f"block_{index}",
+            **{name: self._config[name] for name in BLOCK_OPTIONS},
+        )
+
+    def _make_rotary(self, is_local):
         if self.position_embedding != "rotary":
             return None
+        if is_local and self.rope_local_max_wavelength is not None:
+            options = dict(
+                max_wavelength=self.rope_local_max_wavelength,
+                scaling_factor=self.rope_local_position_scaling_factor,
+            )
+        else:
+            options = dict(
+                max_wavelength=self.rope_max_wavelength,
+                scaling_factor=self.rope_position_scaling_factor,
+                frequency_factors=self.rope_frequency_factors,
+            )
         return RotaryEmbedding(
-            max_wavelength=self.rope_max_wavelength,
-            scaling_factor=self.rope_position_scaling_factor,
             rotary_dim=self.rotary_dim,
-            frequency_factors=self.rope_frequency_factors,
             dtype=self.dtype_policy,
             name="rotary_embedding",
+            **options,
         )
 
     def build(self, input_shape):
         """Creates all weights; the shape of the input doesn't matter."""
         hidden_shape = (*input_shape, self.hidden_dim)
-        self.token_embedding.build(input_shape)
+        layers = [(self.token_embedding, input_shape)]
         if self.position_embedding == "learned":
-            self.position_table.build(input_shape)
-        for block in self.blocks:
-            block.build(hidden_shape)
-        self.final_norm.build(hidden_shape)
+            layers.append((self.position_table, input_shape))
+        layers += [(layer, hidden_shape) for layer in (*self.blocks, self.final_norm)]
+        for layer, shape in layers:
+            if not layer.built:
+                layer.build(shape)
         self.built = True
 
     def call(self, token_ids, training=None):
@@ -248,6 +329,8 @@ class DecoderLM(PresetMethods, DecodingMethods, keras.Model):
 
     def _embed(self, token_ids, index, training=None):
         x = self.token_embedding(token_ids)
+        if self.embedding_scale is not None:
+            x = x * ops.cast(self.embedding_scale, x.dtype)
         if self.position_embedding == "learned":
             length = token_ids.shape[1]
             if (

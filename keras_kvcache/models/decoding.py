@@ -1,37 +1,101 @@
 """What a decoder language model needs to generate: its caches and its generator."""
 
-from keras_kvcache.caches import CacheSpec
+from typing import NamedTuple
+
+from keras_kvcache.caches import CacheSpec, Rolling, choose_kind, get_codec
 from keras_kvcache.generation import GenerateMethods, Generator
+
+
+class CacheBytes(NamedTuple):
+    """What caches take, in bytes.
+
+    Attributes:
+        per_token: One token of one row, while it's kept.
+        per_row: One row, whatever of it is filled.
+        total: All rows, which is what is allocated.
+    """
+
+    per_token: float
+    per_row: int
+    total: int
 
 
 class DecodingMethods(GenerateMethods):
     """Gives `DecoderLM` its `init_cache`, `generate` and `stream`."""
 
-    def cache_spec(self, batch_size, max_length=None, dtype=None, layout="head_major"):
-        """What one layer's cache would be; the model has `num_layers` of them.
+    def cache_specs(
+        self, batch_size, max_length=None, kind="auto", codec=None, layout="head_major"
+    ):
+        """What the layers' caches would be.
 
         Args:
             batch_size: `B`.
-            max_length: `S`; `None` for `max_sequence_length`.
-            dtype: Dtype of the entries; `None` for the model's compute dtype.
-            layout: `"head_major"` or `"dense"`, as in `CacheSpec`.
+            max_length: How many positions they are to take; `None` for
+                `max_sequence_length`.
+            kind: `"static"`, `"rolling"` or a `keras_kvcache.caches.Rolling` for all
+                layers, or `"auto"`: rolling where a layer has a sliding window that
+                `max_length` outgrows, static elsewhere.
+            codec: `"float32"`, `"float16"`, `"bfloat16"`, `"int8"`, `"int4"` or a
+                `Codec`; `None` for the model's compute dtype.
+            layout: `"head_major"` or `"dense"`.
 
         Returns:
-            A `keras_kvcache.caches.CacheSpec`.
+            A tuple of `keras_kvcache.caches.CacheSpec`, one a layer.
+
+        Raises:
+            ValueError: An option is unknown or doesn't suit the model.
         """
-        return CacheSpec(
-            batch_size,
-            self.max_sequence_length if max_length is None else max_length,
-            self.num_key_value_heads,
-            self.head_dim,
-            dtype=dtype or self.compute_dtype,
-            layout=layout,
+        capacity = self.max_sequence_length if max_length is None else max_length
+        codec = get_codec(codec, self.compute_dtype)
+        return tuple(
+            CacheSpec(
+                batch_size,
+                capacity,
+                self.num_key_value_heads,
+                self.head_dim,
+                codec=codec,
+                layout=layout,
+                kind=choose_kind(kind, block.sliding_window, capacity),
+            )
+            for block in self.blocks
         )
 
-    def init_cache(self, batch_size, max_length=None, dtype=None, layout="head_major"):
-        """Empty caches, a tuple of one a layer. Arguments as in `cache_spec`."""
-        spec = self.cache_spec(batch_size, max_length, dtype, layout)
-        return tuple(spec.allocate() for _ in range(self.num_layers))
+    def cache_bytes(
+        self, batch_size, max_length=None, kind="auto", codec=None, layout="head_major"
+    ):
+        """What the caches of all layers would take. Arguments as in `cache_specs`.
+
+        Returns:
+            `CacheBytes`.
+        """
+        specs = self.cache_specs(batch_size, max_length, kind, codec, layout)
+        return CacheBytes(
+            sum(spec.bytes_per_token for spec in specs),
+            sum(spec.bytes_per_row for spec in specs),
+            sum(spec.nbytes for spec in specs),
+        )
+
+    def init_cache(
+        self, batch_size, max_length=None, kind="auto", codec=None, layout="head_major"
+    ):
+        """Empty caches, a tuple of one a layer. Arguments as in `cache_specs`."""
+        specs = self.cache_specs(batch_size, max_length, kind, codec, layout)
+        return tuple(spec.allocate() for spec in specs)
+
+    def is_endless(self, kind="auto", **options):
+        """Whether positions may go past `max_sequence_length`.
+
+        They may where each has a rotation instead of an embedding of its own, and
+        every layer sees a window.
+
+        Args:
+            kind: As in `cache_specs`.
+            **options: Its other options, which don't matter.
+        """
+        if self.position_embedding != "rotary":
+            return False
+        slides = all(block.sliding_window is not None for block in self.blocks)
+        return isinstance(kind, Rolling) or (slides and kind != "static")
 
     @property
     def generator(self):
@@ -44,6 +108,7 @@ class DecodingMethods(GenerateMethods):
                 logits=self.logits,
                 tokenizer=self.tokenizer,
                 max_sequence_length=self.max_sequence_length,
+                is_endless=self.is_endless,
                 vocabulary_size=self.vocabulary_size,
             )
         return self._generator

@@ -3,35 +3,65 @@
 from keras_kvcache.ops.attention import attend, attend_fused, attend_with_scores
 from keras_kvcache.ops.known import known_value
 from keras_kvcache.ops.masks import align_mask, check_mask_shape, view_masks
-from keras_kvcache.ops.platform import preferred_dtype
-from keras_kvcache.ops.positions import check_index, token_positions, write_slot
+from keras_kvcache.ops.platform import is_accelerator, preferred_dtype
+from keras_kvcache.ops.positions import (
+    as_int32,
+    check_index,
+    token_positions,
+    write_slot,
+)
 from keras_kvcache.ops.products import (
+    Read,
     dense_segment,
     head_major_segment,
     sequence_view,
+    slots_of,
 )
+from keras_kvcache.ops.quantize import (
+    dequantize_int4_groups,
+    pack_int4,
+    quantize_int4,
+    quantize_int4_groups,
+    quantize_int8,
+    unpack_int4,
+)
+from keras_kvcache.ops.ring import ring_positions, write_ring
 from keras_kvcache.ops.rotary import inverse_frequencies, rotate
+from keras_kvcache.ops.sharding import distribute
 from keras_kvcache.ops.splice import splice
 from keras_kvcache.ops.view import Segment, View
 
 __all__ = [
+    "Read",
     "Segment",
     "View",
     "align_mask",
+    "as_int32",
     "attend",
     "attend_fused",
     "attend_with_scores",
     "check_index",
     "check_mask_shape",
     "dense_segment",
+    "dequantize_int4_groups",
+    "distribute",
     "head_major_segment",
     "inverse_frequencies",
+    "is_accelerator",
     "known_value",
+    "pack_int4",
     "preferred_dtype",
+    "quantize_int4",
+    "quantize_int4_groups",
+    "quantize_int8",
+    "ring_positions",
     "rotate",
     "sequence_view",
+    "slots_of",
     "splice",
     "token_positions",
+    "unpack_int4",
     "view_masks",
+    "write_ring",
     "write_slot",
 ]

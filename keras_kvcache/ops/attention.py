@@ -27,9 +27,9 @@ BLOCK = 512
 class _Partial(NamedTuple):
     """Attention over some of the slots, not yet divided by the sum of weights."""
 
-    maximum: Any  # (B·K, R, 1), the largest score
-    total: Any  # (B·K, R, 1), the sum of exp(score - maximum)
-    output: Any  # (B·K, R, Hv), the sum of exp(score - maximum) · value
+    maximum: Any  # (B, K, R, 1), the largest score
+    total: Any  # (B, K, R, 1), the sum of exp(score - maximum)
+    output: Any  # (B, K, R, Hv), the sum of exp(score - maximum) · value
 
 
 def attend(query, view, masks, scale, soft_cap=None):
@@ -50,20 +50,20 @@ def attend(query, view, masks, scale, soft_cap=None):
         query with nothing to attend.
     """
     shape, dtype = ops.shape(query), sum_dtype(query)
-    query = _merge_heads(query * scale, view.heads)
-    rows = ops.shape(query)[:2]
+    query = _group_heads(query * scale, view.heads)
+    rows = ops.shape(query)[:3]
     running = _Partial(
         ops.full((*rows, 1), NOTHING_SEEN, dtype),
         ops.zeros((*rows, 1), dtype),
         ops.zeros((*rows, view.value_dim), dtype),
     )
-    few = is_few(query, view.heads)
+    few = is_few(query)
     for segment, mask in zip(view.segments, masks, strict=True):
         block = segment.block if few else BLOCK
         attended = _Attended(query, segment, mask, soft_cap, shape)
         running = _add_segment(running, attended, block)
     total = ops.where(running.total > 0, running.total, ops.ones_like(running.total))
-    return _split_heads(running.output / total, shape)
+    return _ungroup_heads(running.output / total, shape)
 
 
 def attend_with_scores(query, view, masks, scale, soft_cap=None, dropout=None):
@@ -83,7 +83,7 @@ def attend_with_scores(query, view, masks, scale, soft_cap=None, dropout=None):
     """
     shape = ops.shape(query)
     batch, length, query_heads, _ = shape
-    query = _merge_heads(query * scale, view.heads)
+    query = _group_heads(query * scale, view.heads)
     sizes = [ops.shape(segment.positions)[1] for segment in view.segments]
     scores = [
         segment.scores(query, 0, size)
@@ -95,13 +95,13 @@ def attend_with_scores(query, view, masks, scale, soft_cap=None, dropout=None):
         scores = soft_cap * ops.tanh(scores / soft_cap)
     weights = masked_softmax(scores, _join(masks, view, (batch, query_heads, length)))
     dropped = weights if dropout is None else dropout(weights)
-    dropped = ops.reshape(dropped, (*ops.shape(query)[:2], -1))
+    dropped = ops.reshape(dropped, (*ops.shape(query)[:3], -1))
     output, first = 0.0, 0
     for segment, size in zip(view.segments, sizes, strict=True):
         part = dropped[..., first : first + size]
         output = output + segment.mix(part, 0, size)
         first += size
-    return _split_heads(output, shape), weights
+    return _ungroup_heads(output, shape), weights
 
 
 def attend_fused(query, key, value, mask, scale, causal, flash_attention):
@@ -139,7 +139,7 @@ def attend_fused(query, key, value, mask, scale, causal, flash_attention):
 class _Attended(NamedTuple):
     """Queries, and what they attend of a segment."""
 
-    query: Any  # (B·K, R, H), scaled
+    query: Any  # (B, K, R, H), scaled
     segment: Any
     mask: Any  # as in `attend`
     soft_cap: float | None
@@ -152,7 +152,7 @@ class _Attended(NamedTuple):
             scores = self.soft_cap * ops.tanh(scores / self.soft_cap)
         mask = self.mask_of(first, count)
         if mask is not None:
-            mask = _merge_mask_heads(mask, ops.shape(self.query)[0], self.shape)
+            mask = _group_mask_heads(mask, self.query.shape[1], self.shape)
             scores = ops.where(mask, scores, LOWEST)
         maximum = ops.max(scores, axis=-1, keepdims=True)
         maximum = ops.maximum(maximum, NOTHING_SEEN)
@@ -213,30 +213,30 @@ def _add_slots(running, attended, block):
     return attended.add_block(running, blocks * block, rest) if rest else running
 
 
-def _merge_heads(query, heads):
-    """`(B, T, N, H)` to `(B·K, R, H)`, `R = G·T`, the heads of a group together."""
+def _group_heads(query, heads):
+    """`(B, T, N, H)` to `(B, K, R, H)`, `R = G·T`, the heads of a group together."""
     batch, length, query_heads, head_dim = ops.shape(query)
     query = ops.transpose(query, (0, 2, 1, 3))
-    return ops.reshape(query, (batch * heads, query_heads // heads * length, head_dim))
+    rows = query_heads // heads * length
+    return ops.reshape(query, (batch, heads, rows, head_dim))
 
 
-def _split_heads(output, shape):
-    """`(B·K, R, Hv)` to `(B, T, N, Hv)`, with these of `shape`."""
+def _ungroup_heads(output, shape):
+    """`(B, K, R, Hv)` to `(B, T, N, Hv)`, with these of `shape`."""
     batch, length, query_heads, _ = shape
     output = ops.reshape(output, (batch, query_heads, length, output.shape[-1]))
     return ops.transpose(output, (0, 2, 1, 3))
 
 
-def _merge_mask_heads(mask, rows, shape):
-    """`(1 | B, 1 | N, 1 | T, n)` to what broadcasts to `(B·K, R, n)`."""
-    batch, length, query_heads, _ = shape
-    slots = ops.shape(mask)[3]
-    group = batch * query_heads // rows
-    if mask.shape[:2] == (1, 1):
-        mask = ops.broadcast_to(mask, (1, group, length, slots))
-        return ops.reshape(mask, (1, group * length, slots))
-    mask = ops.broadcast_to(mask, (batch, query_heads, length, slots))
-    return ops.reshape(mask, (rows, group * length, slots))
+def _group_mask_heads(mask, heads, shape):
+    """`(1 | B, 1 | N, 1 | T, n)` to what broadcasts to `(B, K, R, n)`."""
+    _, length, query_heads, _ = shape
+    rows, mask_heads, _, slots = ops.shape(mask)
+    group = query_heads // heads
+    if mask_heads == 1:
+        heads = 1
+    mask = ops.broadcast_to(mask, (rows, heads * group, length, slots))
+    return ops.reshape(mask, (rows, heads, group * length, slots))
 
 
 def _merge(a, b):

@@ -11,31 +11,66 @@ from keras_kvcache.ops.known import known_value
 from keras_kvcache.ops.positions import token_positions
 
 
-def position_mask(query_positions, slot_positions, fill, causal, sliding_window):
-    """Which slots a query may attend, by where both stand.
+def position_mask(
+    query_positions, segment, *, fill=None, causal=False, sliding_window=None, sinks=0
+):
+    """Which slots of a segment a query may attend, by where both stand.
 
     Args:
         query_positions: int32 `(1 | B, T)`.
-        slot_positions: int32 `(1 | B, n)`, -1 for a slot without a position.
+        segment: A `Segment`; slots without a position are hidden.
         fill: int32 `(1 | B,)`; slots at or past it are empty. `None`: all full.
         causal: Whether later positions are hidden.
         sliding_window: `W`: a query sees positions less than `W` away from its
             own, on either side (as `keras.layers.MultiHeadAttention` has it).
             `None` for no window.
+        sinks: How many of the first positions no window hides.
 
     Returns:
         A boolean mask `(1 | B, 1, 1 | T, n)`, or `None` if nothing is hidden.
     """
     query = query_positions[:, None, :, None]
-    slot = slot_positions[:, None, None, :]
+    slot = segment.positions[:, None, None, :]
     rules = []
+    if fill is not None or segment.first is None:
+        rules.append(slot >= 0)
     if fill is not None:
-        rules.append(ops.logical_and(slot >= 0, slot < fill[:, None, None, None]))
+        rules.append(slot < fill[:, None, None, None])
     if causal:
         rules.append(slot <= query)
     if sliding_window is not None:
-        rules.append(ops.abs(query - slot) < sliding_window)
+        near = ops.abs(query - slot) < sliding_window
+        rules.append(ops.logical_or(near, slot < sinks) if sinks else near)
     return _all_of(rules)
+
+
+def mask_of_positions(attention_mask, segment, first):
+    """What a mask over positions says of the slots of a segment.
+
+    Args:
+        attention_mask: Boolean with four axes, the last one `S` positions or 1.
+        segment: A `Segment`.
+        first: How many slots the segments before it have, which is the position of
+            its first one where they all stand one after another.
+
+    Returns:
+        A boolean mask with `n` or 1 on the last axis; slots at positions past the
+        mask's end are hidden.
+    """
+    size = attention_mask.shape[-1]
+    if size == 1:
+        return attention_mask
+    if segment.first is not None:
+        return attention_mask[..., first : first + ops.shape(segment.positions)[1]]
+    positions = segment.positions[:, None, None, :]
+    *axes, _ = ops.shape(attention_mask)
+    rows, slots = ops.shape(segment.positions)
+    if rows != 1:
+        attention_mask = ops.broadcast_to(attention_mask, (rows, *axes[1:], size))
+    places = ops.clip(positions, 0, size - 1)
+    places = ops.broadcast_to(places, (*ops.shape(attention_mask)[:3], slots))
+    seen = ops.take_along_axis(attention_mask, places, axis=-1)
+    return ops.logical_and(seen, positions < size)
 
 
 def hide_new_entries(entry_mask, slot_positions, index):
@@ -122,8 +157,8 @@ def view_masks(
         query_positions: int32 `(1 | B, T)`.
         causal: Whether later positions are hidden.
         sliding_window: `W` or `None`, as in `position_mask`.
-        attention_mask: Boolean with four axes over all slots, or `None`. It takes
-            the place of `view.fill`.
+        attention_mask: Boolean with four axes, the last one over positions, or
+            `None`. It takes the place of `view.fill`.
         query_mask: Boolean `(B, T)`, `False` for a query that attends nothing.
         entry_masks: Boolean `(B, T')` masks of the entries written in this call.
         index: Position of the first of these entries, as in `token_positions`.
@@ -133,19 +168,24 @@ def view_masks(
         or `None` for one that is seen whole.
     """
     fill = view.fill if attention_mask is None else None
+    windows = [width for width in (sliding_window, view.window) if width is not None]
+    window = min(windows, default=None)
     entry_index = token_positions(index, 1)[:, 0]
     masks, first = [], 0
     for segment in view.segments:
         slots = ops.shape(segment.positions)[1]
         rules = [
             position_mask(
-                query_positions, segment.positions, fill, causal, sliding_window
+                query_positions,
+                segment,
+                fill=fill,
+                causal=causal,
+                sliding_window=window,
+                sinks=view.sinks,
             )
         ]
         if attention_mask is not None:
-            one_for_all = attention_mask.shape[-1] == 1
-            part = ... if one_for_all else (..., slice(first, first + slots))
-            rules.append(attention_mask[part])
+            rules.append(mask_of_positions(attention_mask, segment, first))
         if query_mask is not None:
             rules.append(ops.cast(query_mask, "bool")[:, None, :, None])
         for mask in entry_masks:

@@ -3,6 +3,24 @@
 import keras
 
 
+def is_accelerator():
+    """Whether JAX is the backend and runs programs on something other than a CPU."""
+    if keras.backend.backend() != "jax":
+        return False
+    import jax
+
+    return jax.default_backend() != "cpu"
+
+
+def is_tpu():
+    """Whether JAX is the backend and runs programs on a TPU."""
+    if keras.backend.backend() != "jax":
+        return False
+    import jax
+
+    return jax.default_backend() == "tpu"
+
+
 def preferred_dtype():
     """The dtype policy that a published model is decoded in unless told otherwise.
 
@@ -15,8 +33,4 @@ def preferred_dtype():
         that was set to something other than float32.
     """
     policy = keras.config.dtype_policy().name
-    if policy == "float32" and keras.backend.backend() == "jax":
-        import jax
-
-        return policy if jax.default_backend() == "cpu" else "bfloat16"
-    return policy
+    return "bfloat16" if policy == "float32" and is_accelerator() else policy

@@ -1,8 +1,7 @@
-"""Products of queries with keys and of weights with values, layout by layout.
+"""Products of queries with keys and of weights with values, layout by layout."""
 
-Batch and key/value heads are merged to one axis, `(B·K, …)`: on a CPU a separate
-batch axis of size 1 costs a factor of ten.
-"""
+import re
+from typing import Any, NamedTuple
 
 import keras
 from keras import ops
@@ -18,38 +17,59 @@ FEW_QUERIES = 64
 DENSE_BLOCK = 1024
 
 
-def is_few(query, heads):
-    """Whether queries `(B·K, R, H)` are few enough to be bound by reading."""
-    rows = query.shape[1]
+def is_few(query):
+    """Whether queries `(B, K, R, H)` are few enough to be bound by reading."""
+    _, heads, rows, _ = query.shape
     return rows is not None and heads * rows <= FEW_QUERIES
 
 
-def head_major_segment(keys, values, positions):
+class Read(NamedTuple):
+    """Some slots of keys or values, ready for a product.
+
+    Attributes:
+        matrix: Their numbers, still to be multiplied with the scale.
+        scale: One factor a slot and head, 1 in the place of the head size; `None`
+            for none. It's folded into scores and weights.
+    """
+
+    matrix: Any
+    scale: Any = None
+
+    def values(self):
+        """The numbers with their scale."""
+        if self.scale is None:
+            return self.matrix
+        return self.matrix * ops.cast(self.scale, self.matrix.dtype)
+
+
+def head_major_segment(read_keys, read_values, positions, block=None, first=None):
     """A segment whose heads come before its slots.
 
     Keys have their slots last: `(R, H) × (H, n)` and `(R, n) × (n, Hv)` are
     products of a few rows with a long matrix that is read row by row.
 
     Args:
-        keys: Tensor `(B, K, H, n)`.
-        values: Tensor `(B, K, n, Hv)`.
-        positions: As in `Segment`.
+        read_keys: Function of `first` and `count`: a `Read` of keys `(B, K, H,
+            count)`.
+        read_values: Function of `first` and `count`: a `Read` of values `(B, K,
+            count, Hv)`.
+        positions, block, first: As in `Segment`.
 
     Returns:
         A `Segment`.
     """
 
     def scores(query, first, count):
-        part = _slots(keys, first, count, axis=3)
-        part = ops.reshape(part, (ops.shape(query)[0], *ops.shape(part)[2:]))
-        return _score("xrh,xhn->xrn", query, part)
+        keys, scale = read_keys(first, count)
+        product = _by_head(_score, "rh,hn->rn", query, keys)
+        return _scaled(product, scale, (0, 1, 2, 3))
 
     def mix(weights, first, count):
-        part = _slots(values, first, count, axis=2)
-        part = ops.reshape(part, (ops.shape(weights)[0], *ops.shape(part)[2:]))
-        return _mix("xrn,xnh->xrh", weights, part)
+        values, scale = read_values(first, count)
+        weights = _scaled(weights, scale, (0, 1, 3, 2))
+        return _by_head(_mix, "rn,nh->rh", weights, values)
 
-    return Segment(scores, mix, positions)
+    return Segment(scores, mix, positions, block, first)
 
 
 def sequence_view(keys, values):
@@ -62,62 +82,71 @@ def sequence_view(keys, values):
     Returns:
         A `View` of one segment; entry `s` stands at position `s`.
     """
+    keys_last = ops.transpose(keys, (0, 2, 3, 1))
+    values_last = ops.transpose(values, (0, 2, 1, 3))
     segment = head_major_segment(
-        ops.transpose(keys, (0, 2, 3, 1)),
-        ops.transpose(values, (0, 2, 1, 3)),
+        reader(keys_last, axis=3),
+        reader(values_last, axis=2),
         ops.arange(ops.shape(keys)[1], dtype="int32")[None],
+        first=0,
     )
     return View((segment,), keys.shape[2], values.shape[3])
 
 
-def dense_segment(tensor, origin, positions):
-    """Some slots of a dense cache.
+def dense_segment(read_keys, read_values, positions, heads, first=None):
+    """A segment whose heads lie within its slots.
 
-    Its heads lie within its slots, so a product head by head has to copy it to
-    another order. Few queries are instead laid out block-diagonally, `(K·R, K·H)`
-    with zeros where a query meets another head, and multiplied with whole slots,
-    `(n, K·H)`: more arithmetic, but only reading. Many queries pay for the copy.
+    A product head by head has to copy them to another order. Few queries are
+    instead laid out block-diagonally, `(K·R, K·H)` with zeros where a query meets
+    another head, and multiplied with whole slots, `(n, K·H)`: more arithmetic, but
+    only reading. Many queries pay for the copy.
 
     Args:
-        tensor: Tensor `(B, 2, S, K, H)`.
-        origin: The first of the slots.
-        positions: As in `Segment`.
+        read_keys: Function of `first` and `count`: a `Read` of keys `(B, count, K,
+            H)`.
+        read_values: Function of `first` and `count`: a `Read` of values `(B, count,
+            K, Hv)`.
+        positions, first: As in `Segment`.
+        heads: `K`.
 
     Returns:
         A `Segment`.
     """
-    batch, heads, head_dim = ops.shape(tensor)[0], *tensor.shape[3:]
-
-    def read(half, first, count):
-        start = (0, half, origin + first, 0, 0)
-        return ops.slice(tensor, start, (batch, 1, count, heads, head_dim))[:, 0]
 
     def scores(query, first, count):
-        keys = read(0, first, count)
-        if is_few(query, heads):
+        keys, scale = read_keys(first, count)
+        batch, head_dim = ops.shape(keys)[0], keys.shape[3]
+        if is_few(query):
             keys = ops.reshape(keys, (batch, count, heads * head_dim))
-            product = _score("brf,bnf->brn", _spread(query, batch, heads), keys)
-            return ops.reshape(product, (*ops.shape(query)[:2], count))
-        keys = ops.transpose(keys, (0, 2, 3, 1))
-        keys = ops.reshape(keys, (batch * heads, head_dim, count))
-        return _score("xrh,xhn->xrn", query, keys)
+            product = _score("brf,bnf->brn", _spread(query), keys)
+            product = ops.reshape(product, (*ops.shape(query)[:3], count))
+        else:
+            keys = ops.transpose(keys, (0, 2, 3, 1))
+            product = _by_head(_score, "rh,hn->rn", query, keys)
+        return _scaled(product, scale, (0, 2, 3, 1))
 
     def mix(weights, first, count):
-        values = read(1, first, count)
-        if is_few(weights, heads):
-            rows = weights.shape[1]
+        values, scale = read_values(first, count)
+        batch, value_dim = ops.shape(values)[0], values.shape[3]
+        weights = _scaled(weights, scale, (0, 2, 3, 1))
+        if is_few(weights):
+            rows = weights.shape[2]
             weights = ops.reshape(weights, (batch, heads * rows, count))
-            values = ops.reshape(values, (batch, count, heads * head_dim))
+            values = ops.reshape(values, (batch, count, heads * value_dim))
             product = _mix("brn,bnf->brf", weights, values)
-            return _gather(product, (batch, heads, rows, head_dim))
+            return _gather(product, (batch, heads, rows, value_dim))
         values = ops.transpose(values, (0, 2, 1, 3))
-        values = ops.reshape(values, (batch * heads, count, head_dim))
-        return _mix("xrn,xnh->xrh", weights, values)
+        return _by_head(_mix, "rn,nh->rh", weights, values)
 
-    return Segment(scores, mix, positions, DENSE_BLOCK)
+    return Segment(scores, mix, positions, DENSE_BLOCK, first)
 
 
-def _slots(tensor, first, count, axis):
+def reader(tensor, axis):
+    """A function that reads slots on an axis of a tensor as they are."""
+    return lambda first, count: Read(slots_of(tensor, first, count, axis))
+
+
+def slots_of(tensor, first, count, axis):
     """`count` slots on an axis; the tensor itself if these are all."""
     if tensor.shape[axis] in (None, count):
         return tensor
@@ -126,21 +155,48 @@ def _slots(tensor, first, count, axis):
     return ops.slice(tensor, start, shape)
 
 
-def _spread(query, batch, heads):
-    """Block-diagonal: `(B·K, R, H)` to `(B, K·R, K·H)`."""
-    rows, head_dim = query.shape[1:]
+def _scaled(product, scale, axes):
+    """`(B, K, R, n)` with a factor for each slot, whose axes come in another order."""
+    if scale is None:
+        return product
+    return product * ops.cast(ops.transpose(scale, axes), product.dtype)
+
+
+def _by_head(product, equation, x, y):
+    """A product for each row and head: `(B, K, …)` both.
+
+    On a CPU a batch axis of size 1 beside that of heads costs a factor of ten, so
+    the two are merged. Where they are spread over devices each keeps to its own.
+    """
+    of_x, of_y, result = re.split(",|->", equation)
+    if keras.distribution.distribution() is not None:
+        return product(f"bk{of_x},bk{of_y}->bk{result}", x, y)
+    shape = ops.shape(x)[:2]
+    merged = product(f"x{of_x},x{of_y}->x{result}", _merge(x), _merge(y))
+    return ops.reshape(merged, (*shape, *ops.shape(merged)[1:]))
+
+
+def _merge(x):
+    """`(B, K, …)` to `(B·K, …)`."""
+    batch, heads, *rest = ops.shape(x)
+    return ops.reshape(x, (batch * heads, *rest))
+
+
+def _spread(query):
+    """Block-diagonal: `(B, K, R, H)` to `(B, K·R, K·H)`."""
+    batch, heads, rows, head_dim = ops.shape(query)
     query = ops.reshape(query, (batch, heads, rows, 1, head_dim))
     query = query * _own_head(heads, query.dtype)
     return ops.reshape(query, (batch, heads * rows, heads * head_dim))
 
 
 def _gather(product, shape):
-    """Each head's own part: `(B, K·R, K·H)` to `(B·K, R, H)`; `shape` has the sizes."""
+    """Each head's own part: `(B, K·R, K·H)` to the shape `(B, K, R, H)`."""
     batch, heads, rows, head_dim = shape
     product = ops.reshape(product, (batch, heads, rows, heads, head_dim))
     # Not a sum of products: what belongs to other heads may be infinite.
     own = ops.where(_own_head(heads, "bool"), product, 0.0)
-    return ops.reshape(ops.sum(own, axis=3), (batch * heads, rows, head_dim))
+    return ops.sum(own, axis=3)
 
 
 def _own_head(heads, dtype):

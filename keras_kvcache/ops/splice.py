@@ -3,7 +3,9 @@
 import keras
 from keras import ops
 
+from keras_kvcache.ops.platform import is_tpu
 from keras_kvcache.ops.positions import as_int32
+from keras_kvcache.ops.sharding import rows_divide
 
 
 def splice(buffer, update, index, axis=2):
@@ -26,22 +28,35 @@ def splice(buffer, update, index, axis=2):
         The updated buffer, of the same shape and dtype.
     """
     update = ops.cast(update, buffer.dtype)
-    if update.shape[axis] is None:
-        # Only TensorFlow has sizes that are unknown until a program runs.
-        index = as_int32(ops.convert_to_tensor(index))
-        return _splice_rows(buffer, update, ops.reshape(index, (-1,)), axis)
-    if isinstance(index, int):
+    # Only TensorFlow has sizes that are unknown until a program runs.
+    if isinstance(index, int) and update.shape[axis] is not None:
         return _splice_known(buffer, update, index, axis)
-    index = as_int32(index)
-    if len(index.shape) == 0:
-        return _splice_traced(buffer, update, index, axis)
-    if index.shape[0] == 1:
-        return _splice_traced(buffer, update, index[0], axis)
-    if keras.backend.backend() == "jax":
-        return ops.vectorized_map(
-            lambda row: _splice_traced(*row, axis - 1), (buffer, update, index)
-        )
-    return _splice_rows(buffer, update, index, axis)
+    index = ops.reshape(as_int32(ops.convert_to_tensor(index)), (-1,))
+    is_known = update.shape[axis] is not None
+    strategy = choose_strategy(index.shape[0] == 1, is_known, buffer.shape[0])
+    return STRATEGIES[strategy](buffer, update, index, axis)
+
+
+def choose_strategy(is_shared, is_known, rows):
+    """How entries get to their slots when the index is a tensor.
+
+    Args:
+        is_shared: Whether one index holds for all rows.
+        is_known: Whether the number of entries is known.
+        rows: `B`.
+
+    Returns:
+        A key of `STRATEGIES`. `"slice"` writes one run of slots in all rows;
+        `"scatter"` one in each row, which XLA does in place, but on a TPU one
+        element after the other (https://github.com/jax-ml/jax/issues/21367), and
+        across devices after gathering rows that they can't share evenly; `"where"`
+        passes over the whole buffer and needs no support by the backend.
+    """
+    if is_known and is_shared:
+        return "slice"
+    is_jax = keras.backend.backend() == "jax"
+    suits = is_jax and not is_tpu() and rows_divide(rows)
+    return "scatter" if is_known and suits else "where"
 
 
 def _splice_known(buffer, update, index, axis):
@@ -58,7 +73,20 @@ def _splice_known(buffer, update, index, axis):
     return ops.slice_update(buffer, start, update)
 
 
-def _splice_traced(buffer, update, index, axis):
+def _splice_shared(buffer, update, index, axis):
+    """One index `(1,)` for all rows."""
+    return _splice_slice(buffer, update, index[0], axis)
+
+
+def _splice_scatter(buffer, update, index, axis):
+    """One index a row: a slice mapped over rows, of which XLA makes a scatter."""
+    index = ops.broadcast_to(index, (ops.shape(buffer)[0],))
+    return ops.vectorized_map(
+        lambda row: _splice_slice(*row, axis - 1), (buffer, update, index)
+    )
+
+
+def _splice_slice(buffer, update, index, axis):
     """Reads the slots at a place that exists, keeps or replaces, writes back."""
     capacity, length = buffer.shape[axis], update.shape[axis]
     width = min(length, capacity)
@@ -76,8 +104,8 @@ def _splice_traced(buffer, update, index, axis):
     return ops.slice_update(buffer, start, ops.where(fits, update, stored))
 
 
-def _splice_rows(buffer, update, index, axis):
-    """One index a row, for backends that can't map a slice over rows."""
+def _splice_where(buffer, update, index, axis):
+    """One index a row: each slot takes the entry that belongs there, or stays."""
     capacity, length = buffer.shape[axis], ops.shape(update)[axis]
     token = ops.arange(capacity, dtype="int32")[None, :] - index[:, None]
     fits = ops.logical_and(token >= 0, token < length)
@@ -88,3 +116,10 @@ def _splice_rows(buffer, update, index, axis):
         source = ops.broadcast_to(source, ops.shape(buffer))
         update = ops.take_along_axis(update, source, axis=axis)
     return ops.where(ops.reshape(fits, shape), update, buffer)
+
+
+STRATEGIES = {
+    "slice": _splice_shared,
+    "scatter": _splice_scatter,
+    "where": _splice_where,
+}

@@ -1,0 +1,245 @@
+"""Codecs: what a slot holds of a key or a value."""
+
+import abc
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import keras
+from keras import ops
+
+from keras_kvcache.ops import (
+    Read,
+    dequantize_int4_groups,
+    is_accelerator,
+    pack_int4,
+    quantize_int4,
+    quantize_int4_groups,
+    quantize_int8,
+    unpack_int4,
+)
+
+DTYPES = ("float32", "float16", "bfloat16")
+# What a tensor that a user brings may be besides.
+WIDE = "float64"
+
+# Slots that are brought back to floats at a time, in a processor's cache; no larger
+# copy of coded entries is ever made.
+CODED_BLOCK = 512
+
+
+class Part(NamedTuple):
+    """One of the arrays that coded keys or values consist of.
+
+    Attributes:
+        width: Numbers a head has in it, in the place of the head size.
+        tokens: How many tokens share them; 1 for an entry of their own.
+        dtype: Dtype of the numbers.
+    """
+
+    width: int
+    tokens: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Codec(abc.ABC):
+    """How keys and values are kept.
+
+    Arrays come in the order of a layout: `axis` tells where the head size is and
+    `slots` where the slots are, both positive.
+
+    Attributes:
+        dtype: Dtype of what is kept exactly.
+
+    Raises:
+        ValueError: The dtype is unknown.
+    """
+
+    dtype: str = "float32"
+
+    # Tokens whose keys are coded together; until they are all there, they're kept
+    # exactly.
+    group = 1
+    # The most slots that few queries are multiplied with at a time; `None` for all.
+    block = CODED_BLOCK
+
+    def __post_init__(self):
+        if self.dtype not in (*DTYPES, WIDE):
+            raise ValueError(
+                f"`dtype` must be one of {list(DTYPES)}. Received: {self.dtype!r}"
+            )
+
+    @property
+    @abc.abstractmethod
+    def name(self):
+        """What users call it."""
+
+    @property
+    def ungrouped(self):
+        """The codec of keys and values whose group isn't full yet."""
+        return self
+
+    @abc.abstractmethod
+    def key_parts(self, head_dim):
+        """The `Part`s of keys of a head size."""
+
+    @abc.abstractmethod
+    def value_parts(self, head_dim):
+        """The `Part`s of values of a head size."""
+
+    @abc.abstractmethod
+    def encode_keys(self, keys, axis, slots):
+        """The arrays of keys, one a part."""
+
+    @abc.abstractmethod
+    def encode_values(self, values, axis, slots):
+        """The arrays of values, one a part."""
+
+    @abc.abstractmethod
+    def read_keys(self, parts, head_dim, axis, slots):
+        """Keys from their arrays, as a `Read`."""
+
+    @abc.abstractmethod
+    def read_values(self, parts, head_dim, axis, slots):
+        """Values from their arrays, as a `Read`."""
+
+
+@dataclass(frozen=True)
+class Exact(Codec):
+    """Entries as they are, but for the dtype."""
+
+    @property
+    def name(self):
+        """See `Codec.name`."""
+        return self.dtype
+
+    @property
+    def block(self):
+        """All slots where nothing need be widened for a product, as on a CPU."""
+        is_wide = self.dtype in ("float32", WIDE) or is_accelerator()
+        return None if is_wide else CODED_BLOCK
+
+    def key_parts(self, head_dim):
+        """See `Codec.key_parts`."""
+        return (Part(head_dim, 1, self.dtype),)
+
+    def encode_keys(self, keys, axis, slots):
+        """See `Codec.encode_keys`."""
+        return (ops.cast(keys, self.dtype),)
+
+    def read_keys(self, parts, head_dim, axis, slots):
+        """See `Codec.read_keys`."""
+        return Read(parts[0])
+
+    value_parts, encode_values, read_values = key_parts, encode_keys, read_keys
+
+
+@dataclass(frozen=True)
+class Int8(Codec):
+    """8 bits a number, one scale for each token and head."""
+
+    name = "int8"
+
+    def key_parts(self, head_dim):
+        """See `Codec.key_parts`."""
+        return Part(head_dim, 1, "int8"), Part(1, 1, "float32")
+
+    def encode_keys(self, keys, axis, slots):
+        """See `Codec.encode_keys`."""
+        return quantize_int8(keys, axis)
+
+    def read_keys(self, parts, head_dim, axis, slots):
+        """See `Codec.read_keys`."""
+        codes, scale = parts
+        return Read(ops.cast(codes, self.dtype), scale)
+
+    value_parts, encode_values, read_values = key_parts, encode_keys, read_keys
+
+
+class _Int4Values:
+    """4 bits a number of a value, one scale for each token and head."""
+
+    def value_parts(self, head_dim):
+        """See `Codec.value_parts`."""
+        return Part(-(-head_dim // 2), 1, "uint8"), Part(1, 1, "bfloat16")
+
+    def encode_values(self, values, axis, slots):
+        """See `Codec.encode_values`."""
+        codes, scale = quantize_int4(values, axis)
+        return pack_int4(codes, axis), scale
+
+    def read_values(self, parts, head_dim, axis, slots):
+        """See `Codec.read_values`."""
+        packed, scale = parts
+        codes = ops.cast(unpack_int4(packed, axis, head_dim), self.dtype)
+        return Read(codes - 7.5, scale)
+
+
+@dataclass(frozen=True)
+class Int4(_Int4Values, Codec):
+    """4 bits a number; of keys, a range for each channel over 32 tokens.
+
+    Method: KIVI (Liu et al., 2024, https://arxiv.org/abs/2402.02750).
+    """
+
+    name = "int4"
+    group = 32
+
+    @property
+    def ungrouped(self):
+        """See `Codec.ungrouped`."""
+        return ExactKeys(self.dtype)
+
+    def key_parts(self, head_dim):
+        """See `Codec.key_parts`."""
+        of_group = Part(head_dim, self.group, "bfloat16")
+        return Part(-(-head_dim // 2), 1, "uint8"), of_group, of_group
+
+    def encode_keys(self, keys, axis, slots):
+        """See `Codec.encode_keys`."""
+        codes, scale, lowest = quantize_int4_groups(keys, slots, self.group)
+        return pack_int4(codes, axis), scale, lowest
+
+    def read_keys(self, parts, head_dim, axis, slots):
+        """See `Codec.read_keys`."""
+        packed, scale, lowest = parts
+        codes = unpack_int4(packed, axis, head_dim)
+        group, dtype = self.group, self.dtype
+        keys = dequantize_int4_groups(codes, scale, lowest, slots, group, dtype)
+        return Read(keys)
+
+
+@dataclass(frozen=True)
+class ExactKeys(_Int4Values, Exact):
+    """Keys whose group of `Int4` isn't full yet, as they are."""
+
+    name = "int4 in the making"
+
+
+CODECS = {"int8": Int8, "int4": Int4}
+
+
+def get_codec(identifier, dtype="float32"):
+    """A codec by name.
+
+    Args:
+        identifier: `"float32"`, `"float16"`, `"bfloat16"`, `"int8"`, `"int4"`, a
+            `Codec`, or `None` for entries of `dtype` as they are.
+        dtype: Dtype of what a codec by name keeps exactly.
+
+    Returns:
+        A `Codec`.
+
+    Raises:
+        ValueError: The name is unknown.
+    """
+    if isinstance(identifier, Codec):
+        return identifier
+    name = dtype if identifier is None else identifier
+    if isinstance(name, str) and name in CODECS:
+        return CODECS[name](keras.backend.standardize_dtype(dtype))
+    if isinstance(name, str) and name in DTYPES:
+        return Exact(name)
+    raise ValueError(
+        f"`codec` must be one of {[*DTYPES, *CODECS]} or a Codec. Received: {name!r}"
+    )

@@ -1,0 +1,315 @@
+"""Caches in files: a text that was read once need not be read again."""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import zlib
+from pathlib import Path
+
+import jax
+import keras
+import numpy as np
+from keras import ops
+
+from keras_kvcache.caches.base import NO_END, Cache
+from keras_kvcache.caches.dense import DenseStorage
+from keras_kvcache.caches.kinds import is_integer
+from keras_kvcache.caches.spec import _Shape
+from keras_kvcache.caches.static import StaticCache
+from keras_kvcache.caches.trees import describe, named_arrays, shape_of, shapes_of
+from keras_kvcache.ops import distribute, known_value
+
+# Of the file's metadata: the key that makes it ours, with the version of the format,
+# the description as JSON, and what tells that a byte of that changed.
+FORMAT, FORMAT_VERSION = "keras_kvcache.caches", "1"
+DESCRIPTION, CHECKSUM = "description", "checksum"
+
+# What the format calls the dtypes that caches have.
+DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I32": "int32",
+    "I8": "int8",
+    "U8": "uint8",
+}
+
+# On each axis of a weight so many entries, evenly spaced, count for the fingerprint.
+SAMPLES = 8
+
+
+def save_caches(path, caches, fill, model=None):
+    """Writes caches and how far they are filled into one file.
+
+    The file is of the safetensors format. It's written beside the target first and
+    moved there when it is complete, so that an error leaves an earlier file as it was.
+
+    Args:
+        path: The file; its folder is made if need be.
+        caches: A cache, a dense tensor `(B, 2, S, K, H)`, or tuples and lists of
+            them, such as `init_cache` gives.
+        fill: How many positions were written: an int, or integers `(B,)`.
+        model: The `keras.Model` that the entries are of, or `None`. With it the file
+            gets a fingerprint by which `load_caches` tells that model from others.
+
+    Raises:
+        TypeError: `caches` or `model` is something else.
+        ValueError: `fill` isn't an integer or one a row, is negative or past the
+            capacity; an array isn't as `CacheSpec.allocate` makes it; or the model
+            isn't built.
+        OSError: The file can't be written.
+    """
+    from safetensors.numpy import save_file
+
+    path, structure = Path(path), describe(caches)
+    # What isn't as its description has it could not be loaded.
+    expected = shapes_of(structure)
+    held, form = named_arrays(caches)
+    if form != named_arrays(expected)[1]:
+        raise ValueError(
+            "`caches` must be made as `CacheSpec.allocate` makes them. Received: "
+            f"{caches!r}"
+        )
+    _check_arrays(expected, {name: shape_of(array) for name, array in held.items()})
+    fill = _read_fill(fill)
+    _check_fill(fill, expected)
+    arrays = {name: _as_array(tensor) for name, tensor in held.items()}
+    description = json.dumps(
+        {
+            "caches": structure,
+            "fill": fill,
+            "model": None if model is None else fingerprint(model),
+            "checksum": _checksum(map(_bytes_of, arrays.values())),
+        }
+    )
+    metadata = {
+        FORMAT: FORMAT_VERSION,
+        DESCRIPTION: description,
+        CHECKSUM: _checksum([description.encode()]),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".caches.") as staging:
+        staged = Path(staging) / path.name
+        save_file(arrays, staged, metadata)
+        os.replace(staged, path)
+
+
+def load_caches(path, model=None):
+    """Reads caches and how far they are filled from a file.
+
+    Args:
+        path: What `save_caches` wrote.
+        model: The `keras.Model` that is to go on from them: a file that was saved
+            with another one, or with none, is refused. With `None` any file is
+            taken, and it's up to the caller that the model is the right one.
+
+    Returns:
+        The pair `(caches, fill)`: the same classes with the same bits, where
+        `CacheSpec.allocate` would put them; `fill` is an int, or an int32 tensor
+        `(B,)`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        TypeError: `model` is no `keras.Model`.
+        ValueError: The file isn't one of caches, is of another version, is damaged,
+            has arrays other than it describes or a fill that doesn't fit, or is of
+            another model; or the model isn't built.
+    """
+    from safetensors import safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"`path` must be a file of caches. Received: {path}")
+    model = None if model is None else fingerprint(model)
+    with _refusing(path), safe_open(str(path), framework="numpy") as file:
+        description = _read_description(file.metadata() or {})
+        expected = shapes_of(description["caches"], limit=path.stat().st_size)
+        _check_arrays(expected, {name: _shape_in(file, name) for name in file.keys()})
+        fill = _read_fill(description["fill"])
+        _check_fill(fill, expected)
+        if model not in (None, description["model"]):
+            raise ValueError(
+                "`model` must be the one that the caches were saved with, and its "
+                f"weights the same. Received: fingerprint {model}, in the file "
+                f"{description['model']}"
+            )
+        shapes, form = named_arrays(expected)
+        arrays = [file.get_tensor(name) for name in shapes]
+        if _checksum(map(_bytes_of, arrays)) != description["checksum"]:
+            raise ValueError("Arrays must be as they were written. Received: others")
+        tensors = [_as_tensor(array) for array in arrays]
+    caches = _map_caches(_distribute, jax.tree_util.tree_unflatten(form, tensors))
+    return caches, fill if is_integer(fill) else ops.convert_to_tensor(fill, "int32")
+
+
+def fingerprint(model):
+    """What tells a model from others, as a text.
+
+    It covers the name, shape, dtype and some of the values of every weight. The
+    model's own name doesn't count.
+
+    Args:
+        model: A built `keras.Model`.
+
+    Raises:
+        TypeError: It's something else.
+        ValueError: It isn't built.
+    """
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"`model` must be a keras.Model. Received: {model!r}")
+    if not model.weights:
+        raise ValueError(f"`model` must be built. Received: {model.name}, no weights")
+    digest = hashlib.sha256()
+    for weight in model.weights:
+        name = weight.path.removeprefix(f"{model.name}/")
+        steps = (max(1, -(-size // SAMPLES)) for size in weight.shape)
+        sparse = tuple(slice(None, None, step) for step in steps)
+        sample = ops.convert_to_numpy(weight.value[sparse])
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} ".encode())
+        digest.update(sample.tobytes())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _refusing(path):
+    """Turns whatever is wrong with a file's content into a `ValueError` that names it.
+
+    A stranger's file may hold any types, nested in any way.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path} can't be loaded. {error}") from error
+    except RecursionError as error:
+        raise ValueError(
+            f"{path} must describe caches. Received: a description nested too deep"
+        ) from error
+    except (SafetensorError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} must be a file that `save_caches` wrote, whole. Received: one "
+            f"that gives {error!r}"
+        ) from error
+
+
+def _read_description(metadata):
+    if FORMAT not in metadata:
+        raise ValueError(
+            "It must be a file that `save_caches` wrote. Received: metadata "
+            f"{sorted(metadata)}"
+        )
+    if metadata[FORMAT] != FORMAT_VERSION:
+        raise ValueError(
+            f"It must be of format version {FORMAT_VERSION}. Received: "
+            f"{metadata[FORMAT]!r}"
+        )
+    text = metadata[DESCRIPTION]
+    if _checksum([text.encode()]) != metadata[CHECKSUM]:
+        raise ValueError("Its description must be as it was written. Received: another")
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"Its description must be JSON. Received: {error}") from error
+
+
+def _shape_in(file, name):
+    held = file.get_slice(name)
+    dtype = held.get_dtype()
+    return _Shape(tuple(held.get_shape()), DTYPES.get(dtype, dtype))
+
+
+def _check_arrays(expected, held):
+    """Refuses arrays that aren't those of the caches.
+
+    Args:
+        expected: Tree of caches, with shapes for arrays.
+        held: Shapes by name.
+    """
+    expected, _ = named_arrays(expected)
+    missing, extra = expected.keys() - held.keys(), held.keys() - expected.keys()
+    if missing or extra:
+        raise ValueError(
+            "Arrays must be those of the caches. Received: "
+            f"missing {sorted(missing)[:5]}, left over {sorted(extra)[:5]}"
+        )
+    for name, shape in expected.items():
+        if held[name] != shape:
+            raise ValueError(
+                f"{name} must have the shape {shape.shape} and dtype {shape.dtype}. "
+                f"Received: {held[name].shape} and {held[name].dtype}"
+            )
+
+
+def _read_fill(fill):
+    """The fill as an int or a list of them."""
+    known = known_value(fill) if ops.is_tensor(fill) else np.asarray(fill)
+    if known is None or known.dtype.kind not in "iu" or known.ndim > 1:
+        raise ValueError(
+            f"`fill` must be an integer or one a row, and no tracer. Received: {fill!r}"
+        )
+    return known.tolist()
+
+
+def _check_fill(fill, caches):
+    def check(cache):
+        if not isinstance(cache, Cache):
+            cache = StaticCache.from_dense(cache, "dense")
+        rows = cache.storage.segments[0][0].shape[0]
+        end = NO_END if cache.max_length is None else cache.max_length
+        fills = [fill] * rows if is_integer(fill) else fill
+        if len(fills) != rows or not all(0 <= one <= end for one in fills):
+            raise ValueError(
+                f"`fill` must be from 0 to the capacity {end}, one for all or for each "
+                f"of {rows} rows. Received: {fill}"
+            )
+
+    _map_caches(check, caches)
+
+
+def _map_caches(function, caches):
+    return jax.tree_util.tree_map(
+        function, caches, is_leaf=lambda node: isinstance(node, Cache)
+    )
+
+
+def _distribute(cache):
+    """The cache laid out as `keras.distribution` has it."""
+    storage = cache.storage if isinstance(cache, Cache) else DenseStorage
+
+    def lay_out(tensor):
+        has_heads = len(tensor.shape) > 1
+        return distribute(tensor, storage.heads_axis if has_heads else None)
+
+    return jax.tree_util.tree_map(lay_out, cache)
+
+
+def _as_array(tensor):
+    """A NumPy array whose memory is in order, which is how the format takes it."""
+    return np.ascontiguousarray(ops.convert_to_numpy(tensor))
+
+
+def _as_tensor(array):
+    tensor = ops.convert_to_tensor(array)
+    held = keras.backend.standardize_dtype(tensor.dtype)
+    if held != array.dtype.name:
+        raise ValueError(
+            "Arrays must be of a dtype that the backend has. Received: "
+            f"{array.dtype.name}, which becomes {held}"
+        )
+    return tensor
+
+
+def _bytes_of(array):
+    return array.reshape(-1).view("uint8")
+
+
+def _checksum(parts):
+    """Of bytes, one part after the other: it tells damage, not ill will."""
+    total = 0
+    for part in parts:
+        total = zlib.crc32(part, total)
+    return f"{total:08x}"

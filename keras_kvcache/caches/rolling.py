@@ -1,0 +1,192 @@
+"""The rolling cache: a ring of slots for a window that moves with the text."""
+
+from dataclasses import dataclass, field, replace
+
+import jax
+import numpy as np
+from keras import ops
+
+from keras_kvcache.caches.base import Cache, first_positions
+from keras_kvcache.caches.kinds import Rolling
+from keras_kvcache.caches.sizes import ring_slots, whole_groups
+from keras_kvcache.caches.storage import Storage
+from keras_kvcache.ops import View, known_value, ring_positions
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False, repr=False)
+class RollingCache(Cache):
+    """Keys and values of the last `W` positions, and of the first few if wanted.
+
+    Position `p` is kept in slot `p % R` of a ring, and nothing is ever moved. The
+    number of slots doesn't depend on how long the text grows. A query sees the `W`
+    positions that end with its own, as with Mistral's sliding window (Jiang et al.,
+    2023, https://arxiv.org/abs/2310.06825), and the attention sinks (Xiao et al.,
+    2023, https://arxiv.org/abs/2309.17453), which keep their absolute positions.
+
+    A smaller index rolls it back as long as what the window then spans isn't
+    overwritten; see `crop`.
+
+    Attributes:
+        sinks: `Storage` of the first positions, exact whatever the codec, as they
+            get much of the attention; `None` if they aren't kept.
+        window: `W`.
+    """
+
+    sinks: Storage | None = None
+    window: int = field(default=1, metadata={"static": True})
+
+    @property
+    def capacity(self):
+        """See `Cache.capacity`."""
+        return self.storage.slots + self.sink_count
+
+    @property
+    def max_length(self):
+        """See `Cache.max_length`."""
+        return None
+
+    @property
+    def sink_count(self):
+        """How many of the first positions are kept for good."""
+        return 0 if self.sinks is None else self.sinks.slots
+
+    def update(self, key, value, index):
+        """See `Cache.update`."""
+        index, length = first_positions(index), key.shape[1]
+        fill = self._fill(index, length)
+        sinks, newest = self.sinks, self.newest
+        if sinks is not None:
+            end = ops.minimum(fill, self.sink_count)
+            sinks = sinks.write_ring(sinks.encode(key, value), index, end)
+        entries = self.storage.encode(key, value, self.codec.ungrouped)
+        if newest is None:
+            coded, start, end = entries, index, fill
+        else:
+            newest, entries, start = newest.advance(
+                lambda slot: self.storage.part(slot % self._ring, self.codec.group),
+                entries,
+                index,
+                fill,
+            )
+            coded = entries.regroup(self.codec)
+            end = _groups_end(start, index, fill, self.codec.group)
+        cache = replace(
+            self, storage=self._write(coded, start, end), newest=newest, sinks=sinks
+        )
+        if length == 1:
+            # What a token evicts is out of its own sight.
+            return cache, cache.view(fill)
+        # The ring as it was, for early queries, and the new entries beside it.
+        segments = (
+            *cache._sink_segments(),
+            *self._ring_segments(start),
+            *self._segments_of(entries, start),
+        )
+        return cache, self._view(segments, fill)
+
+    def view(self, fill=None):
+        """See `Cache.view`.
+
+        Without `fill` the cache counts as holding positions `0 … W - 1`, all of which
+        are seen: this is how a short sequence is read that was written whole.
+        """
+        known = ops.full((1,), self.window, "int32") if fill is None else fill
+        held = known if self.newest is None else self.newest.start
+        segments = (*self._sink_segments(), *self._ring_segments(held))
+        if self.newest is not None:
+            segments += self._segments_of(self.newest.storage, self.newest.start)
+        view = self._view(segments, known)
+        return view._replace(window=None) if fill is None else view
+
+    def check_crop(self, fill, length):
+        """See `Cache.check_crop`."""
+        written = whole_groups(fill, self.codec.group)
+        first_held = np.maximum(written - self._ring, self.sink_count)
+        first_seen = np.maximum(length - self.window + 1, self.sink_count)
+        if ((first_seen < first_held) & (written > self._ring)).any():
+            raise ValueError(
+                "A rolling cache must still hold what is to be seen, but positions "
+                f"{first_seen.tolist()} to before {first_held.tolist()} are "
+                f"overwritten. Received: fill={fill.tolist()}, "
+                f"length={length.tolist()}, window={self.window}"
+            )
+
+    def resize(self, capacity, fill):
+        """See `Cache.resize`."""
+        Rolling(capacity, self.sink_count)
+        known, group = known_value(fill), self.codec.group
+        if known is not None and capacity > self.window:
+            gone = whole_groups(known, group) > self._ring
+            if gone.any():
+                raise ValueError(
+                    "A rolling cache can have a larger window only as long as nothing "
+                    f"is overwritten in its {self._ring} slots. Received: "
+                    f"fill={known.tolist()}, window={self.window}, capacity={capacity}"
+                )
+        held = first_positions(fill)
+        if self.newest is not None:
+            # The group of the newest is coded too once the cache was rolled back.
+            held = ops.minimum(self.newest.start, whole_groups(held, group))
+        storage = self.storage.reroll(ring_slots(capacity, group), held)
+        return replace(self, storage=storage, window=capacity)
+
+    @property
+    def _ring(self):
+        return self.storage.slots
+
+    def _write(self, coded, start, end):
+        """The ring with the entries that stand before `end`."""
+        if coded.slots > self.codec.group:
+            return self.storage.write_ring(coded, start, end)
+        slot = ops.where(end > start, ops.mod(start, self._ring), self._ring)
+        return self.storage.write(coded, slot)
+
+    def _ring_segments(self, fill):
+        """The ring for attention, as it is when positions below `fill` are in it."""
+        segments = []
+        for first, size in self.storage.spans:
+            positions = ring_positions(fill, self._ring, first, size)
+            positions = self._behind_sinks(positions)
+            segments.append(self.storage.segment(first, size, positions))
+        return tuple(segments)
+
+    def _segments_of(self, entries, start):
+        """Entries from position `start (1 | B,)` on for attention."""
+        segments = []
+        for first, size in entries.spans:
+            positions = start[:, None] + first + ops.arange(size, dtype="int32")[None]
+            positions = self._behind_sinks(positions)
+            segments.append(entries.segment(first, size, positions))
+        return tuple(segments)
+
+    def _sink_segments(self):
+        if self.sinks is None:
+            return ()
+        segments = []
+        for first, size in self.sinks.spans:
+            positions = first + ops.arange(size, dtype="int32")[None]
+            segments.append(self.sinks.segment(first, size, positions))
+        return tuple(segments)
+
+    def _behind_sinks(self, positions):
+        """Positions, but for those that the sinks show."""
+        if self.sinks is None:
+            return positions
+        return ops.where(positions >= self.sink_count, positions, -1)
+
+    def _view(self, segments, fill):
+        storage = self.storage
+        return View(
+            segments,
+            storage.heads,
+            storage.value_dim,
+            fill,
+            self.window,
+            self.sink_count,
+        )
+
+
+def _groups_end(start, index, fill, group):
+    """The end of the last group that gets a new entry; `start` if none gets one."""
+    return ops.where(fill > index, whole_groups(fill, group), start)

@@ -1,0 +1,274 @@
+"""Slots in memory: arrays of a layout, coded by a codec."""
+
+import abc
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from keras import ops
+
+from keras_kvcache.caches.codecs import Codec
+from keras_kvcache.ops import ring_positions, slots_of, splice, write_ring
+
+
+class Field(NamedTuple):
+    """Where an array of a segment has its slots.
+
+    Attributes:
+        slots: Axis of the slots.
+        tokens: Slots that share an entry of it.
+    """
+
+    slots: int
+    tokens: int
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Storage(abc.ABC):
+    """Some slots of keys and values, in one or more segments.
+
+    It knows slots and nothing of positions; new entries come as a storage too, of
+    one segment, the same layout and the same codec.
+
+    Attributes:
+        segments: For each segment a tuple of arrays, those of keys before those of
+            values, in the order of the codec's parts. Axis 0 is `B` in all.
+        codec: A `Codec`.
+        head_dim: `H`.
+        value_dim: `Hv`.
+    """
+
+    segments: tuple[tuple[Any, ...], ...]
+    codec: Codec = field(metadata={"static": True})
+    head_dim: int = field(metadata={"static": True})
+    value_dim: int = field(metadata={"static": True})
+
+    @classmethod
+    @abc.abstractmethod
+    def allocate(cls, spec, slots, codec, make):
+        """Empty slots.
+
+        Args:
+            spec: Object with `batch_size`, `num_key_value_heads`, `head_dim` and
+                `value_dim`.
+            slots: How many; a multiple of the codec's group.
+            codec: A `Codec`.
+            make: Function of a shape and a dtype that gives an array.
+        """
+
+    @property
+    @abc.abstractmethod
+    def fields(self):
+        """A `Field` for each array of a segment."""
+
+    # Where the arrays have their heads.
+    heads_axis = -2
+
+    @property
+    def heads(self):
+        """`K`."""
+        return self.segments[0][0].shape[self.heads_axis]
+
+    @abc.abstractmethod
+    def encode(self, key, value, codec=None):
+        """New entries `(B, T, K, H)` and `(B, T, K, Hv)` as a storage of `T` slots.
+
+        Args:
+            key: Tensor `(B, T, K, H)`.
+            value: Tensor `(B, T, K, Hv)`.
+            codec: `None` for the storage's own.
+        """
+
+    @abc.abstractmethod
+    def regroup(self, codec):
+        """The same slots with another codec for keys, and the same one for values."""
+
+    @abc.abstractmethod
+    def segment(self, first, size, positions, first_position=None):
+        """Some slots for attention.
+
+        Args:
+            first, size: One of the pairs that `spans` gives.
+            positions: As in `keras_kvcache.ops.Segment`.
+            first_position: `first` there.
+        """
+
+    @abc.abstractmethod
+    def merge(self):
+        """The same slots in one segment."""
+
+    @abc.abstractmethod
+    def resize(self, slots):
+        """The first `slots` slots, with empty ones added if there are fewer.
+
+        Args:
+            slots: How many; a multiple of the codec's group.
+        """
+
+    @abc.abstractmethod
+    def decode(self):
+        """Keys `(B, S, K, H)` and values `(B, S, K, Hv)` of all slots, as floats."""
+
+    @property
+    def sizes(self):
+        """Slots of each segment."""
+        slots, tokens = self.fields[0]
+        return tuple(arrays[0].shape[slots] * tokens for arrays in self.segments)
+
+    @property
+    def slots(self):
+        """Slots of all segments."""
+        return sum(self.sizes)
+
+    @property
+    def spans(self):
+        """How the slots are cut for attention: pairs of first slot and number."""
+        first, spans = 0, []
+        for size in self.sizes:
+            spans.append((first, size))
+            first += size
+        return tuple(spans)
+
+    def write(self, entries, slot):
+        """Writes entries from a slot on; what doesn't fit is dropped.
+
+        Args:
+            entries: A `Storage` of `T` slots, as of `encode`.
+            slot: An int, or an int32 tensor of shape `()` or `(B,)`; with a codec of
+                groups the first slot of one.
+
+        Returns:
+            The storage with the entries.
+        """
+
+        def put(array, update, where, first):
+            # Seen from a segment, most writes are past its end and dropped.
+            index = (slot - first) // where.tokens if where.tokens > 1 else slot - first
+            return splice(array, update, index, axis=where.slots)
+
+        return self._with_entries(put, entries)
+
+    def write_ring(self, entries, start, end):
+        """Writes entries each to the slot of its position, the slots being a ring.
+
+        Args:
+            entries: A `Storage` of `T` slots, as of `encode`.
+            start: int32 `(1 | B,)`, position of the first entry.
+            end: int32 `(1 | B,)`; entries from this position on aren't written.
+
+        Returns:
+            The storage with the entries.
+        """
+        ring = self.slots
+
+        def put(array, update, where, first):
+            slots, tokens = where
+            units = [start, end] if tokens == 1 else [start // tokens, end // tokens]
+            return write_ring(
+                array, update, *units, ring // tokens, first // tokens, slots
+            )
+
+        return self._with_entries(put, entries)
+
+    def _with_entries(self, put, entries):
+        updates, fields = entries.segments[0], self.fields
+        segments, first = [], 0
+        for arrays, size in zip(self.segments, self.sizes, strict=True):
+            triples = zip(arrays, updates, fields, strict=True)
+            segments.append(tuple(put(*triple, first) for triple in triples))
+            first += size
+        return replace(self, segments=tuple(segments))
+
+    def reroll(self, slots, fill):
+        """The entries of a ring in a ring of another size.
+
+        Args:
+            slots: How many slots that has; a multiple of the codec's group.
+            fill: int32 `(1 | B,)`: positions below it were written.
+
+        Returns:
+            A `Storage`, with any entries in slots whose position isn't held.
+        """
+        ring, group = self.slots, self.codec.group
+        whole = self.merge()
+        positions = ring_positions(fill // group, slots // group)
+        source = ops.mod(positions, ring // group)
+
+        def move(array, field, first, size):
+            width = group // field.tokens
+            return _parts_of_rows(array, source, width, field.slots)
+
+        return whole.map(move).resize(slots)
+
+    def part(self, slot, count):
+        """Some slots of each row, as a storage of one segment.
+
+        Args:
+            slot: int32 `(1 | B,)`, a multiple of `count`.
+            count: How many; it divides the size of every segment.
+
+        Returns:
+            A `Storage`. Rows whose slot is out of range get any other slots.
+        """
+        found, first = None, 0
+        for arrays, size in zip(self.segments, self.sizes, strict=True):
+            held = tuple(
+                _part_of_rows(array, (slot - first) // count, count // tokens, slots)
+                for array, (slots, tokens) in zip(arrays, self.fields, strict=True)
+            )
+            if found is None:
+                found = held
+            else:
+                found = select_rows(slot >= first, held, found)
+            first += size
+        return replace(self, segments=(found,))
+
+    def map(self, function):
+        """The storage with `function(array, field, first slot, slots)` applied to all.
+
+        Segments may become shorter or longer by it.
+        """
+        segments, first = [], 0
+        for arrays, size in zip(self.segments, self.sizes, strict=True):
+            pairs = zip(arrays, self.fields, strict=True)
+            segments.append(tuple(function(*pair, first, size) for pair in pairs))
+            first += size
+        return replace(self, segments=tuple(segments))
+
+
+def read_slots(arrays, fields, first, count):
+    """`count` slots of each array from `first` on."""
+    return tuple(
+        slots_of(array, first // tokens, count // tokens, slots)
+        for array, (slots, tokens) in zip(arrays, fields, strict=True)
+    )
+
+
+def select_rows(predicate, chosen, other):
+    """Arrays of `chosen` where a predicate `(1 | B,)` holds, else of `other`."""
+
+    def select(a, b):
+        rows = ops.reshape(predicate, [-1] + [1] * (len(a.shape) - 1))
+        return ops.where(rows, a, b)
+
+    return tuple(select(*pair) for pair in zip(chosen, other, strict=True))
+
+
+def _part_of_rows(array, number, width, axis):
+    """Of each row the part `number (1 | B,)` of `width` entries on an axis."""
+    return _parts_of_rows(array, ops.maximum(number, 0)[:, None], width, axis)
+
+
+def _parts_of_rows(array, numbers, width, axis):
+    """Of each row some parts, `numbers (1 | B, any)`, of `width` entries on an axis."""
+    shape = ops.shape(array)
+    parts, count = array.shape[axis] // width, numbers.shape[1]
+    array = ops.reshape(array, (*shape[:axis], parts, width, *shape[axis + 1 :]))
+    numbers = ops.clip(numbers, 0, parts - 1)
+    wanted = [1] * len(array.shape)
+    wanted[0], wanted[axis] = -1, count
+    numbers = ops.reshape(numbers, wanted)
+    numbers = ops.broadcast_to(
+        numbers, (*shape[:axis], count, width, *shape[axis + 1 :])
+    )
+    taken = ops.take_along_axis(array, numbers, axis=axis)
+    return ops.reshape(taken, (*shape[:axis], count * width, *shape[axis + 1 :]))

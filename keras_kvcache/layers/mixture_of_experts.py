@@ -1,0 +1,176 @@
+"""A feed-forward part made of experts, of which each token is given to a few."""
+
+import numbers
+
+import keras
+from keras import ops
+
+from keras_kvcache.layers.activations import get_activation
+from keras_kvcache.layers.adoption import AdoptsParts
+from keras_kvcache.layers.initializers import clone_initializer
+
+
+@keras.saving.register_keras_serializable(package="keras_kvcache")
+class Experts(keras.layers.Layer):
+    """Gated feed-forward parts without biases, all of which see all tokens.
+
+    Args:
+        num_experts: `E`.
+        intermediate_dim: `F`, width within an expert.
+        activation: Of the gates.
+        kernel_initializer: Initializer of the kernels.
+        **kwargs: Arguments of `keras.layers.Layer`.
+
+    Call arguments:
+        tokens: Tensor `(tokens, D)`.
+
+    Returns:
+        A tensor `(E, tokens, D)`.
+    """
+
+    def __init__(
+        self,
+        num_experts,
+        intermediate_dim,
+        activation="silu",
+        kernel_initializer="glorot_uniform",
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.num_experts = num_experts
+        self.intermediate_dim = intermediate_dim
+        self.activation = get_activation(activation)
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+
+    def build(self, tokens_shape):
+        """Creates the kernels, `(E, D, F)` and back, for tokens `(…, D)`."""
+        widen = (self.num_experts, tokens_shape[-1], self.intermediate_dim)
+        narrow = (self.num_experts, self.intermediate_dim, tokens_shape[-1])
+        self.gate_kernel = self._kernel("gate_kernel", widen)
+        self.intermediate_kernel = self._kernel("intermediate_kernel", widen)
+        self.output_kernel = self._kernel("output_kernel", narrow)
+
+    def _kernel(self, name, shape):
+        initializer = clone_initializer(self.kernel_initializer)
+        return self.add_weight(name=name, shape=shape, initializer=initializer)
+
+    def call(self, tokens):
+        """See the class."""
+        gate = self.activation(ops.einsum("td,edf->etf", tokens, self.gate_kernel))
+        inner = ops.einsum("td,edf->etf", tokens, self.intermediate_kernel)
+        return ops.einsum("etf,efd->etd", gate * inner, self.output_kernel)
+
+    def compute_output_shape(self, tokens_shape):
+        """`(E, tokens, D)`."""
+        return (self.num_experts, *tokens_shape)
+
+    def get_config(self):
+        """Constructor arguments."""
+        return {
+            **super().get_config(),
+            "num_experts": self.num_experts,
+            "intermediate_dim": self.intermediate_dim,
+            "activation": keras.activations.serialize(self.activation),
+            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+        }
+
+
+@keras.saving.register_keras_serializable(package="keras_kvcache")
+class MixtureOfExperts(AdoptsParts, keras.layers.Layer):
+    """Mixes the answers of the experts that a router finds most fit for a token.
+
+    The weights of the chosen ones sum to one (Jiang et al., 2024,
+    https://arxiv.org/abs/2401.04088). There is no loss that balances their load.
+
+    Args:
+        num_experts: `E`.
+        intermediate_dim: Width within an expert.
+        num_experts_per_token: How many experts a token is given to.
+        activation: Of the experts' gates.
+        kernel_initializer: Initializer of the kernels.
+        **kwargs: Arguments of `keras.layers.Layer`.
+
+    Call arguments:
+        inputs: Tensor `(…, D)`.
+
+    Returns:
+        A tensor `(…, D)`.
+
+    Raises:
+        ValueError: There aren't that many experts.
+    """
+
+    def __init__(
+        self,
+        num_experts,
+        intermediate_dim,
+        num_experts_per_token=2,
+        activation="silu",
+        kernel_initializer="glorot_uniform",
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        for count in (num_experts, num_experts_per_token):
+            if not isinstance(count, numbers.Integral) or not 0 < count <= num_experts:
+                raise ValueError(
+                    "`num_experts_per_token` must be a positive integer and at most "
+                    "`num_experts`. Received: num_experts_per_token="
+                    f"{num_experts_per_token!r}, num_experts={num_experts!r}"
+                )
+        self.supports_masking = True
+        self.num_experts = num_experts
+        self.intermediate_dim = intermediate_dim
+        self.num_experts_per_token = num_experts_per_token
+        self.activation = get_activation(activation)
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+
+    def build(self, input_shape):
+        """Creates the router and the experts for inputs `(…, D)`."""
+        shape = (None, input_shape[-1])
+        self.router = self._part("router", self._make_router, shape)
+        self.experts = self._part("experts", self._make_experts, shape)
+
+    def _make_router(self):
+        return keras.layers.Dense(
+            self.num_experts,
+            use_bias=False,
+            kernel_initializer=clone_initializer(self.kernel_initializer),
+            dtype=self.dtype_policy,
+            name="router",
+        )
+
+    def _make_experts(self):
+        return Experts(
+            self.num_experts,
+            self.intermediate_dim,
+            activation=self.activation,
+            kernel_initializer=clone_initializer(self.kernel_initializer),
+            dtype=self.dtype_policy,
+            name="experts",
+        )
+
+    def call(self, inputs):
+        """See the class."""
+        tokens = ops.reshape(inputs, (-1, inputs.shape[-1]))
+        fitness = ops.softmax(self.router(tokens), axis=-1)
+        fitness, chosen = ops.top_k(fitness, k=self.num_experts_per_token)
+        fitness = fitness / ops.sum(fitness, axis=-1, keepdims=True)
+        chosen = ops.one_hot(chosen, self.num_experts, dtype=fitness.dtype)
+        weights = ops.einsum("tc,tce->te", fitness, chosen)
+        mixed = ops.einsum("te,etd->td", weights, self.experts(tokens))
+        return ops.reshape(mixed, ops.shape(inputs))
+
+    def compute_output_shape(self, input_shape):
+        """The shape of `inputs`."""
+        return input_shape
+
+    def get_config(self):
+        """Constructor arguments."""
+        return {
+            **super().get_config(),
+            "num_experts": self.num_experts,
+            "intermediate_dim": self.intermediate_dim,
+            "num_experts_per_token": self.num_experts_per_token,
+            "activation": keras.activations.serialize(self.activation),
+            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+        }

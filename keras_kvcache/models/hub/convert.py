@@ -1,0 +1,160 @@
+"""Making a model of keras-hub's into one of ours, with the same weights."""
+
+import sys
+
+from keras_kvcache.models.hub.families import FAMILIES
+from keras_kvcache.models.hub.position_table import PositionTable
+from keras_kvcache.models.hub.shared import SharedDecoderLM
+from keras_kvcache.models.hub.tokenizer import HubTokenizer
+
+# Of a model with rotary positions, which doesn't say how far it was trained.
+DEFAULT_SEQUENCE_LENGTH = 8192
+
+
+def from_keras_hub(causal_lm, max_sequence_length=None):
+    """A `DecoderLM` that has the very weights of a keras-hub model.
+
+    Both models share their layers: nothing is copied, and what `fit`, LoRA,
+    `quantize` or `load_weights` does to one is seen by the other.
+
+    Args:
+        causal_lm: A `keras_hub.models.CausalLM` of the family GPT-2, OPT, Llama,
+            Llama 3, Mistral, Mixtral, Phi-3, Qwen 2 and 2.5, Qwen 3, Gemma, Gemma 2
+            or Gemma 3 (text).
+        max_sequence_length: The most positions; `None` for what the model says,
+            or 8192 if it doesn't. It takes no memory by itself.
+
+    Returns:
+        A `DecoderLM`, with the tokenizer of the keras-hub model if there is one.
+        Its `save`, `save_weights` and `save_to_preset` write a `DecoderLM` with
+        weights of its own.
+
+    Raises:
+        TypeError: `causal_lm` isn't a `keras_hub.models.CausalLM`.
+        ValueError: Its family is unknown, it has what can't be decoded here, or
+            `max_sequence_length` goes past what it knows.
+    """
+    backbone = getattr(causal_lm, "backbone", None)
+    if max_sequence_length is None:
+        named = getattr(backbone, "max_sequence_length", None)
+        model = share(causal_lm, named or DEFAULT_SEQUENCE_LENGTH)
+    else:
+        model = share(causal_lm, max_sequence_length)
+        if model.max_sequence_length < max_sequence_length:
+            raise ValueError(
+                "`max_sequence_length` must be at most the positions that the model "
+                f"knows, {model.max_sequence_length}. Received: {max_sequence_length}"
+            )
+    return model
+
+
+def share(causal_lm, max_sequence_length):
+    """`from_keras_hub`, with an end of the positions for models that name none.
+
+    Args:
+        causal_lm: As in `from_keras_hub`.
+        max_sequence_length: The most positions, where the model doesn't know fewer.
+    """
+    family = _family_of(causal_lm)
+    backbone = causal_lm.backbone
+    blocks = [family.block_parts(block) for block in backbone.transformer_layers]
+    sizes = dict(
+        vocabulary_size=backbone.vocabulary_size,
+        num_layers=len(blocks),
+        hidden_dim=backbone.hidden_dim,
+        intermediate_dim=backbone.intermediate_dim,
+        dropout=backbone.dropout,
+        max_sequence_length=max_sequence_length,
+        **_heads(backbone),
+    )
+    options = family.options(backbone)
+    options["max_sequence_length"] = min(
+        max_sequence_length, options.get("max_sequence_length", max_sequence_length)
+    )
+    parts = dict(
+        token_embedding=backbone.token_embedding,
+        final_norm=backbone.layer_norm,
+        **{f"block_{i}": block for i, block in enumerate(blocks)},
+    )
+    if options.get("position_embedding") == "learned":
+        embeddings = getattr(backbone, "embeddings", backbone)
+        parts["position_table"] = PositionTable(embeddings.position_embedding)
+    preprocessor = causal_lm.preprocessor
+    model = SharedDecoderLM(
+        parts,
+        **{**sizes, **_told_by_parts(blocks[0]), **_ends(backbone), **options},
+        tokenizer=None if preprocessor is None else HubTokenizer(preprocessor),
+        dtype=_plain_policy(backbone.dtype_policy),
+        name=causal_lm.name,
+    )
+    _check_shared(model, causal_lm)
+    return model
+
+
+def _family_of(causal_lm):
+    hub = sys.modules.get("keras_hub")
+    if hub is None or not isinstance(causal_lm, hub.models.CausalLM):
+        raise TypeError(
+            "`causal_lm` must be a `keras_hub.models.CausalLM`. Received: "
+            f"{type(causal_lm).__name__}"
+        )
+    # A class of one's own may do anything, so no subclass passes for its base.
+    kind = type(causal_lm.backbone)
+    if kind is not getattr(hub.models, kind.__name__, None):
+        kind = None
+    if kind is None or kind.__name__ not in FAMILIES:
+        raise ValueError(
+            "`causal_lm` must have a backbone of one of the families "
+            f"{', '.join(FAMILIES)}. Received: a {type(causal_lm).__name__} with a "
+            f"{type(causal_lm.backbone).__name__}"
+        )
+    return FAMILIES[kind.__name__]
+
+
+def _heads(backbone):
+    heads = getattr(backbone, "num_query_heads", None) or backbone.num_heads
+    return dict(
+        num_query_heads=heads,
+        num_key_value_heads=getattr(backbone, "num_key_value_heads", heads),
+        head_dim=backbone.hidden_dim // heads,
+    )
+
+
+def _told_by_parts(block):
+    """Options that a block's parts tell, the same in all blocks."""
+    attention, query_norm = block["attention"], block.get("query_norm")
+    return dict(
+        use_bias=attention["output_dense"].bias is not None,
+        attention_bias=attention["query_dense"].bias is not None,
+        layer_norm_epsilon=block["attention_norm"].epsilon,
+        query_key_norm=query_norm is not None,
+        query_key_norm_epsilon=None if query_norm is None else query_norm.epsilon,
+        use_post_attention_norm="post_attention_norm" in block,
+        use_post_ffw_norm="post_ffw_norm" in block,
+    )
+
+
+def _ends(backbone):
+    """Options of what stands before and after the blocks."""
+    return dict(
+        tie_word_embeddings=backbone.token_embedding.tie_weights,
+        final_logit_soft_cap=backbone.token_embedding.logit_soft_cap,
+        final_norm_epsilon=backbone.layer_norm.epsilon,
+    )
+
+
+def _plain_policy(policy):
+    """A backbone's dtype policy without quantization, which its layers know of."""
+    policy = getattr(policy, "default_policy", policy)
+    return policy.name.split("_from_")[-1]
+
+
+def _check_shared(model, causal_lm):
+    """Refuses a model with a weight that isn't one of keras-hub's."""
+    theirs = {id(variable) for variable in causal_lm.variables}
+    own = [weight.path for weight in model.weights if id(weight) not in theirs]
+    if own:
+        raise ValueError(
+            "`causal_lm` must have all weights of its family. Received: a "
+            f"{type(causal_lm).__name__} that lacks {', '.join(own[:5])}"
+        )

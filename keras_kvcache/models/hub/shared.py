@@ -1,0 +1,65 @@
+"""A model whose layers belong to a keras-hub model too."""
+
+from types import MappingProxyType
+
+from keras_kvcache.models.decoder_lm import DecoderLM
+from keras_kvcache.models.hub.own_copy import own_copy
+
+
+class SharedDecoderLM(DecoderLM):
+    """A `DecoderLM` made of another model's layers, as `from_keras_hub` makes it.
+
+    Their weights may lie otherwise than those of a `DecoderLM` do, so what is saved
+    is a copy with weights of its own, and files are read by the other model.
+
+    Args:
+        parts: What to adopt, by the names of `DecoderLM`'s attributes; blocks are
+            `"block_0"`, `"block_1"` and so on.
+        **config: Arguments of `DecoderLM`.
+    """
+
+    def __init__(self, parts, **config):
+        self._parts = MappingProxyType(parts)
+        super().__init__(**config)
+
+    @classmethod
+    def from_config(cls, config):
+        """A `DecoderLM` of this config, with weights of its own."""
+        return DecoderLM.from_config(config)
+
+    def save(self, *args, **kwargs):
+        """As `keras.Model.save`; a `DecoderLM` with weights of its own is saved."""
+        own_copy(self).save(*args, **kwargs)
+
+    def save_weights(self, *args, **kwargs):
+        """As `keras.Model.save_weights`, in the layout of a `DecoderLM`."""
+        own_copy(self).save_weights(*args, **kwargs)
+
+    def save_to_preset(self, directory):
+        """As in `DecoderLM`; a tokenizer of keras-hub's is refused."""
+        if self.tokenizer is not None:
+            # Before all weights are copied.
+            self.tokenizer.save(directory)
+        own_copy(self).save_to_preset(directory)
+
+    def save_own_variables(self, store):
+        """Refuses to be saved as part of another model.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "A model that shares the layers of a keras-hub model can't be saved as "
+            f"part of another. Received: {self.name}; use `save_to_preset` on it"
+        )
+
+    def load_weights(self, filepath, *args, **kwargs):
+        """Refuses to read a file.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "Weights must be loaded by the keras-hub model whose layers this one "
+            f"shares; it sees them at once. Received: filepath={filepath!r}"
+        )

@@ -1,0 +1,58 @@
+"""keras-hub's tokenizer, called as ours are."""
+
+import keras
+import numpy as np
+
+
+class HubTokenizer:
+    """Encodes and decodes as `generate` of the keras-hub model does.
+
+    Args:
+        preprocessor: A `keras_hub.models.CausalLMPreprocessor`.
+
+    Attributes:
+        stop_token_ids: Ids that end an answer.
+    """
+
+    def __init__(self, preprocessor):
+        self._preprocessor = preprocessor
+
+    @property
+    def stop_token_ids(self):
+        """See the class; those of keras-hub's `stop_token_ids="auto"`."""
+        tokenizer = self._preprocessor.tokenizer
+        ids = [tokenizer.end_token_id, getattr(tokenizer, "end_token2_id", None)]
+        return tuple(token for token in ids if token is not None)
+
+    def encode(self, text):
+        """Token ids of a text, the start token included if the model wants one."""
+        length = 64
+        while True:
+            packed = self._preprocessor.generate_preprocess(
+                [text], sequence_length=length
+            )
+            mask = keras.ops.convert_to_numpy(packed["padding_mask"])[0].astype(bool)
+            if not mask.all():
+                return keras.ops.convert_to_numpy(packed["token_ids"])[0][mask].tolist()
+            # Full is cut short, perhaps.
+            length *= 4
+
+    def decode(self, token_ids):
+        """Text of token ids, without special tokens."""
+        token_ids = np.array([list(token_ids)], "int32")
+        if not token_ids.size:
+            return ""
+        packed = {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids, bool)}
+        return self._preprocessor.generate_postprocess(packed)[0]
+
+    def save(self, directory):
+        """Refuses: there is no way back from keras-hub's files.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "`tokenizer` must be one of this package to be saved; set the model's "
+            "`tokenizer` to `None` to save it without. Received: keras-hub's "
+            f"{type(self._preprocessor.tokenizer).__name__}"
+        )

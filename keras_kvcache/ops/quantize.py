@@ -1,0 +1,110 @@
+"""Numbers of 8 and 4 bits for keys and values.
+
+Keys differ most between channels, some of which are large in every token; values
+differ most between tokens. So int4 gives keys a range for each channel over a group of
+tokens, and values one for each token (KIVI, Liu et al., 2024,
+https://arxiv.org/abs/2402.02750). 8 bits need no such care.
+"""
+
+from keras import ops
+
+# The largest code of 8 bits; -128 isn't used, so that codes are symmetric.
+LARGEST = 127.0
+# Half of the distance, in steps, between the outermost of 16 levels.
+HALF_RANGE = 7.5
+
+
+def quantize_int8(x, axis):
+    """8-bit codes with one scale for all of an axis.
+
+    Args:
+        x: Float tensor.
+        axis: The axis that shares a scale, positive.
+
+    Returns:
+        `(codes, scale)` with `x ≈ codes · scale`: int8 of the shape of `x`, and
+        float32 with 1 in the place of `axis`.
+    """
+    x = ops.cast(x, "float32")
+    scale = ops.max(ops.abs(x), axis=axis, keepdims=True) / LARGEST
+    codes = ops.clip(ops.round(x / _not_zero(scale)), -LARGEST, LARGEST)
+    return ops.cast(codes, "int8"), scale
+
+
+def quantize_int4(x, axis):
+    """4-bit codes with one scale for all of an axis.
+
+    Args:
+        x: Float tensor.
+        axis: The axis that shares a scale, positive.
+
+    Returns:
+        `(codes, scale)` with `x ≈ (codes - 7.5) · scale`: uint8 from 0 to 15, of the
+        shape of `x`, and bfloat16 with 1 in the place of `axis`.
+    """
+    x = ops.cast(x, "float32")
+    scale = ops.max(ops.abs(x), axis=axis, keepdims=True) / HALF_RANGE
+    scale = ops.cast(scale, "bfloat16")
+    steps = x / _not_zero(ops.cast(scale, "float32"))
+    codes = ops.clip(ops.floor(steps) + 8.0, 0.0, 15.0)
+    return ops.cast(codes, "uint8"), scale
+
+
+def quantize_int4_groups(x, axis, group):
+    """4-bit codes with one scale and one lowest value for each group on an axis.
+
+    Args:
+        x: Float tensor with a multiple of `group` on `axis`.
+        axis: The axis that is cut into groups, positive.
+        group: How many entries each has.
+
+    Returns:
+        `(codes, scale, lowest)` with `x ≈ codes · scale + lowest` group by group:
+        uint8 from 0 to 15, of the shape of `x`, and twice bfloat16 with one
+        entry a group on `axis`.
+    """
+    shape = ops.shape(x)
+    groups = shape[axis] // group
+    x = ops.cast(x, "float32")
+    x = ops.reshape(x, (*shape[:axis], groups, group, *shape[axis + 1 :]))
+    lowest = ops.min(x, axis=axis + 1, keepdims=True)
+    # Rounded down, so that no value lies below.
+    lowest = ops.cast(lowest - ops.abs(lowest) / 256.0, "bfloat16")
+    above = x - ops.cast(lowest, "float32")
+    scale = ops.max(above, axis=axis + 1, keepdims=True) / (2.0 * HALF_RANGE)
+    scale = ops.cast(scale, "bfloat16")
+    codes = ops.round(above / _not_zero(ops.cast(scale, "float32")))
+    codes = ops.reshape(ops.cast(ops.clip(codes, 0.0, 15.0), "uint8"), shape)
+    return codes, ops.squeeze(scale, axis + 1), ops.squeeze(lowest, axis + 1)
+
+
+def dequantize_int4_groups(codes, scale, lowest, axis, group, dtype):
+    """The values that `quantize_int4_groups` stands for."""
+    scale = ops.repeat(ops.cast(scale, dtype), group, axis=axis)
+    lowest = ops.repeat(ops.cast(lowest, dtype), group, axis=axis)
+    return ops.cast(codes, dtype) * scale + lowest
+
+
+def pack_int4(codes, axis):
+    """Two codes a byte: entry `j` of an axis with entry `j + half`."""
+    size = codes.shape[axis]
+    half = -(-size // 2)
+    low, high = ops.split(_pad_one(codes, axis) if size % 2 else codes, [half], axis)
+    return ops.bitwise_or(low, ops.left_shift(high, 4))
+
+
+def unpack_int4(packed, axis, size):
+    """The `size` codes that `pack_int4` was given."""
+    low, high = ops.bitwise_and(packed, 15), ops.right_shift(packed, 4)
+    codes = ops.concatenate([low, high], axis=axis)
+    return codes if size % 2 == 0 else ops.split(codes, [size], axis)[0]
+
+
+def _pad_one(x, axis):
+    widths = [[0, 0] for _ in x.shape]
+    widths[axis][1] = 1
+    return ops.pad(x, widths)
+
+
+def _not_zero(scale):
+    return ops.where(scale > 0, scale, ops.ones_like(scale))

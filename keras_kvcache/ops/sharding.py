@@ -1,0 +1,44 @@
+"""Tensors on several devices, laid out as `keras.distribution` has it."""
+
+import keras
+
+
+def distribute(array, heads_axis=None):
+    """Lays an array out by rows and by key/value heads, if a distribution is set.
+
+    Rows go along the mesh's batch axis and heads along another one, each where the
+    number divides by that axis' size; what doesn't divide is on all devices.
+
+    Args:
+        array: Tensor with rows on axis 0.
+        heads_axis: Where the heads are; `None` if it has none.
+
+    Returns:
+        The tensor, distributed.
+    """
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return array
+    batch_axis, sizes = distribution.batch_dim_name, _axis_sizes(distribution)
+    axes = [None] * len(array.shape)
+    if rows_divide(array.shape[0]):
+        axes[0] = batch_axis
+    if heads_axis is not None:
+        heads = array.shape[heads_axis]
+        others = (name for name in sizes if name != batch_axis)
+        axes[heads_axis] = next((a for a in others if heads % sizes[a] == 0), None)
+    layout = keras.distribution.TensorLayout(axes, distribution.device_mesh)
+    return keras.distribution.distribute_tensor(array, layout)
+
+
+def rows_divide(rows):
+    """Whether so many rows can be spread evenly; `True` if there is nothing to do."""
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return True
+    return rows % _axis_sizes(distribution)[distribution.batch_dim_name] == 0
+
+
+def _axis_sizes(distribution):
+    mesh = distribution.device_mesh
+    return dict(zip(mesh.axis_names, mesh.shape, strict=True))

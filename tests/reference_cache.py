@@ -1,0 +1,60 @@
+"""A cache in NumPy that keeps all: what a query sees follows from where both stand."""
+
+import jax.numpy as jnp
+import numpy as np
+import reference
+
+
+def bfloat16(x):
+    return x.astype(jnp.bfloat16).astype("float32")
+
+
+def int8(x):
+    scale = np.abs(x).max(axis=-1, keepdims=True) * np.float32(1 / 127)
+    return np.round(x / np.where(scale > 0, scale, 1)) * scale
+
+
+def int4(x):
+    scale = bfloat16(np.abs(x).max(axis=-1, keepdims=True) * np.float32(1 / 7.5))
+    levels = np.floor(x / np.where(scale > 0, scale, 1)).clip(-8, 7)
+    return (levels + np.float32(0.5)) * scale
+
+
+def int4_of_group(keys):
+    lowest = keys.min(axis=0)
+    lowest = bfloat16(lowest - np.abs(lowest) * np.float32(1 / 256))
+    scale = bfloat16((keys - lowest).max(axis=0) * np.float32(1 / 15))
+    return np.round((keys - lowest) / np.where(scale > 0, scale, 1)) * scale + lowest
+
+
+class ReferenceCache:
+    """Lists of `(key, value)` by position, row by row: as they came, and coded."""
+
+    def __init__(self, rows, code, group=None, window=None, sinks=0):
+        self.exact, self.coded = [[[] for _ in range(rows)] for _ in range(2)]
+        self.code, self.group, self.window, self.sinks = code, group, window, sinks
+
+    def write(self, row, index, keys, values):
+        del self.exact[row][index:], self.coded[row][index:]
+        for key, value in zip(keys, values, strict=True):
+            self.exact[row].append((key, value))
+            key_now = self.code(key) if self.group is None else key
+            self.coded[row].append((key_now, self.code(value)))
+
+    def code_groups(self, row, index):
+        """Codes keys, if in groups, where entries from `index` on made one full."""
+        entries, size = self.coded[row], self.group or len(self.coded[row]) + 1
+        for start in range(index // size * size, len(entries) - size + 1, size):
+            keys, values = zip(*entries[start : start + size], strict=True)
+            coded = int4_of_group(np.stack(keys))
+            entries[start : start + size] = zip(coded, values, strict=True)
+
+    def attend(self, row, queries, positions=None, scale=1.0):
+        """Queries `(T, N, H)` at their positions; without positions they see all."""
+        entries = self.exact[row][: self.sinks] + self.coded[row][self.sinks :]
+        keys, values = map(np.stack, zip(*entries, strict=True))
+        behind = 0 if positions is None else np.c_[positions] - np.arange(len(keys))
+        near = behind < (self.window or np.inf)
+        seen = (behind >= 0) & (near | (np.arange(len(keys)) < self.sinks))
+        mask = np.broadcast_to(seen, (queries.shape[1], len(queries), len(keys)))
+        return reference.attend(queries, keys, values, scale, mask=mask)[0]

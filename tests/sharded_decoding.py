@@ -1,0 +1,133 @@
+"""Decodes on eight virtual devices; run by `test_sharding.py` in a process of its own.
+
+Prints a line of JSON: the tokens, and the largest array that a compiled decode loop
+brings together from several devices, by case.
+"""
+
+import json
+import math
+import os
+import re
+import sys
+
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
+os.environ["KERAS_BACKEND"] = "jax"
+
+import jax
+import keras
+import numpy as np
+
+from keras_kvcache import DecoderLM, samplers
+from keras_kvcache.caches import Rolling
+from keras_kvcache.generation.steps import DecodeState, Limits
+
+KEY_VALUE_HEADS, HEAD_DIM, CAPACITY = 4, 8, 512
+CACHES = {
+    "head_major": {},
+    "dense": {"layout": "dense"},
+    "int8": {"codec": "int8"},
+    "int4": {"codec": "int4"},
+    "rolling": {"kind": Rolling(300, sinks=3)},
+}
+
+
+def distribution(name):
+    """One of Keras' distributions, over all devices."""
+    devices = keras.distribution.list_devices()
+    assert len(devices) == 8
+    if name == "data":
+        return keras.distribution.DataParallel(devices=devices)
+    # Four parts divide the key/value heads, eight don't.
+    shape = {"model": (2, 4), "undivided": (1, 8)}[name]
+    mesh = keras.distribution.DeviceMesh(shape, ["batch", "model"], devices)
+    layout = keras.distribution.LayoutMap(mesh)
+    layout[".*token_embedding.*"] = ("model", None)
+    layout[".*query.*kernel"] = (None, "model", None)
+    layout[".*attention_output.*kernel"] = ("model", None, None)
+    layout[".*(gate|intermediate).*kernel"] = (None, "model")
+    layout[".*feedforward.*output.*kernel"] = ("model", None)
+    if name == "model":
+        layout[".*(key|value).*kernel"] = (None, "model", None)
+    return keras.distribution.ModelParallel(layout_map=layout, batch_dim_name="batch")
+
+
+def make_model():
+    keras.utils.set_random_seed(1)
+    return DecoderLM(
+        vocabulary_size=40,
+        num_layers=1,
+        num_query_heads=8,
+        num_key_value_heads=KEY_VALUE_HEADS,
+        hidden_dim=8 * HEAD_DIM,
+        intermediate_dim=128,
+        max_sequence_length=CAPACITY,
+        kernel_initializer=keras.initializers.RandomNormal(stddev=0.4),
+    )
+
+
+def decode_program(lm, rows, cache):
+    """The compiled decode loop, and the layouts its caches come in."""
+    caches = lm.init_cache(rows, CAPACITY, **cache)
+    numbers = np.full(rows, 5, "int32")
+    state = DecodeState(caches, numbers, numbers, np.zeros(rows, bool), np.int32(1))
+    limits = Limits(np.full(rows, CAPACITY, "int32"), np.full(8, -1, "int32"))
+    program = lm.generator._decode.lower(
+        state=state,
+        limits=limits,
+        sampler=samplers.get("greedy"),
+        seed=np.uint32(0),
+        steps=np.int32(64),
+    )
+    return program.compile(), caches
+
+
+def largest_gathered(program):
+    """Elements of the largest array that a collective operation gives."""
+    pattern = r"= \(?\w+\[([\d,]*)\]\S* (?:all-gather|all-to-all|collective-permute)"
+    shapes = re.findall(pattern, program.as_text())
+    sizes = (math.prod(map(int, shape.split(","))) for shape in shapes if shape)
+    return max(sizes, default=0)
+
+
+def keeps_layout(program, caches):
+    """Whether each array of the caches goes out laid out as it came in."""
+    came = jax.tree_util.tree_leaves(caches)
+    went = jax.tree_util.tree_leaves(program.output_shardings[0].cache)
+    return all(
+        sharding.is_equivalent_to(array.sharding, array.ndim)
+        for array, sharding in zip(came, went, strict=True)
+    )
+
+
+def main(name):
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 40, 5 + row).tolist() for row in range(4)]
+    single = make_model()
+    weights = single.get_weights()
+    seen = {}
+    expected = {
+        case: single.generate(prompts, max_new_tokens=20, cache=cache)
+        for case, cache in CACHES.items()
+    }
+    keras.distribution.set_distribution(distribution(name))
+    lm = make_model()
+    lm.set_weights(weights)
+    for case, cache in CACHES.items():
+        tokens = lm.generate(prompts, max_new_tokens=20, cache=cache)
+        seen[case] = {"equal": tokens == expected[case]}
+        for rows in (4, 3):
+            program, caches = decode_program(lm, rows, cache)
+            array = jax.tree_util.tree_leaves(caches[0].storage)[0]
+            seen[case][rows] = {
+                "spread": math.prod(array.shape)
+                // math.prod(array.sharding.shard_shape(array.shape)),
+                "gathered": largest_gathered(program),
+                "keeps_layout": keeps_layout(program, caches),
+            }
+    print(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

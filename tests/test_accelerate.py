@@ -1,0 +1,233 @@
+"""keras-hub's own objects, decoding through this package."""
+
+import keras
+import numpy as np
+import pytest
+from hub_cases import (
+    hub,
+    hub_generate,
+    make_hub_lm,
+    make_reader,
+    prompts,
+    shared_hub_lm,
+)
+from keras import ops
+
+from keras_kvcache import accelerate
+
+hub_samplers = hub.samplers
+INPUTS = prompts([9, 17], width=41)
+
+
+def generate(lm, inputs=INPUTS, stop_token_ids=None):
+    return lm.generate(dict(inputs), stop_token_ids=stop_token_ids)
+
+
+def new_tokens(answer, inputs=INPUTS):
+    return answer["token_ids"][~inputs["padding_mask"]]
+
+
+def check_same(ours, theirs):
+    """Equal wherever an answer is; keras-hub goes on past a row's end."""
+    mask = theirs["padding_mask"]
+    np.testing.assert_array_equal(ours["padding_mask"], mask)
+    np.testing.assert_array_equal(ours["token_ids"][mask], theirs["token_ids"][mask])
+
+
+@pytest.fixture
+def llama():
+    """A model that compiles once; its sampler and its decoding are put back."""
+    lm = shared_hub_lm("llama")
+    yield lm
+    lm.compile(sampler="greedy")
+    assert "make_generate_function" not in vars(lm)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        hub_samplers.GreedySampler,
+        lambda: hub_samplers.BeamSampler(num_beams=3),
+        lambda: hub_samplers.ContrastiveSampler(k=3, alpha=0.3),
+    ],
+    ids=["greedy", "beam", "contrastive"],
+)
+def test_same_tokens(llama, make):
+    llama.compile(sampler=make())
+    whole = generate(llama)
+    stop_token_ids = tuple(whole["token_ids"][[0, 1], [23, 31]].tolist())
+    ended = generate(llama, stop_token_ids=stop_token_ids)
+    assert not ended["padding_mask"].all()
+    with accelerate(llama):
+        check_same(generate(llama), whole)
+        check_same(generate(llama, stop_token_ids=stop_token_ids), ended)
+
+
+@pytest.mark.parametrize("case", ["gpt2", "mistral"])
+def test_same_beams_past_a_window(case):
+    lm = make_hub_lm(case)
+    lm.compile(sampler=hub_samplers.BeamSampler(num_beams=2))
+    theirs = hub_generate(lm, INPUTS)
+    with accelerate(lm):
+        check_same(hub_generate(lm, INPUTS), theirs)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        hub_samplers.TopKSampler(k=1),
+        hub_samplers.TopPSampler(p=1e-4),
+        hub_samplers.TopPSampler(p=1e-4, k=3),
+        hub_samplers.TopPSampler(p=0.0),
+        hub_samplers.RandomSampler(temperature=1e-4),
+    ],
+    ids=["top_k", "top_p", "top_p_of_k", "top_p_0", "cold"],
+)
+def test_one_token_left_to_draw_is_greedy(llama, sampler):
+    with accelerate(llama):
+        llama.compile(sampler="greedy")
+        expected = generate(llama)["token_ids"]
+        llama.compile(sampler=sampler)
+        np.testing.assert_array_equal(generate(llama)["token_ids"], expected)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda seed: hub_samplers.TopKSampler(k=4, seed=seed),
+        lambda seed: hub_samplers.TopPSampler(p=0.9, k=4, seed=seed),
+    ],
+    ids=["top_k", "top_p_of_k"],
+)
+def test_draws(llama, make):
+    """From the likeliest four, by a seed that moves on, as keras-hub's does."""
+    answers = []
+    with accelerate(llama):
+        for seed in (3, 3, 4):
+            llama.compile(sampler=make(seed))
+            answers.append([new_tokens(generate(llama)) for _ in range(2)])
+        answer = generate(llama)
+    (first, second), again, (other, _) = answers
+    np.testing.assert_array_equal(again, [first, second])
+    assert (first != second).any() and (first != other).any()
+    logits = ops.convert_to_numpy(
+        llama({**answer, "padding_mask": answer["padding_mask"]})
+    )
+    likeliest = np.argsort(-logits, axis=-1)[:, :-1, :4]
+    drawn = (likeliest == answer["token_ids"][:, 1:, None]).any(-1)
+    assert drawn[~INPUTS["padding_mask"][:, 1:]].all()
+
+
+def test_a_sampler_of_ones_own(llama):
+    class Unlikeliest(hub_samplers.Sampler):
+        def get_next_token(self, probabilities):
+            return ops.argmin(probabilities, axis=-1)
+
+    llama.compile(sampler=Unlikeliest())
+    theirs = generate(llama)
+    with accelerate(llama):
+        check_same(generate(llama), theirs)
+
+
+def test_samplers_change_while_accelerated(llama):
+    with accelerate(llama):
+        for sampler in ("greedy", "beam", "top_k", "beam", "greedy"):
+            llama.compile(sampler=sampler)
+            answer = generate(llama)
+            assert answer["padding_mask"].all()
+        accelerated = answer
+    check_same(accelerated, generate(llama))
+
+
+@pytest.fixture(scope="module")
+def reader():
+    return make_reader()
+
+
+@pytest.mark.parametrize("sampler", ["greedy", "beam"])
+def test_text(reader, sampler):
+    reader.compile(sampler=sampler)
+    calls = [
+        dict(inputs=["some words", "go on"]),
+        dict(inputs=["some words", "go on"], strip_prompt=True),
+        dict(inputs="go on", max_length=23, stop_token_ids=(3, 17)),
+        dict(inputs="go on", max_length=23, stop_token_ids=None),
+    ]
+    theirs = [reader.generate(**call) for call in calls]
+    with accelerate(reader):
+        assert [reader.generate(**call) for call in calls] == theirs
+
+
+def test_datasets(llama):
+    tf = pytest.importorskip("tensorflow")
+    batches = tf.data.Dataset.from_tensor_slices(dict(INPUTS)).batch(1)
+    with accelerate(llama):
+        check_same(llama.generate(batches, stop_token_ids=None), generate(llama))
+
+
+def test_restores(llama):
+    kind, before = type(llama), set(vars(llama))
+    acceleration = accelerate(llama)
+    assert type(llama) is kind
+    assert accelerate(llama) is acceleration
+    acceleration.restore()
+    acceleration.restore()
+    assert set(vars(llama)) == before
+    assert llama.make_generate_function.__func__ is kind.make_generate_function
+    with pytest.raises(ZeroDivisionError), accelerate(llama) as inner:
+        acceleration.restore()  # not its own any more
+        assert accelerate(llama) is inner
+        raise ZeroDivisionError
+    assert set(vars(llama)) == before
+
+
+def test_what_changes_the_model_is_seen(tmp_path):
+    """Training, LoRA, quantization and loading, without accelerating anew."""
+    lm = make_hub_lm("qwen3", num_layers=1)
+    lm.save_weights(tmp_path / "first.weights.h5")
+    accelerate(lm)
+
+    def check():
+        accelerated = generate(lm)
+        accelerate(lm).restore()
+        check_same(accelerated, generate(lm))
+        accelerate(lm)
+        return new_tokens(accelerated)
+
+    tokens = [check()]
+    inputs = {"token_ids": INPUTS["token_ids"], "padding_mask": INPUTS["padding_mask"]}
+    lm.compile(optimizer=keras.optimizers.Adam(0.03), sampler="greedy")
+    lm.fit(inputs, np.roll(INPUTS["token_ids"], -1, 1), verbose=0)
+    tokens.append(check())
+    lm.load_weights(tmp_path / "first.weights.h5")
+    np.testing.assert_array_equal(check(), tokens[0])
+    lm.backbone.enable_lora(3)
+    for weight in lm.backbone.trainable_weights:
+        weight.assign(ops.convert_to_numpy(weight) + 0.1)
+    tokens.append(check())
+    for earlier, later in zip(tokens, tokens[1:], strict=False):
+        assert (earlier != later).any()
+
+
+def test_quantized_while_accelerated():
+    lm = make_hub_lm("gpt2", num_layers=1)
+    accelerate(lm)
+    before = generate(lm)
+    lm.quantize("int8")
+    accelerated = generate(lm)
+    assert (new_tokens(accelerated) != new_tokens(before)).any()
+    accelerate(lm).restore()
+    check_same(accelerated, generate(lm))
+
+
+def test_refusals():
+    llama, phi3 = shared_hub_lm("llama"), shared_hub_lm("phi3_su")
+    with pytest.raises(TypeError, match="`causal_lm`.*CausalLM.*Llama"):
+        accelerate(llama.backbone)
+    bloom = hub.models.BloomBackbone(11, 1, 2, 8, 16, max_sequence_length=7)
+    with pytest.raises(ValueError, match="BloomBackbone"):
+        accelerate(hub.models.BloomCausalLM(bloom))
+    # Past the length of its pretraining Phi-3's factors don't go together.
+    with accelerate(phi3):
+        with pytest.raises(ValueError, match="`inputs`.*127 positions.*128"):
+            generate(phi3, prompts([9], width=128))

@@ -1,0 +1,254 @@
+"""Every family of keras-hub, decoded here with the weights that are there."""
+
+import gc
+import json
+
+import hub_cases
+import keras
+import numpy as np
+import pytest
+from hub_cases import CASES, hub, make_hub_lm, make_reader, prompts, shared_hub_lm
+from keras import ops
+
+from keras_kvcache import DecoderLM, from_keras_hub
+from keras_kvcache.models.hub.families import FAMILIES
+
+IDS = np.random.default_rng(2).integers(0, 101, (2, 29)).astype("int32")
+# Ragged, and far past the windows of 13.
+RAGGED = prompts([9, 17, 14], width=17 + 64)
+SAVED = ["gpt2", "llama3", "mixtral", "phi3_su", "qwen", "qwen3", "gemma3"]
+
+
+def logits(model, ids=IDS):
+    if not isinstance(model, DecoderLM):
+        ids = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+    return ops.convert_to_numpy(model(ids))
+
+
+def check_equal(ours, theirs):
+    """Logits within 1e-4, or of the largest if that is below 1."""
+    expected = logits(theirs)
+    atol = 1e-4 * min(1.0, abs(expected).max())
+    np.testing.assert_allclose(logits(ours), expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_family(case):
+    theirs = shared_hub_lm(case)
+    ours = from_keras_hub(theirs)
+    check_equal(ours, theirs)
+
+    expected = hub_cases.hub_generate(theirs, RAGGED)["token_ids"]
+    assert len(set(expected[:, 17:].ravel().tolist())) > 8
+    answer = ours.generate(RAGGED, stop_token_ids=None)
+    np.testing.assert_array_equal(answer["token_ids"], expected)
+    first_row = expected[0].tolist()
+    assert ours.generate(first_row[:9], max_new_tokens=64) == first_row[: 9 + 64]
+
+
+@pytest.mark.parametrize(
+    "case, windows",
+    [
+        ("llama", [None] * 2),
+        ("mistral", [13] * 2),
+        ("gemma2", [13, None]),
+        ("gemma3", [13] * 5 + [None]),
+    ],
+)
+def test_windows_of_layers(case, windows):
+    ours = from_keras_hub(shared_hub_lm(case))
+    assert [block.sliding_window for block in ours.blocks] == windows
+
+
+@pytest.mark.parametrize("case", ["qwen", "qwen3"])
+def test_a_window_that_only_unfused_attention_has(case, monkeypatch):
+    """Qwen's layers in keras-hub pass their window over where kernels are fused."""
+    theirs = make_hub_lm(case)
+    windowless = logits(theirs)
+    attention = type(theirs.backbone.transformer_layers[0]._self_attention_layer)
+    module = getattr(hub.src.models, case)
+    module = getattr(module, f"{case}_attention")
+    assert attention.__module__ == module.__name__
+    monkeypatch.setattr(module, "fused_attention_op_available", lambda: False)
+    ours = from_keras_hub(theirs)
+    assert [block.sliding_window for block in ours.blocks] == [13, 13]
+    assert abs(logits(ours) - windowless).max() > 0.1
+    check_equal(ours, theirs)
+
+
+@pytest.mark.jax_only
+@pytest.mark.parametrize("case", ["gpt2", "gemma3", "mixtral"])
+def test_nothing_is_copied(case):
+    import jax
+
+    def held():
+        gc.collect()
+        return sum(array.nbytes for array in jax.live_arrays())
+
+    theirs = make_hub_lm(case)
+    pointers = {v.value.unsafe_buffer_pointer() for v in theirs.backbone.weights}
+    before = held()
+    ours = from_keras_hub(theirs)
+    assert held() - before < 1000
+    assert {id(v) for v in ours.weights} == {id(v) for v in theirs.weights}
+    assert {v.value.unsafe_buffer_pointer() for v in ours.weights} == pointers
+
+
+@pytest.mark.parametrize("case", SAVED)
+def test_saves_as_a_model_of_its_own(case, tmp_path):
+    theirs = shared_hub_lm(case)
+    ours = from_keras_hub(theirs)
+    ours.save_to_preset(tmp_path / "preset")
+    ours.save(tmp_path / "lm.keras")
+    for loaded in (
+        DecoderLM.from_preset(tmp_path / "preset"),
+        keras.saving.load_model(tmp_path / "lm.keras"),
+    ):
+        assert type(loaded) is DecoderLM
+        assert not {id(v) for v in loaded.weights} & {id(v) for v in theirs.weights}
+        np.testing.assert_allclose(logits(loaded), logits(ours), rtol=0, atol=1e-5)
+    json.dumps(ours.get_config())
+
+
+def test_training_is_shared_both_ways():
+    theirs = make_hub_lm("gemma2", num_layers=1)
+    ours = from_keras_hub(theirs)
+    before = logits(ours)
+    inputs = {"token_ids": IDS[:, :-1], "padding_mask": np.ones_like(IDS[:, :-1])}
+    theirs.compile(optimizer=keras.optimizers.Adam(0.01), sampler="greedy")
+    theirs.fit(inputs, IDS[:, 1:], verbose=0)
+    assert abs(logits(ours) - before).max() > 0.01
+    check_equal(ours, theirs)
+    ours.compile(optimizer=keras.optimizers.Adam(0.01))
+    ours.fit(IDS[:, :-1], IDS[:, 1:], verbose=0)
+    check_equal(ours, theirs)
+
+
+def test_lora_is_merged_when_saved(tmp_path):
+    theirs = make_hub_lm("gemma", num_layers=1)
+    ours = from_keras_hub(theirs)
+    before = logits(ours)
+    theirs.backbone.enable_lora(3)
+    for weight in theirs.backbone.trainable_weights:
+        weight.assign(ops.convert_to_numpy(weight) + 0.1)
+    assert abs(logits(ours) - before).max() > 0.01
+    check_equal(ours, theirs)
+    ours.save_to_preset(tmp_path)
+    loaded = DecoderLM.from_preset(tmp_path)
+    np.testing.assert_allclose(logits(loaded), logits(ours), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_quantized_before_or_after(mode, tmp_path):
+    theirs = make_hub_lm("gpt2", num_layers=1)
+    ours = from_keras_hub(theirs)
+    exact = logits(ours)
+    theirs.quantize(mode)
+    again = from_keras_hub(theirs)
+    assert again.compute_dtype == "float32"
+    for model in (ours, again):
+        assert abs(logits(model) - exact).max() > 0.01
+        # A rounding at the border of two integers may go either way.
+        np.testing.assert_allclose(logits(model), logits(theirs), rtol=0, atol=0.02)
+    with pytest.raises(ValueError, match=f"must not be quantized.*'{mode}'"):
+        ours.save_to_preset(tmp_path)
+
+
+def test_dtype_is_the_backbones():
+    theirs = make_hub_lm("llama", dtype="mixed_bfloat16")
+    ours = from_keras_hub(theirs)
+    assert (ours.compute_dtype, ours.variable_dtype) == ("bfloat16", "float32")
+    ours, theirs = logits(ours), logits(theirs)
+    assert ours.dtype == theirs.dtype
+    assert abs(ours - theirs).mean() < 0.01 * abs(theirs).max()
+
+
+def test_positions_have_an_end_where_they_are_learned():
+    gpt2, llama = shared_hub_lm("gpt2"), shared_hub_lm("llama")
+    assert from_keras_hub(gpt2).max_sequence_length == 113
+    assert from_keras_hub(gpt2, 53).max_sequence_length == 53
+    assert from_keras_hub(llama).max_sequence_length == 8192
+    assert from_keras_hub(llama, 10**6).max_sequence_length == 10**6
+    # Phi-3's long factors don't go together with entries of the short ones.
+    assert from_keras_hub(shared_hub_lm("phi3_su")).max_sequence_length == 127
+    with pytest.raises(ValueError, match="`max_sequence_length`.*113. Received: 114"):
+        from_keras_hub(gpt2, 114)
+
+
+def test_other_objects_are_refused():
+    backbone = shared_hub_lm("llama").backbone
+    for other in (backbone, keras.Sequential(), None):
+        with pytest.raises(TypeError, match=f"CausalLM.*{type(other).__name__}"):
+            from_keras_hub(other)
+
+
+def test_unknown_families_are_refused():
+    bloom = hub.models.BloomBackbone(11, 1, 2, 8, 16, max_sequence_length=7)
+    with pytest.raises(ValueError, match="GPT2Backbone, .*Received.*BloomBackbone"):
+        from_keras_hub(hub.models.BloomCausalLM(bloom))
+
+    class OtherBackbone(hub.models.GPT2Backbone):
+        pass
+
+    other = OtherBackbone(11, 1, 2, 8, 16, max_sequence_length=7)
+    with pytest.raises(ValueError, match="Received.*OtherBackbone"):
+        from_keras_hub(hub.models.GPT2CausalLM(other))
+
+
+def test_attention_to_what_follows_is_refused():
+    lm = make_hub_lm("gemma3", use_bidirectional_attention=True)
+    with pytest.raises(ValueError, match="use_bidirectional_attention=True"):
+        from_keras_hub(lm)
+
+
+def test_a_weight_that_is_not_shared_is_refused(monkeypatch):
+    llama = FAMILIES["LlamaBackbone"]
+
+    def without_a_norm(block):
+        parts = llama.block_parts(block)
+        return {name: parts[name] for name in parts if name != "feedforward_norm"}
+
+    changed = llama._replace(block_parts=without_a_norm)
+    monkeypatch.setitem(FAMILIES, "LlamaBackbone", changed)
+    with pytest.raises(ValueError, match="all weights.*lacks .*feedforward_norm"):
+        from_keras_hub(shared_hub_lm("llama"))
+
+
+def test_files_are_read_by_the_other_model(tmp_path):
+    theirs = make_hub_lm("gemma")
+    ours = from_keras_hub(theirs)
+    with pytest.raises(ValueError, match="loaded by the keras-hub model"):
+        ours.load_weights(tmp_path / "model.weights.h5")
+    before = logits(ours)
+    theirs.save_weights(tmp_path / "theirs.weights.h5")
+    for weight in theirs.weights:
+        weight.assign(np.zeros(weight.shape))
+    assert abs(logits(ours) - before).max() > 0.01
+    theirs.load_weights(tmp_path / "theirs.weights.h5")
+    np.testing.assert_array_equal(logits(ours), before)
+    token_ids = keras.Input((None,), dtype="int32")
+    outer = keras.Model(token_ids, ours(token_ids))
+    with pytest.raises(ValueError, match="as part of another"):
+        outer.save_weights(tmp_path / "outer.weights.h5")
+
+
+@pytest.fixture(scope="module")
+def reader():
+    return make_reader()
+
+
+def test_tokenizer(reader, tmp_path):
+    ours = from_keras_hub(reader)
+    for text in ("some words to go on from", "a" * 100):
+        ids = ours.tokenizer.encode(text)
+        # The start token comes first, and two letters make one token.
+        assert ids[0] == 28 and len(ids) == 1 + len(text) - text.count("on")
+        assert ours.tokenizer.decode(ids) == text
+    assert ours.tokenizer.stop_token_ids == (28,)
+    assert ours.tokenizer.decode([]) == ""
+    texts = ["some words", "go on"]
+    assert ours.generate(texts, max_length=31) == reader.generate(texts)
+    with pytest.raises(ValueError, match="`tokenizer`.*GPT2Tokenizer"):
+        ours.save_to_preset(tmp_path)
+    ours.tokenizer = None
+    ours.save_to_preset(tmp_path)
