@@ -16,13 +16,12 @@ def int8(x):
 
 def int4(x):
     scale = bfloat16(np.abs(x).max(axis=-1, keepdims=True) * np.float32(1 / 7.5))
-    levels = np.floor(x / np.where(scale > 0, scale, 1)).clip(-8, 7)
-    return (levels + np.float32(0.5)) * scale
+    steps = np.floor(x / np.where(scale > 0, scale, 1)).clip(-8, 7) + np.float32(0.5)
+    return steps * scale
 
 
 def int4_of_group(keys):
-    lowest = keys.min(axis=0)
-    lowest = bfloat16(lowest - np.abs(lowest) * np.float32(1 / 256))
+    lowest = bfloat16(keys.min(0) - np.abs(keys.min(0)) * np.float32(1 / 256))
     scale = bfloat16((keys - lowest).max(axis=0) * np.float32(1 / 15))
     return np.round((keys - lowest) / np.where(scale > 0, scale, 1)) * scale + lowest
 
@@ -38,23 +37,23 @@ class ReferenceCache:
         del self.exact[row][index:], self.coded[row][index:]
         for key, value in zip(keys, values, strict=True):
             self.exact[row].append((key, value))
-            key_now = self.code(key) if self.group is None else key
-            self.coded[row].append((key_now, self.code(value)))
+            key = self.code(key) if self.group is None else key
+            self.coded[row].append((key, self.code(value)))
 
     def code_groups(self, row, index):
         """Codes keys, if in groups, where entries from `index` on made one full."""
         entries, size = self.coded[row], self.group or len(self.coded[row]) + 1
         for start in range(index // size * size, len(entries) - size + 1, size):
             keys, values = zip(*entries[start : start + size], strict=True)
-            coded = int4_of_group(np.stack(keys))
-            entries[start : start + size] = zip(coded, values, strict=True)
+            keys = int4_of_group(np.array(keys))
+            entries[start : start + size] = zip(keys, values, strict=True)
 
     def attend(self, row, queries, positions=None, scale=1.0):
-        """Queries `(T, N, H)` at their positions; without positions they see all."""
+        """Queries `(T, N, H)` at positions `(T, 1)`; without these they see all."""
         entries = self.exact[row][: self.sinks] + self.coded[row][self.sinks :]
         keys, values = map(np.stack, zip(*entries, strict=True))
-        behind = 0 if positions is None else np.c_[positions] - np.arange(len(keys))
-        near = behind < (self.window or np.inf)
-        seen = (behind >= 0) & (near | (np.arange(len(keys)) < self.sinks))
-        mask = np.broadcast_to(seen, (queries.shape[1], len(queries), len(keys)))
-        return reference.attend(queries, keys, values, scale, mask=mask)[0]
+        slots = np.arange(len(keys))
+        behind = np.zeros((len(queries), 1)) if positions is None else positions - slots
+        near = (behind < (self.window or np.inf)) | (slots < self.sinks)
+        seen = np.stack([near & (behind >= 0)] * queries.shape[1])
+        return reference.attend(queries, keys, values, scale, mask=seen)[0]

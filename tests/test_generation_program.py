@@ -7,6 +7,7 @@ import pytest
 from conftest import make_lm
 
 from keras_kvcache import samplers
+from keras_kvcache.caches import Rolling
 from keras_kvcache.generation.steps import DecodeState, Limits
 
 pytestmark = pytest.mark.jax_only
@@ -15,21 +16,31 @@ S = 4099
 SHAPED = re.compile(r"= \w+\[([\d,]+)\]\S* (copy|transpose|concatenate|broadcast)\(")
 
 
-# Most temporaries of a layer's cache, and the most slots whose keys are copied.
-LAYOUTS = {"head_major": (0.2, 255), "dense": (0.45, 1024)}
+# For each cache the most temporaries, as a part of what a layer's takes in float32, and
+# the most slots whose keys are copied.
+CACHES = {
+    "head_major": ({}, 0.2, 255),
+    "dense": ({"layout": "dense"}, 0.45, 1024),
+    "rolling": ({"kind": Rolling(S)}, 0.2, 255),
+    "int8": ({"codec": "int8"}, 0.45, 512),
+    "int4": ({"codec": "int4"}, 0.45, 512),
+    "rolling_int8": ({"kind": Rolling(S), "codec": "int8"}, 0.45, 512),
+    "dense_int8": ({"layout": "dense", "codec": "int8"}, 0.45, 1024),
+}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", CACHES)
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("num_key_value_heads", [2, 6])
-def test_decode_loop_holds_no_copy_of_a_cache(batch_size, num_key_value_heads, layout):
+def test_decode_loop_holds_no_copy_of_a_cache(batch_size, num_key_value_heads, name):
     lm = make_lm(
         num_layers=2,
         num_key_value_heads=num_key_value_heads,
         head_dim=38,  # so that a slot's entries outweigh its scores
         max_sequence_length=S,
     )
-    cache = lm.init_cache(batch_size, S, layout=layout)
+    options, temporaries, slots = CACHES[name]
+    cache = lm.init_cache(batch_size, S, **options)
     rows = np.zeros(batch_size, "int32")
     program = lm.generator._decode.lower(
         state=DecodeState(cache, rows, rows + 5, rows > 0, np.int32(1)),
@@ -38,10 +49,9 @@ def test_decode_loop_holds_no_copy_of_a_cache(batch_size, num_key_value_heads, l
         seed=np.uint32(1),
         steps=np.int32(64),
     ).compile()
-    layer = cache[0].nbytes
     memory = program.memory_analysis()
-    assert memory.alias_size_in_bytes >= 2 * layer
-    temporaries, slots = LAYOUTS[layout]
+    assert memory.alias_size_in_bytes >= 2 * cache[0].nbytes
+    layer = lm.cache_bytes(batch_size, S).total // lm.num_layers
     assert memory.temp_size_in_bytes < temporaries * layer
     large = batch_size * num_key_value_heads * slots * lm.head_dim
     sizes = [

@@ -12,6 +12,7 @@ from keras_kvcache.ops import (
     quantize_int4,
     quantize_int4_groups,
     quantize_int8,
+    rotation,
     unpack_int4,
 )
 
@@ -148,6 +149,18 @@ def test_zeros_come_back_as_zeros(function):
     assert not scale.any()
     for lowest_or_back in more:
         assert not lowest_or_back.any()
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 64, 80])
+def test_rotation_spreads_what_is_large(size):
+    """It's orthogonal, and of one channel it makes a bit of each."""
+    turn = np.float64(rotation(size))
+    np.testing.assert_allclose(turn @ turn.T, np.eye(size), rtol=0, atol=1e-6)
+    assert abs(turn).max() <= (2 / size) ** 0.5 + 1e-6
+    # As of what lies in all channels alike, or with changing signs.
+    for wave in (np.ones(size), (-1.0) ** np.arange(size)):
+        largest = abs(wave @ turn).max() / np.linalg.norm(wave)
+        assert size < 16 or largest < 0.5
 
 
 @pytest.mark.parametrize("axis", [1, 2, 3])

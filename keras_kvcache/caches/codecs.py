@@ -15,6 +15,7 @@ from keras_kvcache.ops import (
     quantize_int4,
     quantize_int4_groups,
     quantize_int8,
+    rotation,
     unpack_int4,
 )
 
@@ -129,7 +130,11 @@ class Exact(Codec):
 
     def read_keys(self, parts, head_dim, axis, slots):
         """See `Codec.read_keys`."""
-        return Read(parts[0])
+        (entries,) = parts
+        if self.block is not None:
+            # A CPU's products of narrow numbers are slower than this.
+            entries = ops.cast(entries, "float32")
+        return Read(entries)
 
     value_parts, encode_values, read_values = key_parts, encode_keys, read_keys
 
@@ -157,7 +162,7 @@ class Int8(Codec):
 
 
 class _Int4Values:
-    """4 bits a number of a value, one scale for each token and head."""
+    """4 bits a number of a rotated value, one scale for each token and head."""
 
     def value_parts(self, head_dim):
         """See `Codec.value_parts`."""
@@ -165,21 +170,24 @@ class _Int4Values:
 
     def encode_values(self, values, axis, slots):
         """See `Codec.encode_values`."""
-        codes, scale = quantize_int4(values, axis)
+        # The head size is the last axis of values in every layout.
+        turn = ops.cast(rotation(values.shape[axis]), values.dtype)
+        codes, scale = quantize_int4(ops.matmul(values, turn), axis)
         return pack_int4(codes, axis), scale
 
     def read_values(self, parts, head_dim, axis, slots):
         """See `Codec.read_values`."""
         packed, scale = parts
         codes = ops.cast(unpack_int4(packed, axis, head_dim), self.dtype)
-        return Read(codes - 7.5, scale)
+        return Read(codes - 7.5, scale, rotation(head_dim))
 
 
 @dataclass(frozen=True)
 class Int4(_Int4Values, Codec):
     """4 bits a number; of keys, a range for each channel over 32 tokens.
 
-    Method: KIVI (Liu et al., 2024, https://arxiv.org/abs/2402.02750).
+    Methods: KIVI (Liu et al., 2024, https://arxiv.org/abs/2402.02750), with values
+    rotated as in QuaRot (Ashkboos et al., 2024, https://arxiv.org/abs/2404.00456).
     """
 
     name = "int4"

@@ -6,7 +6,7 @@ import jax
 from keras import ops
 
 from keras_kvcache.caches.sizes import segment_sizes
-from keras_kvcache.caches.storage import Field, Storage, read_slots
+from keras_kvcache.caches.storage import Field, Storage, decoded, read_slots
 from keras_kvcache.ops import dense_segment, slots_of
 
 # Axes of the head size and of the slots: where keys and values share arrays
@@ -145,7 +145,7 @@ class DenseStorage(Storage):
     def decode(self):
         """See `Storage.decode`."""
         reads = (self._read(half, 0, self.slots) for half in (0, 1))
-        return tuple(read.values() for read in reads)
+        return tuple(decoded(read) for read in reads)
 
 
 def _half(array, half, start, count):

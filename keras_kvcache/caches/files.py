@@ -189,7 +189,7 @@ def _refusing(path):
         raise ValueError(
             f"{path} must describe caches. Received: a description nested too deep"
         ) from error
-    except (SafetensorError, LookupError, TypeError, AttributeError) as error:
+    except (SafetensorError, LookupError, TypeError) as error:
         raise ValueError(
             f"{path} must be a file that `save_caches` wrote, whole. Received: one "
             f"that gives {error!r}"
@@ -246,7 +246,9 @@ def _check_arrays(expected, held):
 
 def _read_fill(fill):
     """The fill as an int or a list of them."""
-    known = known_value(fill) if ops.is_tensor(fill) else np.asarray(fill)
+    known = None
+    with contextlib.suppress(ValueError):  # by lists of unequal lengths
+        known = known_value(fill) if ops.is_tensor(fill) else np.asarray(fill)
     if known is None or known.dtype.kind not in "iu" or known.ndim > 1:
         raise ValueError(
             f"`fill` must be an integer or one a row, and no tracer. Received: {fill!r}"

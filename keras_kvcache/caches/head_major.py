@@ -6,7 +6,7 @@ import jax
 from keras import ops
 
 from keras_kvcache.caches.sizes import segment_sizes
-from keras_kvcache.caches.storage import Field, Storage, read_slots
+from keras_kvcache.caches.storage import Field, Storage, decoded, read_slots
 from keras_kvcache.ops import head_major_segment, slots_of
 
 # Axes of the head size and of the slots. Keys have their slots last, as a product
@@ -130,9 +130,9 @@ class HeadMajorStorage(Storage):
         split, keys, values = self._key_parts, [], []
         for arrays in self.segments:
             read = self.codec.read_keys(arrays[:split], self.head_dim, *KEYS)
-            keys.append(read.values())
+            keys.append(decoded(read))
             read = self.codec.read_values(arrays[split:], self.value_dim, *VALUES)
-            values.append(read.values())
+            values.append(decoded(read))
         return (
             ops.transpose(ops.concatenate(keys, axis=KEYS[1]), (0, 3, 1, 2)),
             ops.transpose(ops.concatenate(values, axis=VALUES[1]), (0, 2, 1, 3)),

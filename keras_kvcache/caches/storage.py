@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_kvcache.caches.codecs import Codec
-from keras_kvcache.ops import ring_positions, slots_of, splice, write_ring
+from keras_kvcache.ops import ring_positions, slots_of, splice, turn_back, write_ring
 
 
 class Field(NamedTuple):
@@ -241,6 +241,14 @@ def read_slots(arrays, fields, first, count):
         slots_of(array, first // tokens, count // tokens, slots)
         for array, (slots, tokens) in zip(arrays, fields, strict=True)
     )
+
+
+def decoded(read):
+    """The entries that a `Read` stands for, with the head size on the last axis."""
+    entries = read.matrix
+    if read.scale is not None:
+        entries = entries * ops.cast(read.scale, entries.dtype)
+    return turn_back(entries, read.rotation)
 
 
 def select_rows(predicate, chosen, other):

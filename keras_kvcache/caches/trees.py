@@ -55,8 +55,8 @@ def shapes_of(description, limit=math.inf):
             a hostile description takes no more memory than its file does.
 
     Raises:
-        ValueError, LookupError, TypeError, AttributeError, RecursionError: It's
-            not what `describe` gives.
+        ValueError, LookupError, TypeError, RecursionError: It's not what `describe`
+            gives.
     """
     need = 0
 
@@ -67,7 +67,7 @@ def shapes_of(description, limit=math.inf):
                 f"A description must have one key. Received: {short(part)}"
             )
         ((what, content),) = part.items()
-        if what in CONTAINERS and isinstance(content, list) and content:
+        if what in CONTAINERS and content:
             return CONTAINERS[what](map(build, content))
         if what == "cache":
             shapes = _read_spec(content)._make(_Shape)
@@ -150,8 +150,8 @@ def _as_dict(name, described):
 
 
 def _read_tensor(described):
-    shapes = _Shape(tuple(described["shape"]), described["dtype"])
-    StaticCache.from_dense(shapes, "dense")
+    codec = codecs.Exact(described["dtype"])
+    shapes = _Shape(tuple(described["shape"]), codec.dtype)
     if not all(is_integer(size) and size > 0 for size in shapes.shape):
         raise ValueError(f"Sizes must be positive integers. Received: {shapes.shape}")
     return shapes

@@ -16,6 +16,7 @@ from keras_kvcache.ops.products import (
     head_major_segment,
     sequence_view,
     slots_of,
+    turn_back,
 )
 from keras_kvcache.ops.quantize import (
     dequantize_int4_groups,
@@ -23,6 +24,7 @@ from keras_kvcache.ops.quantize import (
     quantize_int4,
     quantize_int4_groups,
     quantize_int8,
+    rotation,
     unpack_int4,
 )
 from keras_kvcache.ops.ring import ring_positions, write_ring
@@ -56,10 +58,12 @@ __all__ = [
     "quantize_int8",
     "ring_positions",
     "rotate",
+    "rotation",
     "sequence_view",
     "slots_of",
     "splice",
     "token_positions",
+    "turn_back",
     "unpack_int4",
     "view_masks",
     "write_ring",

@@ -30,16 +30,13 @@ class Read(NamedTuple):
         matrix: Their numbers, still to be multiplied with the scale.
         scale: One factor a slot and head, 1 in the place of the head size; `None`
             for none. It's folded into scores and weights.
+        rotation: Orthogonal matrix `(Hv, Hv)` that values were multiplied with;
+            `None` for none. Their sums are turned back, not they themselves.
     """
 
     matrix: Any
     scale: Any = None
-
-    def values(self):
-        """The numbers with their scale."""
-        if self.scale is None:
-            return self.matrix
-        return self.matrix * ops.cast(self.scale, self.matrix.dtype)
+    rotation: Any = None
 
 
 def head_major_segment(read_keys, read_values, positions, block=None, first=None):
@@ -60,14 +57,14 @@ def head_major_segment(read_keys, read_values, positions, block=None, first=None
     """
 
     def scores(query, first, count):
-        keys, scale = read_keys(first, count)
+        keys, scale, _ = read_keys(first, count)
         product = _by_head(_score, "rh,hn->rn", query, keys)
         return _scaled(product, scale, (0, 1, 2, 3))
 
     def mix(weights, first, count):
-        values, scale = read_values(first, count)
+        values, scale, rotation = read_values(first, count)
         weights = _scaled(weights, scale, (0, 1, 3, 2))
-        return _by_head(_mix, "rn,nh->rh", weights, values)
+        return turn_back(_by_head(_mix, "rn,nh->rh", weights, values), rotation)
 
     return Segment(scores, mix, positions, block, first)
 
@@ -114,7 +111,7 @@ def dense_segment(read_keys, read_values, positions, heads, first=None):
     """
 
     def scores(query, first, count):
-        keys, scale = read_keys(first, count)
+        keys, scale, _ = read_keys(first, count)
         batch, head_dim = ops.shape(keys)[0], keys.shape[3]
         if is_few(query):
             keys = ops.reshape(keys, (batch, count, heads * head_dim))
@@ -126,7 +123,7 @@ def dense_segment(read_keys, read_values, positions, heads, first=None):
         return _scaled(product, scale, (0, 2, 3, 1))
 
     def mix(weights, first, count):
-        values, scale = read_values(first, count)
+        values, scale, rotation = read_values(first, count)
         batch, value_dim = ops.shape(values)[0], values.shape[3]
         weights = _scaled(weights, scale, (0, 2, 3, 1))
         if is_few(weights):
@@ -134,9 +131,10 @@ def dense_segment(read_keys, read_values, positions, heads, first=None):
             weights = ops.reshape(weights, (batch, heads * rows, count))
             values = ops.reshape(values, (batch, count, heads * value_dim))
             product = _mix("brn,bnf->brf", weights, values)
-            return _gather(product, (batch, heads, rows, value_dim))
+            mixed = _gather(product, (batch, heads, rows, value_dim))
+            return turn_back(mixed, rotation)
         values = ops.transpose(values, (0, 2, 1, 3))
-        return _by_head(_mix, "rn,nh->rh", weights, values)
+        return turn_back(_by_head(_mix, "rn,nh->rh", weights, values), rotation)
 
     return Segment(scores, mix, positions, DENSE_BLOCK, first)
 
@@ -153,6 +151,13 @@ def slots_of(tensor, first, count, axis):
     start, shape = [0] * len(tensor.shape), list(ops.shape(tensor))
     start[axis], shape[axis] = first, count
     return ops.slice(tensor, start, shape)
+
+
+def turn_back(values, rotation):
+    """Values `(…, Hv)` as they were before a rotation."""
+    if rotation is None:
+        return values
+    return ops.matmul(values, ops.cast(rotation.T, values.dtype))
 
 
 def _scaled(product, scale, axes):
