@@ -15,6 +15,9 @@ from keras import ops
 
 from keras_kvcache import accelerate
 
+# Each way of sampling has programs of keras-hub's and of ours to compile.
+pytestmark = pytest.mark.slow
+
 hub_samplers = hub.samplers
 INPUTS = prompts([9, 17], width=41)
 

@@ -13,6 +13,9 @@ from keras import ops
 from keras_kvcache import DecoderLM, from_keras_hub
 from keras_kvcache.models.hub.families import FAMILIES
 
+# Each family has programs of keras-hub's and of ours to compile.
+pytestmark = pytest.mark.slow
+
 IDS = np.random.default_rng(2).integers(0, 101, (2, 29)).astype("int32")
 # Ragged, and far past the windows of 13.
 RAGGED = prompts([9, 17, 14], width=17 + 64)

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+# Programs for eight devices take long to compile.
+pytestmark = [pytest.mark.slow, pytest.mark.jax_only]
+
 SCRIPT = Path(__file__).with_name("sharded_decoding.py")
 
 # Over how many devices the arrays of 4 and of 3 rows are spread.
@@ -17,7 +20,6 @@ SPREAD = {"model": (2 * 4, 4), "undivided": (1, 1), "data": (1, 1)}
 SMALLEST = 44 * 4 * 8
 
 
-@pytest.mark.jax_only
 @pytest.mark.parametrize("distribution", SPREAD)
 def test_decoding_on_eight_devices(distribution):
     finished = subprocess.run(
