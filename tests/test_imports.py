@@ -4,7 +4,15 @@ import os
 import subprocess
 import sys
 
-OPTIONAL = ("tensorflow", "keras_hub", "torch", "tokenizers", "gguf", "jinja2")
+OPTIONAL = (
+    "tensorflow",
+    "keras_hub",
+    "torch",
+    "tokenizers",
+    "gguf",
+    "jinja2",
+    "safetensors",
+)
 
 
 def run_python(code, **environment):

@@ -16,7 +16,7 @@ from keras import ops
 from keras_kvcache.caches.base import NO_END, Cache
 from keras_kvcache.caches.dense import DenseStorage
 from keras_kvcache.caches.kinds import is_integer
-from keras_kvcache.caches.spec import _Shape
+from keras_kvcache.caches.spec import Shape
 from keras_kvcache.caches.static import StaticCache
 from keras_kvcache.caches.trees import describe, named_arrays, shape_of, shapes_of
 from keras_kvcache.ops import distribute, known_value
@@ -219,7 +219,7 @@ def _read_description(metadata):
 def _shape_in(file, name):
     held = file.get_slice(name)
     dtype = held.get_dtype()
-    return _Shape(tuple(held.get_shape()), DTYPES.get(dtype, dtype))
+    return Shape(tuple(held.get_shape()), DTYPES.get(dtype, dtype))
 
 
 def _check_arrays(expected, held):

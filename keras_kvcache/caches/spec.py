@@ -19,7 +19,7 @@ LAYOUTS = {"head_major": HeadMajorStorage, "dense": DenseStorage}
 
 
 @dataclass(frozen=True)
-class _Shape:
+class Shape:
     """An array that isn't made."""
 
     shape: tuple
@@ -95,7 +95,11 @@ class CacheSpec:
     @property
     def nbytes(self):
         """Bytes that `allocate()` takes."""
-        return nbytes(self._make(_Shape))
+        return nbytes(self.shapes())
+
+    def shapes(self):
+        """The cache with a `Shape` in the place of each array."""
+        return self._make(Shape)
 
     def allocate(self):
         """An empty cache of this shape, on the devices of `keras.distribution`."""
@@ -122,7 +126,7 @@ class CacheSpec:
             newest = Newest(group, make((self.batch_size,), "int32"))
         if codec.group > 1 or not is_static:
             end = make((self.batch_size,), "int32")
-            end = end if isinstance(end, _Shape) else end + NO_END
+            end = end if isinstance(end, Shape) else end + NO_END
         storage = layout.allocate(self, slots, codec, make)
         if is_static:
             length = None if slots == self.capacity else self.capacity

@@ -75,7 +75,8 @@ class StaticCache(Cache):
         if isinstance(storage, DenseStorage) and storage.is_shared:
             if isinstance(self.codec, Exact):
                 return storage.segments[0][0]
-        return ops.stack(storage.decode(), axis=1)[:, :, : self.capacity]
+        both = ops.stack(storage.decode(), axis=1)[:, :, : self.capacity]
+        return ops.cast(both, self.codec.dtype)
 
     @property
     def capacity(self):

@@ -13,7 +13,7 @@ from keras_kvcache.caches import codecs
 from keras_kvcache.caches.base import nbytes
 from keras_kvcache.caches.kinds import Rolling, Static, is_integer
 from keras_kvcache.caches.rolling import RollingCache
-from keras_kvcache.caches.spec import LAYOUTS, CacheSpec, _Shape
+from keras_kvcache.caches.spec import LAYOUTS, CacheSpec, Shape
 from keras_kvcache.caches.static import StaticCache
 
 CODECS = {"exact": codecs.Exact, **codecs.CODECS}
@@ -70,7 +70,7 @@ def shapes_of(description, limit=math.inf):
         if what in CONTAINERS and content:
             return CONTAINERS[what](map(build, content))
         if what == "cache":
-            shapes = _read_spec(content)._make(_Shape)
+            shapes = _read_spec(content).shapes()
         elif what == "tensor":
             shapes = _read_tensor(content)
         else:
@@ -107,7 +107,7 @@ def spec_of(cache):
 def shape_of(array):
     """Shape and dtype of an array."""
     dtype = keras.backend.standardize_dtype(array.dtype)
-    return _Shape(tuple(map(int, array.shape)), dtype)
+    return Shape(tuple(map(int, array.shape)), dtype)
 
 
 def named_arrays(tree):
@@ -151,7 +151,7 @@ def _as_dict(name, described):
 
 def _read_tensor(described):
     codec = codecs.Exact(described["dtype"])
-    shapes = _Shape(tuple(described["shape"]), codec.dtype)
+    shapes = Shape(tuple(described["shape"]), codec.dtype)
     if not all(is_integer(size) and size > 0 for size in shapes.shape):
         raise ValueError(f"Sizes must be positive integers. Received: {shapes.shape}")
     return shapes
