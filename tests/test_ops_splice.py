@@ -70,9 +70,9 @@ def test_strategies_are_equal(layout, length):
     for name, strategy in STRATEGIES.items():
         if name == "scatter" and not is_jax:
             continue  # Other backends can't map a slice over rows.
-        for index in ([-3], [0], [9], [11]) + (
-            [[-2, 5, 10]] if name != "slice" else []
-        ):
+        for index in ([-3], [0], [9], [11], [-2, 5, 10]):
+            if name == "slice" and len(index) > 1:
+                continue  # It is about one index for all rows.
             got = strategy(*tensors, cases.int32(index), axis)
             expected = spliced(buffer, update, index, axis)
             np.testing.assert_array_equal(cases.numpy(got), expected)
