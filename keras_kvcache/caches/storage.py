@@ -112,12 +112,14 @@ class Storage(abc.ABC):
     def sizes(self):
         """Slots of each segment."""
         slots, tokens = self.fields[0]
-        return tuple(arrays[0].shape[slots] * tokens for arrays in self.segments)
+        entries = (arrays[0].shape[slots] for arrays in self.segments)
+        # Of a tensor in a functional model the number may be unknown.
+        return tuple(size if tokens == 1 else size * tokens for size in entries)
 
     @property
     def slots(self):
         """Slots of all segments."""
-        return sum(self.sizes)
+        return self.sizes[0] if len(self.sizes) == 1 else sum(self.sizes)
 
     @property
     def spans(self):
