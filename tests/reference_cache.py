@@ -2,7 +2,6 @@
 
 import jax.numpy as jnp
 import numpy as np
-import reference
 
 
 def bfloat16(x):
@@ -16,8 +15,7 @@ def int8(x):
 
 def int4(x):
     scale = bfloat16(np.abs(x).max(axis=-1, keepdims=True) * np.float32(1 / 7.5))
-    steps = np.floor(x / np.where(scale > 0, scale, 1)).clip(-8, 7) + np.float32(0.5)
-    return steps * scale
+    return (np.floor(x / np.where(scale > 0, scale, 1)).clip(-8, 7) + 0.5) * scale
 
 
 def int4_of_group(keys):
@@ -51,9 +49,13 @@ class ReferenceCache:
     def attend(self, row, queries, positions=None, scale=1.0):
         """Queries `(T, N, H)` at positions `(T, 1)`; without these they see all."""
         entries = self.exact[row][: self.sinks] + self.coded[row][self.sinks :]
-        keys, values = map(np.stack, zip(*entries, strict=True))
+        group = queries.shape[1] // len(entries[0][0])
+        keys, values = (np.repeat(x, group, axis=1) for x in zip(*entries, strict=True))
         slots = np.arange(len(keys))
         behind = np.zeros((len(queries), 1)) if positions is None else positions - slots
         near = (behind < (self.window or np.inf)) | (slots < self.sinks)
-        seen = np.stack([near & (behind >= 0)] * queries.shape[1])
-        return reference.attend(queries, keys, values, scale, mask=seen)[0]
+        scores = np.einsum("tnh,snh->nts", queries, keys, dtype="float64") * scale
+        weights = np.exp(scores - scores.max()) * (near & (behind >= 0))
+        return np.einsum(
+            "nts,snh->tnh", weights / weights.sum(-1, keepdims=True), values
+        )

@@ -197,8 +197,9 @@ def resizer(capacity):
     return cases.compiled(lambda cache, fill: resize(cache, capacity, fill))
 
 
-LENGTHS = st.lists(st.integers(0, CHUNK), min_size=B, max_size=B)
-ROWS = st.lists(st.integers(0, B - 1), min_size=B, max_size=B)
+def each_row(*choices):
+    """One of some values for each row."""
+    return st.lists(st.sampled_from(choices), min_size=B, max_size=B)
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -226,14 +227,18 @@ class CacheMachine(RuleBasedStateMachine):
     # 1. Writing.
 
     @precondition(lambda self: self.combination.use == "self")
-    @rule(length=st.sampled_from((CHUNK, 1)), missing=LENGTHS)
-    def write(self, length, missing):
+    @rule(brought=each_row(CHUNK, 1, 3, 7, 0, 2, 5, 10))
+    def write_a_chunk(self, brought):
         """Rows bring as many entries as they like, padded to one length."""
-        missing = missing[:1] * B if self.is_shared else missing
-        self._write(length, [max(length - less, 0) for less in missing])
+        self._write(CHUNK, brought[:1] * B if self.is_shared else brought)
+
+    @precondition(lambda self: self.combination.use == "self")
+    @rule(brought=each_row(1, 1, 0))
+    def write_a_token(self, brought):
+        self._write(1, brought[:1] * B if self.is_shared else brought)
 
     @precondition(lambda self: self.combination.use == "cross")
-    @rule(rows=st.lists(st.booleans(), min_size=B, max_size=B))
+    @rule(rows=each_row(True, False))
     def write_whole(self, rows):
         """All that a cache takes, for rows that are empty or begin again."""
         chosen = [
@@ -297,11 +302,7 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.combination.use == "self")
     @rule(
         length=st.sampled_from((CHUNK, 1)),
-        where=st.lists(
-            st.sampled_from((-1, -4, -(2**31), 2**31 - 1, 2**30, S + 99, 0)),
-            min_size=B,
-            max_size=B,
-        ),
+        where=each_row(-1, 0, -4, -(2**31), 2**31 - 1, 2**30, S + 99),
     )
     def write_where_nothing_fits(self, length, where):
         """Not a bit changes."""
@@ -316,11 +317,11 @@ class CacheMachine(RuleBasedStateMachine):
 
     # 2. Going back.
 
-    @precondition(lambda self: self.combination.use == "self")
-    @rule(lengths=st.lists(st.integers(0, 2 * S), min_size=B, max_size=B))
-    def go_back(self, lengths):
-        lengths = lengths[:1] * B if self.is_shared else lengths
-        lengths = np.minimum(lengths, self.fill)
+    @precondition(lambda self: self.combination.use == "self" and any(self.fill))
+    @rule(steps=each_row(2, 1, 8, 3, 13, 0, 5, 21))
+    def go_back(self, steps):
+        steps = steps[:1] * B if self.is_shared else steps
+        lengths = np.maximum(np.subtract(self.fill, steps), 0)
         high, is_held = np.array(self.high), np.ones(B, bool)
         if self.is_rolling:
             sees = np.maximum(lengths - self.window + 1, 0)
@@ -334,17 +335,12 @@ class CacheMachine(RuleBasedStateMachine):
 
     # 3. Rows that come and go.
 
-    @rule(rows=ROWS)
-    def take(self, rows):
-        self.cache = take(self.cache, cases.int32(rows))
-        self._take(rows)
-
-    @rule()
-    def rejoin(self):
-        self.cache = rejoin(self.cache)
-        self._take([2, 0, 1])
-
-    def _take(self, rows):
+    @rule(rows=each_row(*range(B)), in_parts=st.booleans())
+    def take(self, rows, in_parts):
+        if in_parts:
+            self.cache, rows = rejoin(self.cache), [2, 0, 1]
+        else:
+            self.cache = take(self.cache, cases.int32(rows))
         for lists in self._per_row():
             lists[:] = [copy.copy(lists[row]) for row in rows]
 
@@ -382,10 +378,10 @@ class CacheMachine(RuleBasedStateMachine):
         for lists, others in zip(self._per_row(), saved, strict=True):
             lists[row] = copy.copy(others[source])
 
-    @precondition(lambda self: self.combination.use == "self")
-    @rule(rows=ROWS)
-    def reset(self, rows):
-        rows = list(range(B)) if self.is_shared else rows
+    @precondition(lambda self: self.combination.use == "self" and max(self.fill) > W)
+    @rule(row=st.integers(0, B - 1))
+    def reset(self, row):
+        rows = list(range(B)) if self.is_shared else [row] * B
         self.cache = reset(self.cache, cases.int32(rows))
         for row in rows:
             self.fill[row] = self.high[row] = self.held[row] = 0
@@ -467,7 +463,7 @@ def test_any_sequence_of_calls(combination):
         lambda: CacheMachine(combination),
         settings=settings(
             max_examples=8,
-            stateful_step_count=12,
+            stateful_step_count=30,
             deadline=None,
             derandomize=not NIGHTLY,
             suppress_health_check=list(HealthCheck),
