@@ -1,11 +1,13 @@
 """What several test modules use."""
 
 import functools
+import gc
 import os
 
 # Before any test module imports Keras, which would choose TensorFlow.
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
+import jax
 import keras
 import pytest
 
@@ -21,6 +23,19 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "jax_only" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Drops a module's compiled programs: a process may hold only so many of them.
+
+    XLA maps each into memory several times, and where Linux' `vm.max_map_count`
+    (65,530) is reached, the next compilation ends in a segmentation fault.
+    """
+    yield
+    if keras.backend.backend() == "jax":
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -1,35 +1,18 @@
 """A cache in NumPy that keeps all: what a query sees follows from where both stand."""
 
-import jax.numpy as jnp
 import numpy as np
-
-
-def bfloat16(x):
-    return x.astype(jnp.bfloat16).astype("float32")
-
-
-def int8(x):
-    scale = np.abs(x).max(axis=-1, keepdims=True) * np.float32(1 / 127)
-    return np.round(x / np.where(scale > 0, scale, 1)) * scale
-
-
-def int4(x):
-    scale = bfloat16(np.abs(x).max(axis=-1, keepdims=True) * np.float32(1 / 7.5))
-    return (np.floor(x / np.where(scale > 0, scale, 1)).clip(-8, 7) + 0.5) * scale
-
-
-def int4_of_group(keys):
-    lowest = bfloat16(keys.min(0) - np.abs(keys.min(0)) * np.float32(1 / 256))
-    scale = bfloat16((keys - lowest).max(axis=0) * np.float32(1 / 15))
-    return np.round((keys - lowest) / np.where(scale > 0, scale, 1)) * scale + lowest
+from reference_codecs import int4_of_group
 
 
 class ReferenceCache:
     """Lists of `(key, value)` by position, row by row: as they came, and coded."""
 
-    def __init__(self, rows, code, group=None, window=None, sinks=0):
+    def __init__(
+        self, rows, code, group=None, window=None, sinks=0, code_group=int4_of_group
+    ):
         self.exact, self.coded = [[[] for _ in range(rows)] for _ in range(2)]
         self.code, self.group, self.window, self.sinks = code, group, window, sinks
+        self.code_group = code_group
 
     def write(self, row, index, keys, values):
         del self.exact[row][index:], self.coded[row][index:]
@@ -43,7 +26,7 @@ class ReferenceCache:
         entries, size = self.coded[row], self.group or len(self.coded[row]) + 1
         for start in range(index // size * size, len(entries) - size + 1, size):
             keys, values = zip(*entries[start : start + size], strict=True)
-            keys = int4_of_group(np.array(keys))
+            keys = self.code_group(np.array(keys))
             entries[start : start + size] = zip(keys, values, strict=True)
 
     def attend(self, row, queries, positions=None, scale=1.0):

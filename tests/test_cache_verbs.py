@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import pytest
 import reference_cache
+import reference_codecs
 
 from keras_kvcache.caches import (
     CacheSpec,
@@ -39,7 +40,7 @@ TURN = rotation(H)
 # Codecs without and with groups, as `ReferenceCache` knows them.
 RULES = {
     "float32": dict(code=lambda x: x),
-    "int4": dict(code=lambda x: reference_cache.int4(x @ TURN) @ TURN.T, group=32),
+    "int4": dict(code=lambda x: reference_codecs.int4(x @ TURN) @ TURN.T, group=32),
 }
 
 

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 import reference_cache
+import reference_codecs
 
 from keras_kvcache.caches import Cache, CacheSpec, Int4, Rolling, Static, StaticCache
 from keras_kvcache.caches.sizes import ring_slots, segment_sizes, whole_groups
@@ -375,7 +376,7 @@ def test_keys_are_exact_until_their_group_is_full(kind, layout):
     step = (group.max(axis=1, keepdims=True) - lowest + abs(lowest) / 128) / 15
     assert (abs(coded[:, :32] - group) <= step * (1 + 1 / 256) / 2).all()
     for row in range(B):
-        expected = reference_cache.int4_of_group(entries[0, row, :32])
+        expected = reference_codecs.int4_of_group(entries[0, row, :32])
         np.testing.assert_array_equal(coded[row, :32], expected)
 
 

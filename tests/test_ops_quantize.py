@@ -4,7 +4,7 @@ import attention_cases as cases
 import keras
 import numpy as np
 import pytest
-import reference_cache
+import reference_codecs
 
 from keras_kvcache.ops import (
     dequantize_int4_groups,
@@ -85,7 +85,7 @@ def test_int8_is_within_half_a_step(name):
     np.testing.assert_allclose(scale, largest / 127, rtol=2 * FLOAT32)
     error = abs(codes * scale - x)
     assert (error <= scale / 2 + 2 * FLOAT32 * largest).all()
-    expected = reference_cache.int8(x)
+    expected = reference_codecs.int8(x)
     np.testing.assert_allclose(codes * scale, expected, rtol=2 * FLOAT32, atol=0)
 
 
@@ -104,7 +104,7 @@ def test_int4_is_within_half_a_step(name):
     assert (abs(back - x) <= scale / 2 + BFLOAT16 / 2 * largest).all()
     inside = abs(x) <= 7.5 * scale
     assert (abs(back - x) <= scale / 2 * (1 + 16 * FLOAT32))[inside].all()
-    np.testing.assert_array_equal(back, reference_cache.int4(x))
+    np.testing.assert_array_equal(back, reference_codecs.int4(x))
 
 
 @pytest.mark.parametrize("name", DATA)
@@ -127,7 +127,7 @@ def test_int4_in_groups_is_within_half_a_step(name):
     assert (abs(back - x) <= step / 2 + 4 * FLOAT32 * abs(size)).all()
     for row, number in np.ndindex(B, S // GROUP):
         tokens = slice(GROUP * number, GROUP * (number + 1))
-        expected = reference_cache.int4_of_group(x[row, tokens])
+        expected = reference_codecs.int4_of_group(x[row, tokens])
         np.testing.assert_array_equal(back[row, tokens], expected)
 
 
