@@ -1,5 +1,6 @@
 """Generation from any Keras model built with caches."""
 
+import copy
 import inspect
 import random
 
@@ -12,7 +13,7 @@ from keras_kvcache.caches import read_options
 from keras_kvcache.generation.detokenizer import Detokenizer
 from keras_kvcache.generation.limits import read_stop_token_ids, row_ends
 from keras_kvcache.generation.program import make_program
-from keras_kvcache.generation.prompts import read_prompts, write_answers
+from keras_kvcache.generation.prompts import Prompts, read_prompts, write_answers
 from keras_kvcache.generation.sizes import (
     CHUNKS,
     SMALLEST_CAPACITY,
@@ -99,6 +100,17 @@ class Generator:
     def sampler(self, identifier):
         self._sampler = samplers.get(identifier)
 
+    def with_init_cache(self, init_cache):
+        """The same generator, its compiled programs included, on other caches.
+
+        Args:
+            init_cache: As in the class, for caches that hold something already,
+                such as what an encoder gave.
+        """
+        other = copy.copy(self)
+        other._init_cache = init_cache
+        return other
+
     def generate(
         self,
         inputs,
@@ -142,7 +154,7 @@ class Generator:
             ValueError: A prompt is empty, too long or not in the vocabulary, or
                 an argument is out of range.
         """
-        prompts = read_prompts(inputs, self.tokenizer, self.vocabulary_size)
+        prompts = self._read(inputs)
         if prompts.form == "arrays" and max_length is None and max_new_tokens is None:
             max_length = prompts.width
         options = read_options(cache)
@@ -194,7 +206,7 @@ class Generator:
             TypeError: As in `generate`, at once.
             ValueError: As in `generate`, at once.
         """
-        prompts = read_prompts(inputs, self.tokenizer, self.vocabulary_size)
+        prompts = self._read(inputs)
         if prompts.form == "arrays":
             raise TypeError(
                 "`inputs` can't be a dictionary to stream from; give text or ids."
@@ -205,6 +217,12 @@ class Generator:
             prompts.rows, ends, stop_token_ids, sampler, seed, 1, options
         )
         return TextStream(bursts, prompts, self.tokenizer)
+
+    def _read(self, inputs):
+        # A model with inputs of its own has made prompts of them already.
+        if isinstance(inputs, Prompts):
+            return inputs
+        return read_prompts(inputs, self.tokenizer, self.vocabulary_size)
 
     def _ends(self, prompts, max_length, max_new_tokens, options):
         context = self.max_sequence_length
@@ -282,9 +300,10 @@ class Generator:
         index = np.minimum(lengths, capacity - 1)
         state = DecodeState(cache, token, index, done, step=np.int32(1))
         rest = dict(limits=limits, sampler=sampler, seed=seed, steps=np.int32(burst))
-        state, tokens = self._decode(state=state, **rest)
+        decode_burst = self._decode.bind()
+        state, tokens = decode_burst(state=state, **rest)
         while True:
-            state, following = self._decode(state=state, **rest)
+            state, following = decode_burst(state=state, **rest)
             yield ops.convert_to_numpy(tokens.tokens)[:, : int(tokens.count)]
             if tokens.finished:
                 return

@@ -19,8 +19,10 @@ def make_program(function, model, donate=(), static=()):
         static: Names of arguments that are part of the program.
 
     Returns:
-        A function with the arguments of `function`, to be given by name. On JAX
-        its `lower` gives what `jax.jit` lowers it to, for a look at the program.
+        A function with the arguments of `function`, to be given by name. Its `bind`
+        gives one that reads the weights only once, for many calls of a short
+        program. On JAX its `lower` gives what `jax.jit` lowers it to, for a look at
+        the program.
     """
     if keras.backend.backend() != "jax":
         return _make_eager(function)
@@ -39,6 +41,19 @@ def make_program(function, model, donate=(), static=()):
     def run(**arguments):
         return program(weights(), **arguments)
 
+    def bind():
+        held = weights()
+
+        def run_with_held(**arguments):
+            nonlocal held
+            # Training gives the buffers of earlier weights away.
+            if any(weight.is_deleted() for weight in held):
+                held = weights()
+            return program(held, **arguments)
+
+        return run_with_held
+
+    run.bind = bind
     run.lower = lambda **arguments: program.lower(weights(), **arguments)
     return run
 
@@ -57,4 +72,5 @@ def _make_eager(function):
     def run(**arguments):
         return function(**keras.tree.map_structure(convert, arguments))
 
+    run.bind = lambda: run
     return run
