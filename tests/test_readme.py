@@ -54,7 +54,7 @@ def test_shell_commands_run(smollm2_path):
     first, second = (code for _, language, code in BLOCKS if language == "shell")
     install, run = first.strip().split(" && ")
     assert install == "pip install ."
-    assert second.strip() == 'pip install -e ".[test]" && pytest'
+    assert second.strip() == 'pip install -e ".[test]" && pytest -n 2 --dist loadfile'
     command = re.sub("^python", sys.executable, run)
     result = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
