@@ -66,7 +66,10 @@ def _add_model(parser):
 
 def _model_help():
     names = ", ".join(known_presets())
-    return f"a name ({names}), a .gguf file or a preset folder"
+    return (
+        f"a name ({names}), a .gguf file, a Hugging Face folder with safetensors, a "
+        "preset folder, or what keras-hub loads: gpt2_base_en, hf://USER/MODEL"
+    )
 
 
 def _add_generation(parser):

@@ -1,5 +1,6 @@
 """What the command line does, once its arguments are read."""
 
+import contextlib
 import os
 import sys
 import time
@@ -11,6 +12,7 @@ from keras_kvcache.caches import CODECS, DTYPES, Static
 from keras_kvcache.interrupt import Interrupt, interrupt_raises
 from keras_kvcache.loaders import DownloadError, cache_folder, fetch, known_presets
 from keras_kvcache.models import DecoderLM
+from keras_kvcache.models.presets import is_of_keras_hub
 
 
 def run(command, **options):
@@ -35,7 +37,7 @@ def run(command, **options):
         # more when it closes standard output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, TypeError, OSError, DownloadError) as error:
+    except (ValueError, TypeError, OSError, ImportError, DownloadError) as error:
         print(f"keras-kvcache: error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -49,7 +51,7 @@ def generate(prompt, model, raw, dtype, cache, max_new_tokens, seed, **sampling)
     if not prompt:
         raise ValueError("`prompt` must not be an empty prompt. Received: ''")
     lm = _load(model, dtype)
-    if not raw and lm.tokenizer.chat_template is not None:
+    if not raw and _chat_template(lm) is not None:
         prompt = lm.tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
     _print_stream(
         lm,
@@ -68,7 +70,7 @@ def chat(model, system, dtype, cache, max_new_tokens, seed, **sampling):
     """
     sampler = _sampler(**sampling)
     lm = _load(model, dtype)
-    if lm.tokenizer.chat_template is None:
+    if _chat_template(lm) is None:
         raise ValueError(
             f"`model` must have a chat template to talk; {model} has none."
         )
@@ -92,7 +94,9 @@ def info(model, batch_size, length):
     """Prints a model's shape and what its caches would take."""
     _fetch(model)
     # Weights without values: their shapes suffice, and the model needn't fit.
-    with keras.StatelessScope(initialize_variables=False):
+    # keras-hub's models need theirs to be made.
+    scope = keras.StatelessScope(initialize_variables=False)
+    with contextlib.nullcontext() if is_of_keras_hub(model) else scope:
         lm = DecoderLM.from_preset(model, load_weights=False)
     windows = sorted({block.sliding_window for block in lm.blocks} - {None})
     length = lm.max_sequence_length if length is None else length
@@ -148,6 +152,11 @@ def _load(model, dtype):
     if lm.tokenizer is None:
         raise ValueError(f"`model` must have a tokenizer; {model} has none.")
     return lm
+
+
+def _chat_template(lm):
+    """The model's template, or `None`: keras-hub's tokenizers have no such thing."""
+    return getattr(lm.tokenizer, "chat_template", None)
 
 
 def _sampler(temperature, **filters):

@@ -5,6 +5,7 @@ from keras_kvcache.loaders.chat_template import render_chat_template
 from keras_kvcache.loaders.checkpoint import Checkpoint
 from keras_kvcache.loaders.download import DownloadError, fetch
 from keras_kvcache.loaders.gguf import read_gguf
+from keras_kvcache.loaders.hugging_face import read_hugging_face
 from keras_kvcache.loaders.presets import PRESETS, Preset, known_presets
 from keras_kvcache.loaders.tokenizer import TOKENIZER_FILES, Tokenizer
 
@@ -19,5 +20,6 @@ __all__ = [
     "fetch",
     "known_presets",
     "read_gguf",
+    "read_hugging_face",
     "render_chat_template",
 ]

@@ -21,9 +21,10 @@ class Checkpoint:
             reads that one tensor and returns it as a float32 array in the
             layout Keras uses. Nothing is read before the call, so a caller
             that assigns one weight after the other holds one at a time.
-        tokenizer: The tokenizer the model was trained with.
+        tokenizer: The tokenizer the model was trained with; `None` if there is none
+            beside it.
     """
 
     config: dict[str, Any]
     weights: Mapping[str, Callable[[], np.ndarray]]
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None

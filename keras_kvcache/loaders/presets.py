@@ -66,6 +66,6 @@ def get_preset(name: str) -> Preset:
     if name not in PRESETS:
         raise ValueError(
             f"`preset` must be one of {', '.join(PRESETS)}, or the path of a .gguf "
-            f"file or of a preset folder; got {name!r}."
+            f"file or of a preset folder. Received: {name!r}"
         )
     return PRESETS[name]

@@ -16,6 +16,12 @@ WEIGHTS_FILE = "model.weights.h5"
 PRESET_FILES = (*loaders.TOKENIZER_FILES, WEIGHTS_FILE, CONFIG_FILE)
 # Raised when a folder of this version can't be read by older code.
 FORMAT_VERSION = 1
+# What a folder is known by: a key that only its writer's config has.
+_KINDS_OF_FOLDER = {
+    "format_version": "own",
+    "registered_name": "keras-hub",
+    "model_type": "hugging face",
+}
 
 
 class PresetMethods:
@@ -26,27 +32,60 @@ class PresetMethods:
         """Makes a model that was published or saved.
 
         Args:
-            preset: A name, such as `"smollm2_135m_instruct"`, which is fetched
-                once and kept; the path of a GGUF file of a llama-architecture
-                model; or a folder that `save_to_preset` wrote.
+            preset: One of
+
+                - a name of this package's, such as `"smollm2_135m_instruct"`,
+                  which is fetched once and kept;
+                - the path of a GGUF file of a llama-architecture model;
+                - the path of a Hugging Face folder: `config.json`, safetensors
+                  and perhaps a tokenizer, of the family Llama, Mistral, Mixtral,
+                  Qwen 2, 2.5 and 3, Phi-3, GPT-2, OPT, Gemma, Gemma 2 or Gemma 3
+                  (text). No code in it is run, and no pickle is read;
+                - the path of a folder that `save_to_preset` wrote, this one or
+                  keras-hub's;
+                - where keras-hub is installed, any other name or handle that
+                  `keras_hub.models.CausalLM.from_preset` takes, such as
+                  `"gpt2_base_en"`, `"hf://user/model"` or `"kaggle://…"`. keras-hub
+                  fetches and loads it, and `from_keras_hub` takes its weights
+                  over.
             load_weights: Whether to load weights, or to leave them random.
             **kwargs: Constructor arguments that take the place of the preset's,
-                such as `dtype="bfloat16"`. A GGUF file's dtype is by default
-                bfloat16 on an accelerator and float32 on a CPU; a folder's is
-                that of the model it was saved from.
+                such as `dtype="bfloat16"`. The dtype of a GGUF file or a Hugging
+                Face folder is by default bfloat16 on an accelerator and float32
+                on a CPU; that of our own folder is that of the model it was saved
+                from, and that of a keras-hub model what keras-hub chooses. Of a
+                keras-hub model only `dtype`, `max_sequence_length` and
+                `tokenizer` can be changed.
 
         Returns:
-            The model, with its tokenizer.
+            The model, with its tokenizer if there is one. It is of this class; a
+            keras-hub model becomes one that shares its layers, so that it can't
+            be of a subclass.
 
         Raises:
             FileNotFoundError: A file is missing.
+            ImportError: keras-hub is needed and isn't installed.
             ValueError: The name is unknown, or a file is damaged or of a kind
-                that can't be loaded; the message says why.
+                that can't be loaded, or an argument can't be honoured; the
+                message says why.
+            keras_kvcache.loaders.DownloadError: A model can't be fetched.
         """
         path = _find(preset)
-        if path.is_dir():
+        kind = _kind_of(path)
+        # They are made of this class, whose module imports this one.
+        from keras_kvcache.models.hub import presets as hub_presets
+
+        if kind == "keras-hub":
+            return hub_presets.load(cls, str(path or preset), load_weights, kwargs)
+        cls = hub_presets.class_with_own_weights(cls)
+        if kind == "own":
             return _load_folder(cls, path, load_weights, kwargs)
-        checkpoint = loaders.read_gguf(path)
+        if kind == "hugging face":
+            checkpoint = loaders.read_hugging_face(
+                path, load_weights, load_tokenizer="tokenizer" not in kwargs
+            )
+        else:
+            checkpoint = loaders.read_gguf(path)
         config = {"dtype": preferred_dtype(), "tokenizer": checkpoint.tokenizer}
         config |= {**checkpoint.config, **kwargs}
         model = _construct(cls, config, load_weights)
@@ -87,6 +126,15 @@ class PresetMethods:
                     os.replace(staging / name, directory / name)
                 else:
                     (directory / name).unlink(missing_ok=True)
+
+
+def is_of_keras_hub(preset):
+    """Whether it's keras-hub that loads a preset, or else knows that there is none.
+
+    Args:
+        preset: As in `from_preset`.
+    """
+    return _kind_of(_find(preset)) == "keras-hub"
 
 
 def assign_weights(model, weights):
@@ -133,7 +181,46 @@ def _find(preset):
     path = Path(preset).expanduser()
     if path.exists() or path.suffix == ".gguf":
         return path
-    return loaders.fetch(str(preset))
+    if isinstance(preset, os.PathLike) or str(preset).startswith((".", "~", os.sep)):
+        raise FileNotFoundError(
+            f"`preset`, if a path, must be that of a file or folder; {path} is absent."
+        )
+    return loaders.fetch(preset) if preset in loaders.known_presets() else None
+
+
+def _kind_of(path):
+    """Who wrote what is there: a folder's config tells; `None` is keras-hub's name."""
+    if path is None:
+        return "keras-hub"
+    if not path.is_dir():
+        return "gguf"
+    config = _read_config(path)
+    for key, kind in _KINDS_OF_FOLDER.items():
+        if key in config:
+            return kind
+    raise ValueError(
+        f"{path / CONFIG_FILE} must have one of the keys "
+        f"{', '.join(_KINDS_OF_FOLDER)}, by which a folder of this package, of "
+        f"keras-hub or of Hugging Face is known. Received: {list(config)[:5]}"
+    )
+
+
+def _read_config(path):
+    config_path = path / CONFIG_FILE
+    if not config_path.exists():
+        raise FileNotFoundError(
+            f"`preset`, if a folder, must have a {CONFIG_FILE}; {path} has none."
+        )
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{config_path} must be JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"{config_path} must be JSON of an object. Received: "
+            f"{type(config).__name__}"
+        )
+    return config
 
 
 def _construct(cls, config, load_weights):
@@ -147,13 +234,12 @@ def _construct(cls, config, load_weights):
 
 def _load_folder(cls, path, load_weights, kwargs):
     config_path = path / CONFIG_FILE
-    for name in (CONFIG_FILE, *([WEIGHTS_FILE] if load_weights else [])):
-        if not (path / name).exists():
-            raise FileNotFoundError(
-                f"`preset`, if a folder, must have a {name}; {path} has none."
-            )
+    if load_weights and not (path / WEIGHTS_FILE).exists():
+        raise FileNotFoundError(
+            f"`preset`, if a folder, must have a {WEIGHTS_FILE}; {path} has none."
+        )
+    described = _read_config(path)
     try:
-        described = json.loads(config_path.read_text(encoding="utf-8"))
         version, config = described["format_version"], dict(described["config"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(

@@ -1,0 +1,149 @@
+"""The files of a Hugging Face folder: JSON and safetensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_DTYPES = ("F32", "BF16", "F16")
+
+
+def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Args:
+        path: Of the file.
+        default: What an absent file stands for; `None` if it has to be there.
+
+    Raises:
+        FileNotFoundError: If the file is absent and there is no default.
+        ValueError: If it holds anything but a JSON object.
+    """
+    if default is not None and not path.exists():
+        return default
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name} must be JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"{path.name} must hold a JSON object. Received: {type(value).__name__}"
+        )
+    return value
+
+
+class TensorFiles:
+    """The tensors in a folder's safetensors files.
+
+    Only the headers are read at first. The format and why it needs no trust:
+    https://github.com/huggingface/safetensors.
+
+    Args:
+        folder: It has `model.safetensors`, or several files and an index.
+
+    Attributes:
+        shapes: For each tensor, by name, its shape.
+
+    Raises:
+        FileNotFoundError: If a file is absent.
+        ValueError: If a file is damaged or cut short, or the index doesn't fit.
+    """
+
+    def __init__(self, folder: Path):
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._paths: dict[str, Path] = {}
+        index = _read_index(folder)
+        for file_name in dict.fromkeys(index.values()) if index else (WEIGHTS_FILE,):
+            self._read_header(folder / file_name)
+        for name, file_name in index.items():
+            if self._paths.get(name) != folder / file_name:
+                raise ValueError(
+                    f"{file_name} must hold the tensor {name!r}, as {INDEX_FILE} says."
+                )
+
+    def _read_header(self, path: Path) -> None:
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} must be there, as {INDEX_FILE} names it; it is absent."
+            )
+        with _open(path) as file:
+            for name in file.keys():
+                if name in self._paths:
+                    raise ValueError(
+                        f"The tensor {name!r} must be in one file only. Received: "
+                        f"{self._paths[name].name} and {path.name}"
+                    )
+                entry = file.get_slice(name)
+                if entry.get_dtype() not in _DTYPES:
+                    raise ValueError(
+                        f"The tensor {name!r} must be stored as one of "
+                        f"{', '.join(_DTYPES)}. Received: {entry.get_dtype()}"
+                    )
+                self.shapes[name] = tuple(entry.get_shape())
+                self._paths[name] = path
+
+    def read(self, name: str, part: tuple[int, int, int] | None = None) -> np.ndarray:
+        """A tensor, widened to float32.
+
+        Args:
+            name: Of the tensor.
+            part: An axis, 0 or 1, and from where to where on it; `None` for all.
+
+        Raises:
+            ValueError: If the file has changed since it was opened first.
+        """
+        axis, begin, end = part or (0, 0, self.shapes[name][0])
+        slices = (slice(None),) * axis + (slice(begin, end),)
+        from safetensors import SafetensorError
+
+        try:
+            with _open(self._paths[name]) as file:
+                return np.asarray(file.get_slice(name)[slices]).astype("float32")
+        except (SafetensorError, FileNotFoundError) as error:
+            raise ValueError(
+                f"{self._paths[name]} has changed since it was opened: {error}"
+            ) from error
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """Which file each tensor is in; empty where there is but one file."""
+    if (folder / WEIGHTS_FILE).exists():
+        return {}
+    if not (folder / INDEX_FILE).exists():
+        found = sorted(path.name for path in folder.glob("*.bin"))
+        pickled = (
+            f" It has {', '.join(found[:3])}: a pickle, which may run any code when it "
+            "is read, so it isn't. `save_pretrained` of the model in transformers "
+            "writes safetensors."
+        )
+        raise FileNotFoundError(
+            f"`preset`, if a Hugging Face folder, must have a {WEIGHTS_FILE} or a "
+            f"{INDEX_FILE}; {folder} has neither.{pickled if found else ''}"
+        )
+    places = read_json(folder / INDEX_FILE).get("weight_map")
+    if (
+        not isinstance(places, dict)
+        or not places
+        or not all(isinstance(place, str) for place in places.values())
+    ):
+        raise ValueError(f"{INDEX_FILE} must have a `weight_map` of file names.")
+    for place in places.values():
+        if Path(place).name != place:
+            raise ValueError(
+                f"{INDEX_FILE} must name files in its own folder. Received: {place!r}"
+            )
+    return places
+
+
+def _open(path: Path):
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="np")
+    except SafetensorError as error:
+        raise ValueError(f"{path.name} is damaged or cut short: {error}") from error

@@ -1,0 +1,165 @@
+"""The tokenizer of a Hugging Face folder."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from keras_kvcache.loaders.hugging_face_files import read_json
+from keras_kvcache.loaders.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_VOCABULARY_FILE = "tokenizer.json"
+_CONFIG_FILE = "tokenizer_config.json"
+_OLDER_CONFIG_FILE = "special_tokens_map.json"
+_TEMPLATE_FILE = "chat_template.jinja"
+_GENERATION_FILE = "generation_config.json"
+
+
+def read_tokenizer(folder: Path, model: dict[str, Any]) -> Tokenizer | None:
+    """Reads the tokenizer of a model.
+
+    Args:
+        folder: Of the model.
+        model: Its config, which names ids where the tokenizer's doesn't.
+
+    Returns:
+        The tokenizer; `None` if there is no `tokenizer.json`. It stops at the ids
+        that `generation_config.json` names, or else the model's config, and at the
+        tokenizer's own end of text.
+
+    Raises:
+        ValueError: If a file is damaged or says what can't be done; the message
+            names the file and the key.
+    """
+    if not (folder / _VOCABULARY_FILE).exists():
+        return None
+    backend = _read_backend(folder / _VOCABULARY_FILE)
+    config = read_json(folder / _OLDER_CONFIG_FILE, {})
+    config = {**config, **read_json(folder / _CONFIG_FILE, {})}
+    generation = read_json(folder / _GENERATION_FILE, {})
+    bos_id = _special_id(backend, config, model, "bos")
+    eos_id = _special_id(backend, config, model, "eos")
+    before, after = _added_ids(backend)
+    bos_id = _added_token("bos", before, bos_id)
+    eos_id = _added_token("eos", after, eos_id)
+    stop_ids = generation.get("eos_token_id", model.get("eos_token_id"))
+    stop_ids = _known_ids(backend, "eos_token_id", stop_ids)
+    return Tokenizer(
+        backend,
+        bos_token_id=bos_id,
+        eos_token_id=eos_id,
+        stop_token_ids=tuple(
+            dict.fromkeys([*stop_ids, *([] if eos_id is None else [eos_id])])
+        ),
+        add_bos=bool(before),
+        add_eos=bool(after),
+        chat_template=_chat_template(folder, config),
+    )
+
+
+def _read_backend(path: Path) -> tokenizers.Tokenizer:
+    import tokenizers
+
+    try:
+        backend = tokenizers.Tokenizer.from_buffer(path.read_bytes())
+    # The library raises a bare Exception for a file it can't parse.
+    except Exception as error:
+        raise ValueError(f"{path.name} is damaged: {error}") from error
+    # A tokenizer saved in the midst of training cuts and pads what it encodes.
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _special_id(
+    backend: tokenizers.Tokenizer,
+    config: dict[str, Any],
+    model: dict[str, Any],
+    name: str,
+) -> int | None:
+    """The id of the first or last token of a text, by its name or by the model."""
+    key = f"{name}_token"
+    if key not in config:
+        ids = _known_ids(backend, f"{key}_id", model.get(f"{key}_id"))
+        return ids[0] if ids else None
+    token = config[key]
+    if isinstance(token, dict):
+        token = token.get("content")
+    if token is None:
+        return None
+    token_id = backend.token_to_id(token) if isinstance(token, str) else None
+    if token_id is None:
+        raise ValueError(
+            f"`{key}` of {_CONFIG_FILE} must be a token of the vocabulary. Received: "
+            f"{config[key]!r}"
+        )
+    return token_id
+
+
+def _known_ids(backend: tokenizers.Tokenizer, key: str, value: Any) -> list[int]:
+    """An id or a list of ids as a list, without those that no token has.
+
+    Such ids, like GPT-2's in a config of a smaller vocabulary, never occur.
+    """
+    ids = value if isinstance(value, list) else [value] if value is not None else []
+    for token_id in ids:
+        if not isinstance(token_id, int) or isinstance(token_id, bool):
+            raise ValueError(f"`{key}` must be an id or ids. Received: {value!r}")
+    return [i for i in ids if 0 <= i < backend.get_vocab_size()]
+
+
+def _added_ids(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after a text of its own accord."""
+    for text in itertools.chain(("a",), backend.get_vocab()):
+        bare = backend.encode(text, add_special_tokens=False).ids
+        if bare:
+            break
+    else:
+        return [], []
+    whole = backend.encode(text).ids
+    for begin in range(len(whole) - len(bare) + 1):
+        end = begin + len(bare)
+        if whole[begin:end] == bare:
+            return whole[:begin], whole[end:]
+    raise ValueError(f"{_VOCABULARY_FILE} must leave a text's own ids in one piece.")
+
+
+def _added_token(name: str, added: list[int], token_id: int | None) -> int | None:
+    """The one token that is added; nothing but the named one can be.
+
+    `add_bos_token` of the config isn't asked: it is for making a `tokenizer.json`.
+    """
+    if len(added) > 1 or (added and token_id not in (None, *added)):
+        raise ValueError(
+            f"{_VOCABULARY_FILE} must add the `{name}_token`, id {token_id}, or "
+            f"nothing to a text. Received: a tokenizer that adds {added}"
+        )
+    return added[0] if added else token_id
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    """The template in a file of its own, or else in the config, by name or alone."""
+    if (folder / _TEMPLATE_FILE).exists():
+        return (folder / _TEMPLATE_FILE).read_text(encoding="utf-8")
+    templates = config.get("chat_template")
+    if templates is None or isinstance(templates, str):
+        return templates
+    try:
+        by_name = {one["name"]: one["template"] for one in templates}
+    except (TypeError, KeyError) as error:
+        raise ValueError(
+            f"`chat_template` of {_CONFIG_FILE} must be a template or a list of named "
+            f"ones. Received: {type(templates).__name__}"
+        ) from error
+    if len(by_name) == 1:
+        return next(iter(by_name.values()))
+    if "default" not in by_name:
+        raise ValueError(
+            f"`chat_template` of {_CONFIG_FILE}, if there are several, must have one "
+            f"named 'default'. Received: {', '.join(map(str, by_name))}"
+        )
+    return by_name["default"]
