@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-NEED_REAL_MODEL = {"quickstart"}
+NEED_REAL_MODEL = {"inside_the_cache", "quickstart"}
 
 MOST_CELLS = 25
 MOST_BYTES = 400_000

@@ -195,7 +195,7 @@ def _add_segment(running, attended, block):
 def _add_slots(running, attended, block):
     """Merges the slots of a segment in, a block at a time if `block` is given."""
     slots = attended.segment.positions.shape[1]
-    if slots is None or block is None or slots <= block:
+    if not isinstance(slots, int) or block is None or slots <= block:
         slots = ops.shape(attended.segment.positions)[1]
         return _merge(running, attended.partial(0, slots))
 

@@ -20,7 +20,7 @@ DENSE_BLOCK = 1024
 def is_few(query):
     """Whether queries `(B, K, R, H)` are few enough to be bound by reading."""
     _, heads, rows, _ = query.shape
-    return rows is not None and heads * rows <= FEW_QUERIES
+    return isinstance(rows, int) and heads * rows <= FEW_QUERIES
 
 
 class Read(NamedTuple):

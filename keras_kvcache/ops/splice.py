@@ -28,11 +28,11 @@ def splice(buffer, update, index, axis=2):
         The updated buffer, of the same shape and dtype.
     """
     update = ops.cast(update, buffer.dtype)
-    # Only TensorFlow has sizes that are unknown until a program runs.
-    if isinstance(index, int) and update.shape[axis] is not None:
+    # Unknown, it is `None` in TensorFlow and a symbol in a program that JAX exports.
+    is_known = isinstance(update.shape[axis], int)
+    if isinstance(index, int) and is_known:
         return _splice_known(buffer, update, index, axis)
     index = ops.reshape(as_int32(ops.convert_to_tensor(index)), (-1,))
-    is_known = update.shape[axis] is not None
     strategy = choose_strategy(index.shape[0] == 1, is_known, buffer.shape[0])
     return STRATEGIES[strategy](buffer, update, index, axis)
 
