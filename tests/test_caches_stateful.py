@@ -421,6 +421,8 @@ class CacheMachine(RuleBasedStateMachine):
         self.capacity = capacity
         if self.is_rolling:
             self.reference.window = capacity
+        else:  # What is past the end is gone.
+            self.high = np.minimum(self.high, capacity).tolist()
         self._note_what_is_overwritten()
 
     # What must hold whatever happened.
