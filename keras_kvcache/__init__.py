@@ -19,7 +19,7 @@ if "keras" not in _sys.modules:
 
 from keras_kvcache import caches, generation, layers, models, samplers
 from keras_kvcache.generation import Generator
-from keras_kvcache.models import DecoderLM
+from keras_kvcache.models import DecoderLM, EncoderDecoderLM
 from keras_kvcache.models.accelerate import accelerate
 from keras_kvcache.models.hub import from_keras_hub
 
@@ -27,6 +27,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DecoderLM",
+    "EncoderDecoderLM",
     "Generator",
     "accelerate",
     "caches",

@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_kvcache.layers.activations import get_activation
 from keras_kvcache.layers.adoption import AdoptsParts
+from keras_kvcache.layers.block_checks import check_encoder
 from keras_kvcache.layers.cached_multi_head_attention import CachedMultiHeadAttention
 from keras_kvcache.layers.feed_forward import make_feedforward
 from keras_kvcache.layers.initializers import clone_initializer
@@ -15,7 +16,7 @@ from keras_kvcache.layers.normalization import make_normalization
 
 @keras.saving.register_keras_serializable(package="keras_kvcache")
 class DecoderBlock(AdoptsParts, keras.layers.Layer):
-    """A pre-norm transformer decoder block with caches.
+    """A transformer decoder block with caches.
 
     Each part normalizes its input, and its output is added to it: causal
     self-attention, attention over an encoder's output if the block is built with
@@ -46,6 +47,9 @@ class DecoderBlock(AdoptsParts, keras.layers.Layer):
         rotary_embedding: Layer for `CachedMultiHeadAttention`, or `None`.
         dropout: Rate on attention weights and on each part's output.
         kernel_initializer: Initializer of all kernels.
+        normalize_first: Whether a part's input is normalized. If not it's the sum
+            of its input and its output (Vaswani et al., 2017,
+            https://arxiv.org/abs/1706.03762).
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
@@ -98,6 +102,7 @@ class DecoderBlock(AdoptsParts, keras.layers.Layer):
         rotary_embedding=None,
         dropout=0.0,
         kernel_initializer="glorot_uniform",
+        normalize_first=True,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -117,6 +122,7 @@ class DecoderBlock(AdoptsParts, keras.layers.Layer):
         self.head_dim = head_dim
         self.normalization = normalization
         self.layer_norm_epsilon = layer_norm_epsilon
+        self.normalize_first = normalize_first
         self.activation = get_activation(activation)
         self.gated_feedforward = gated_feedforward
         self.use_bias = use_bias
@@ -156,8 +162,12 @@ class DecoderBlock(AdoptsParts, keras.layers.Layer):
         self.cross_attention = None
         if encoder_sequence_shape is not None:
             self.cross_attention_norm = self._norm("cross_attention_norm", shape)
-            self.cross_attention = self._attention("cross_attention", head_dim)
-            self.cross_attention.build(shape, encoder_sequence_shape)
+            self.cross_attention = self._part(
+                "cross_attention",
+                lambda: self._attention("cross_attention", head_dim),
+                shape,
+                encoder_sequence_shape,
+            )
         self.feedforward_norm = self._norm("feedforward_norm", shape)
         self.feedforward = self._part("feedforward", self._make_feedforward, shape)
         self.post_ffw_norm = None
@@ -236,7 +246,8 @@ class DecoderBlock(AdoptsParts, keras.layers.Layer):
         encoder_sequence_mask=None,
     ):
         """See the class."""
-        self._check_encoder(
+        check_encoder(
+            self.cross_attention is not None,
             encoder_sequence=encoder_sequence,
             encoder_padding_mask=encoder_padding_mask,
             cross_attention_cache=cross_attention_cache,
@@ -248,7 +259,7 @@ class DecoderBlock(AdoptsParts, keras.layers.Layer):
         if decoder_sequence_mask is not None:
             # A copy carries no mask, of which Keras' RMSNormalization would warn.
             x = ops.copy(x)
-        normed = self.attention_norm(x)
+        normed = self.attention_norm(x) if self.normalize_first else x
         attended, self_attention_cache = _with_cache(
             self.attention(
                 normed,
@@ -262,17 +273,18 @@ class DecoderBlock(AdoptsParts, keras.layers.Layer):
             ),
             self_attention_cache,
         )
-        if self.post_attention_norm is not None:
-            attended = self.post_attention_norm(attended)
-        x = x + self.residual_dropout(attended, training=training)
+        x = self._add(
+            x, attended, self.attention_norm, training, self.post_attention_norm
+        )
         if self.cross_attention is not None:
+            normed = self.cross_attention_norm(x) if self.normalize_first else x
             padding = encoder_padding_mask
             reads_only = cross_attention_cache_update_index is None
             if padding is None and cross_attention_cache is not None and reads_only:
                 padding = encoder_sequence_mask
             attended, cross_attention_cache = _with_cache(
                 self.cross_attention(
-                    self.cross_attention_norm(x),
+                    normed,
                     encoder_sequence,
                     attention_mask=None if padding is None else padding[:, None, :],
                     cache=cross_attention_cache,
@@ -283,30 +295,20 @@ class DecoderBlock(AdoptsParts, keras.layers.Layer):
                 ),
                 cross_attention_cache,
             )
-            x = x + self.residual_dropout(attended, training=training)
-        fed = self.feedforward(self.feedforward_norm(x))
-        if self.post_ffw_norm is not None:
-            fed = self.post_ffw_norm(fed)
-        x = x + self.residual_dropout(fed, training=training)
+            x = self._add(x, attended, self.cross_attention_norm, training)
+        fed = self.feedforward(self.feedforward_norm(x) if self.normalize_first else x)
+        x = self._add(x, fed, self.feedforward_norm, training, self.post_ffw_norm)
 
         caches = (self_attention_cache, cross_attention_cache)
         caches = tuple(cache for cache in caches if cache is not None)
         return (x, *caches) if caches else x
 
-    def _check_encoder(self, **arguments):
-        """Refuses arguments of cross-attention where there is none, or their lack."""
-        given = [name for name, value in arguments.items() if value is not None]
-        if self.cross_attention is None and given:
-            raise ValueError(
-                "This block was built without an encoder, so it has no use for "
-                f"`{given[0]}`. Received: {', '.join(given)}"
-            )
-        sources = {"encoder_sequence", "cross_attention_cache"}
-        if self.cross_attention is not None and not sources.intersection(given):
-            raise ValueError(
-                "This block was built with an encoder, so it needs `encoder_sequence` "
-                f"or `cross_attention_cache`. Received: {', '.join(given) or 'neither'}"
-            )
+    def _add(self, x, change, norm, training, post_norm=None):
+        """What a part was given and what it gives, added up."""
+        if post_norm is not None:
+            change = post_norm(change)
+        x = x + self.residual_dropout(change, training=training)
+        return x if self.normalize_first else norm(x)
 
     def compute_output_spec(
         self,
@@ -320,7 +322,8 @@ class DecoderBlock(AdoptsParts, keras.layers.Layer):
         **unused,
     ):
         """Shapes and dtypes of what a call returns."""
-        self._check_encoder(
+        check_encoder(
+            self.cross_attention is not None,
             encoder_sequence=encoder_sequence,
             encoder_padding_mask=encoder_padding_mask,
             cross_attention_cache=cross_attention_cache,
@@ -357,6 +360,7 @@ class DecoderBlock(AdoptsParts, keras.layers.Layer):
             "head_dim",
             "normalization",
             "layer_norm_epsilon",
+            "normalize_first",
             "gated_feedforward",
             "use_bias",
             "attention_bias",

@@ -1,5 +1,6 @@
-"""A decoder language model made of the package's layers."""
+"""Language models made of the package's layers."""
 
 from keras_kvcache.models.decoder_lm import DecoderLM
+from keras_kvcache.models.encoder_decoder_lm import EncoderDecoderLM
 
-__all__ = ["DecoderLM"]
+__all__ = ["DecoderLM", "EncoderDecoderLM"]

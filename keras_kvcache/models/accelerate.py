@@ -1,11 +1,15 @@
 """keras-hub's models, decoding through this package."""
 
+import sys
+
 import jax
 import numpy as np
 from keras import ops
 
 from keras_kvcache import samplers
 from keras_kvcache.generation.sizes import chunk_sizes
+from keras_kvcache.models.encoder_decoder_inputs import read_encoder_inputs
+from keras_kvcache.models.encoder_decoder_lm import EncoderDecoderLM
 from keras_kvcache.models.hub import share
 
 # Where positions are rotary, keras-hub sets no end to them.
@@ -29,7 +33,8 @@ def accelerate(causal_lm):
     ```
 
     Args:
-        causal_lm: A `keras_hub.models.CausalLM` of a family that
+        causal_lm: A `keras_hub.models.CausalLM`, which a
+            `keras_hub.models.Seq2SeqLM` is too, of a family that
             `keras_kvcache.from_keras_hub` knows.
 
     Returns:
@@ -38,7 +43,8 @@ def accelerate(causal_lm):
         already it's the one that it has.
 
     Raises:
-        TypeError: `causal_lm` isn't a `keras_hub.models.CausalLM`.
+        TypeError: `causal_lm` isn't a `keras_hub.models.CausalLM`; a backbone has no
+            `generate`.
         ValueError: It can't be decoded here; the message says why.
     """
     return accelerated_by(causal_lm) or Acceleration(causal_lm)
@@ -51,11 +57,21 @@ class Acceleration:
         causal_lm: As in `accelerate`.
 
     Attributes:
-        model: The `DecoderLM` that has the model's layers.
+        model: The `DecoderLM` or `EncoderDecoderLM` that has the model's layers.
     """
 
     def __init__(self, causal_lm):
+        hub = sys.modules.get("keras_hub")
+        if hub is None or not isinstance(causal_lm, hub.models.CausalLM):
+            raise TypeError(
+                "`causal_lm` must be a `keras_hub.models.CausalLM`, which has the "
+                f"`generate` to accelerate. Received: {type(causal_lm).__name__}"
+            )
         self.model = share(causal_lm, NO_END)
+        self._has_encoder = isinstance(self.model, EncoderDecoderLM)
+        prefix = "decoder_" if self._has_encoder else ""
+        # What keras-hub calls the tokens, and the mask of those that are there.
+        self._ids, self._mask = f"{prefix}token_ids", f"{prefix}padding_mask"
         self._causal_lm = causal_lm
         # keras-hub asks the first for a function that generates, and compiles the
         # second where the sampler brings its own loop.
@@ -84,18 +100,22 @@ class Acceleration:
 
         Args:
             inputs: Dictionary of `"token_ids"` and `"padding_mask"`, arrays `(B, T)`
-                padded on the right.
+                padded on the right; of an encoder-decoder model that of its
+                backbone's inputs.
             stop_token_ids: Ids that end a row, or `None`.
 
         Returns:
-            A dictionary of the same keys and shapes.
+            A dictionary of token ids and padding mask, of the same keys and shapes.
 
         Raises:
             ValueError: There are more positions than the model knows.
         """
-        token_ids = ops.convert_to_numpy(inputs["token_ids"])
-        mask = ops.convert_to_numpy(inputs["padding_mask"]).astype(bool)
-        inputs = {"token_ids": token_ids, "padding_mask": mask}
+        token_ids = ops.convert_to_numpy(inputs[self._ids])
+        mask = ops.convert_to_numpy(inputs[self._mask]).astype(bool)
+        encoder_inputs = {}
+        if self._has_encoder:
+            encoder_inputs = read_encoder_inputs(inputs, self.model)
+        inputs = {**encoder_inputs, self._ids: token_ids, self._mask: mask}
         if token_ids.shape[1] > self.model.max_sequence_length:
             raise ValueError(
                 "`inputs` must be no longer, `max_length` included, than the "
@@ -105,34 +125,36 @@ class Acceleration:
         sampler = stepwise_sampler(self._causal_lm.sampler)
         if sampler is None:
             return self._search(inputs, stop_token_ids)
-        answer = self.model.generator.generate(
+        answer = self.model.generate(
             inputs,
             stop_token_ids=stop_token_ids,
             sampler=sampler,
             seed=_next_seed(self._causal_lm.sampler),
         )
         # Past a row's end stands what the preprocessor has padded with.
-        answered = answer["padding_mask"]
-        answer["token_ids"] = np.where(answered, answer["token_ids"], token_ids)
+        answered = answer[self._mask]
+        answer[self._ids] = np.where(answered, answer[self._ids], token_ids)
         return answer
 
     def _search(self, inputs, stop_token_ids):
         """Generates by the sampler's own loop, which keras-hub compiles."""
-        width = inputs["token_ids"].shape[1]
-        longest = int(inputs["padding_mask"].sum(axis=1).max())
+        width = inputs[self._ids].shape[1]
+        longest = int(inputs[self._mask].sum(axis=1).max())
         # The shape of the prompts is part of the program, so it's one of a few.
-        prompt_ids = inputs["token_ids"][:, : min(width, sum(chunk_sizes(longest)))]
+        prompt_ids = inputs[self._ids][:, : min(width, sum(chunk_sizes(longest)))]
         generate = type(self._causal_lm).make_generate_function(self._causal_lm)
         inputs = {**inputs, "prompt_ids": prompt_ids}
         return generate(inputs, stop_token_ids=stop_token_ids)
 
     def _search_step(self, inputs, stop_token_ids=None):
         """Runs the prompts, then the sampler, which decodes token by token."""
-        prompt_ids, mask = inputs["prompt_ids"], inputs["padding_mask"]
-        rows, width = ops.shape(inputs["token_ids"])
+        prompt_ids, mask = inputs["prompt_ids"], inputs[self._mask]
+        rows, width = ops.shape(inputs[self._ids])
         # The samplers' loops begin where the shortest prompt ends, and only a static
         # cache can go back by any number of positions.
         cache = self.model.init_cache(rows, width, kind="static")
+        if self._has_encoder:
+            cache = (cache, self.model.encode(inputs))
         hidden_states, cache = self.model.hidden_with_cache(prompt_ids, cache, 0)
         rest = width - ops.shape(prompt_ids)[1]
         # A sampler knows tensors whose first axis is the rows, and no caches.
@@ -147,7 +169,7 @@ class Acceleration:
 
         token_ids = self._causal_lm.sampler(
             next=next_token,
-            prompt=inputs["token_ids"],
+            prompt=inputs[self._ids],
             cache=tensors,
             index=ops.min(ops.sum(ops.cast(mask, "int32"), axis=-1)),
             mask=mask,
@@ -161,7 +183,7 @@ class Acceleration:
             ends = ops.any(ops.equal(token_ids[..., None], stop), axis=-1)
             ends = ops.cast(ops.logical_and(ends, ops.logical_not(mask)), "int32")
             answered = ops.equal(ops.cumsum(ends, axis=-1) - ends, 0)
-        return {"token_ids": token_ids, "padding_mask": answered}
+        return {self._ids: token_ids, self._mask: answered}
 
 
 def accelerated_by(causal_lm):

@@ -2,6 +2,10 @@
 
 import sys
 
+from keras_kvcache.models.hub.encoder_decoder import (
+    ENCODER_DECODERS,
+    share_encoder_decoder,
+)
 from keras_kvcache.models.hub.families import FAMILIES
 from keras_kvcache.models.hub.position_table import PositionTable
 from keras_kvcache.models.hub.shared import SharedDecoderLM
@@ -9,10 +13,15 @@ from keras_kvcache.models.hub.tokenizer import HubTokenizer
 
 # Of a model with rotary positions, which doesn't say how far it was trained.
 DEFAULT_SEQUENCE_LENGTH = 8192
+# What keeps a family out that looks like one that is in.
+UNFIT = {
+    "T5Backbone": ", whose relative positions are a bias added to attention scores, "
+    "for which the attention here has no place",
+}
 
 
 def from_keras_hub(causal_lm, max_sequence_length=None):
-    """A `DecoderLM` that has the very weights of a keras-hub model.
+    """A model of ours that has the very weights of a keras-hub model.
 
     Both models share their layers: nothing is copied, and what `fit`, LoRA,
     `quantize` or `load_weights` does to one is seen by the other.
@@ -20,21 +29,23 @@ def from_keras_hub(causal_lm, max_sequence_length=None):
     Args:
         causal_lm: A `keras_hub.models.CausalLM` of the family GPT-2, OPT, Llama,
             Llama 3, Mistral, Mixtral, Phi-3, Qwen 2 and 2.5, Qwen 3, Gemma, Gemma 2
-            or Gemma 3 (text).
+            or Gemma 3 (text), or BART. Of Whisper, which keras-hub has no such class
+            for, a `keras_hub.models.WhisperBackbone`.
         max_sequence_length: The most positions; `None` for what the model says,
             or 8192 if it doesn't. It takes no memory by itself.
 
     Returns:
         A `DecoderLM`, with the tokenizer of the keras-hub model if there is one.
         Its `save`, `save_weights` and `save_to_preset` write a `DecoderLM` with
-        weights of its own.
+        weights of its own. Of BART and Whisper an `EncoderDecoderLM`, which isn't
+        saved: the keras-hub model is.
 
     Raises:
-        TypeError: `causal_lm` isn't a `keras_hub.models.CausalLM`.
+        TypeError: `causal_lm` is none of these classes.
         ValueError: Its family is unknown, it has what can't be decoded here, or
             `max_sequence_length` goes past what it knows.
     """
-    backbone = getattr(causal_lm, "backbone", None)
+    backbone = getattr(causal_lm, "backbone", causal_lm)
     if max_sequence_length is None:
         named = getattr(backbone, "max_sequence_length", None)
         model = share(causal_lm, named or DEFAULT_SEQUENCE_LENGTH)
@@ -55,8 +66,14 @@ def share(causal_lm, max_sequence_length):
         causal_lm: As in `from_keras_hub`.
         max_sequence_length: The most positions, where the model doesn't know fewer.
     """
-    family = _family_of(causal_lm)
-    backbone = causal_lm.backbone
+    backbone = _backbone_of(causal_lm)
+    kind = type(backbone).__name__
+    if kind in ENCODER_DECODERS:
+        policy = _plain_policy(backbone.dtype_policy)
+        model = share_encoder_decoder(causal_lm, backbone, max_sequence_length, policy)
+        _check_shared(model, causal_lm)
+        return model
+    family = FAMILIES[kind]
     blocks = [family.block_parts(block) for block in backbone.transformer_layers]
     sizes = dict(
         vocabulary_size=backbone.vocabulary_size,
@@ -91,24 +108,29 @@ def share(causal_lm, max_sequence_length):
     return model
 
 
-def _family_of(causal_lm):
+def _backbone_of(causal_lm):
+    """The backbone of a model that can be decoded here."""
     hub = sys.modules.get("keras_hub")
-    if hub is None or not isinstance(causal_lm, hub.models.CausalLM):
+    if hub is not None and isinstance(causal_lm, hub.models.WhisperBackbone):
+        backbone = causal_lm
+    elif hub is not None and isinstance(causal_lm, hub.models.CausalLM):
+        backbone = causal_lm.backbone
+    else:
         raise TypeError(
-            "`causal_lm` must be a `keras_hub.models.CausalLM`. Received: "
-            f"{type(causal_lm).__name__}"
+            "`causal_lm` must be a `keras_hub.models.CausalLM` or a "
+            f"`keras_hub.models.WhisperBackbone`. Received: {type(causal_lm).__name__}"
         )
     # A class of one's own may do anything, so no subclass passes for its base.
-    kind = type(causal_lm.backbone)
-    if kind is not getattr(hub.models, kind.__name__, None):
-        kind = None
-    if kind is None or kind.__name__ not in FAMILIES:
+    kind, name = type(backbone), type(backbone).__name__
+    is_theirs = kind is getattr(hub.models, name, None)
+    if not is_theirs or name not in (*FAMILIES, *ENCODER_DECODERS):
+        why = UNFIT.get(name, "") if is_theirs else ""
         raise ValueError(
             "`causal_lm` must have a backbone of one of the families "
-            f"{', '.join(FAMILIES)}. Received: a {type(causal_lm).__name__} with a "
-            f"{type(causal_lm.backbone).__name__}"
+            f"{', '.join((*FAMILIES, *ENCODER_DECODERS))}. Received: a "
+            f"{type(causal_lm).__name__} with a {name}{why}"
         )
-    return FAMILIES[kind.__name__]
+    return backbone
 
 
 def _heads(backbone):

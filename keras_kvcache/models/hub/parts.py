@@ -28,6 +28,15 @@ def transformer_decoder(block):
     )
 
 
+def attending_decoder(block):
+    """Parts of a `keras_hub.layers.TransformerDecoder` that attends an encoder."""
+    return dict(
+        transformer_decoder(block),
+        cross_attention_norm=block._cross_attention_layer_norm,
+        cross_attention=projections(block._cross_attention_layer, "_"),
+    )
+
+
 def llama_decoder(block):
     """Parts of the block of Llama, Mistral and Qwen."""
     return dict(

@@ -3,10 +3,37 @@
 from types import MappingProxyType
 
 from keras_kvcache.models.decoder_lm import DecoderLM
+from keras_kvcache.models.encoder_decoder_lm import EncoderDecoderLM
 from keras_kvcache.models.hub.own_copy import own_copy
 
 
-class SharedDecoderLM(DecoderLM):
+class SharesLayers:
+    """What a model of foreign layers can't do with files."""
+
+    def save_own_variables(self, store):
+        """Refuses to be saved as part of another model.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "A model that shares the layers of a keras-hub model can't be saved as "
+            f"part of another. Received: {self.name}; {self._saved_by}"
+        )
+
+    def load_weights(self, filepath, *args, **kwargs):
+        """Refuses to read a file.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "Weights must be loaded by the keras-hub model whose layers this one "
+            f"shares; it sees them at once. Received: filepath={filepath!r}"
+        )
+
+
+class SharedDecoderLM(SharesLayers, DecoderLM):
     """A `DecoderLM` made of another model's layers, as `from_keras_hub` makes it.
 
     Their weights may lie otherwise than those of a `DecoderLM` do, so what is saved
@@ -17,6 +44,8 @@ class SharedDecoderLM(DecoderLM):
             `"block_0"`, `"block_1"` and so on.
         **config: Arguments of `DecoderLM`.
     """
+
+    _saved_by = "use `save_to_preset` on it"
 
     def __init__(self, parts, **config):
         self._parts = MappingProxyType(parts)
@@ -42,24 +71,33 @@ class SharedDecoderLM(DecoderLM):
             self.tokenizer.save(directory)
         own_copy(self).save_to_preset(directory)
 
-    def save_own_variables(self, store):
-        """Refuses to be saved as part of another model.
+
+class SharedEncoderDecoderLM(SharesLayers, EncoderDecoderLM):
+    """An `EncoderDecoderLM` made of another model's layers, its encoder included.
+
+    Files are written and read by the other model.
+
+    Args:
+        parts: What to adopt, by the names of `EncoderDecoderLM`'s attributes; blocks
+            are `"block_0"`, `"block_1"` and so on.
+        **config: Arguments of `EncoderDecoderLM`.
+    """
+
+    _saved_by = "save the keras-hub model"
+
+    def __init__(self, parts, **config):
+        self._parts = MappingProxyType(parts)
+        super().__init__(**config)
+
+    def save(self, filepath, *args, **kwargs):
+        """Refuses to write a file.
 
         Raises:
             ValueError: Always.
         """
         raise ValueError(
-            "A model that shares the layers of a keras-hub model can't be saved as "
-            f"part of another. Received: {self.name}; use `save_to_preset` on it"
+            "A model that shares the layers of a keras-hub model must be saved by "
+            f"that model. Received: filepath={filepath!r}"
         )
 
-    def load_weights(self, filepath, *args, **kwargs):
-        """Refuses to read a file.
-
-        Raises:
-            ValueError: Always.
-        """
-        raise ValueError(
-            "Weights must be loaded by the keras-hub model whose layers this one "
-            f"shares; it sees them at once. Received: filepath={filepath!r}"
-        )
+    save_weights = save

@@ -56,3 +56,42 @@ class HubTokenizer:
             "`tokenizer` to `None` to save it without. Received: keras-hub's "
             f"{type(self._preprocessor.tokenizer).__name__}"
         )
+
+
+class HubPairTokenizer(HubTokenizer):
+    """Encodes and decodes as `generate` of an encoder-decoder model does.
+
+    Args:
+        preprocessor: A `keras_hub.models.Seq2SeqLMPreprocessor`.
+    """
+
+    def encode(self, text):
+        """Refuses: texts come in pairs.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "`inputs` must hold texts for the encoder and the decoder; see "
+            f"`encode_pairs`. Received: {text!r}"
+        )
+
+    def encode_pairs(self, encoder_texts, decoder_texts):
+        """Arrays as `EncoderDecoderLM` takes them, the start tokens included.
+
+        Args:
+            encoder_texts, decoder_texts: Lists of as many strings.
+        """
+        packed = self._preprocessor.generate_preprocess(
+            {"encoder_text": encoder_texts, "decoder_text": decoder_texts}
+        )
+        return {k: keras.ops.convert_to_numpy(v) for k, v in packed.items()}
+
+    def decode(self, token_ids):
+        """Text of token ids, without special tokens."""
+        token_ids = np.array([list(token_ids)], "int32")
+        if not token_ids.size:
+            return ""
+        mask = np.ones_like(token_ids, bool)
+        packed = {"decoder_token_ids": token_ids, "decoder_padding_mask": mask}
+        return self._preprocessor.generate_postprocess(packed)[0]
