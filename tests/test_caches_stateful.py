@@ -470,6 +470,13 @@ def short_segments():
         yield
 
 
+@pytest.fixture(autouse=True)
+def forget_programs_of_a_combination():
+    """All of them together are more than a process may hold."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.mark.parametrize("combination", combinations(), ids="-".join)
 def test_any_sequence_of_calls(combination):
     run_state_machine_as_test(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from keras_kvcache import DecoderLM
-from keras_kvcache.caches import Rolling, RollingCache, StaticCache
+from keras_kvcache.caches import Rolling, RollingCache, Static, StaticCache
 
 W = 11
 
@@ -70,9 +70,9 @@ def test_goes_on_past_the_longest_sequence(sliding):
     tokens = sliding.generate([5, 7], max_new_tokens=limit + 50)
     assert len(tokens) == limit + 52
     assert len(sliding.generate([5, 7])) == limit
-    bounded = sliding.generate([5, 7], max_new_tokens=limit + 50, cache="static")
-    assert len(bounded) == limit
-    assert bounded == tokens[:limit]
+    for cache in ("static", Static()):
+        bounded = sliding.generate([5, 7], max_new_tokens=limit + 50, cache=cache)
+        assert bounded == tokens[:limit]
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from keras_kvcache.caches import CacheSpec, Rolling, choose_kind, get_codec
+from keras_kvcache.caches import CacheSpec, Rolling, Static, choose_kind, get_codec
 from keras_kvcache.generation import GenerateMethods, Generator
 
 
@@ -95,7 +95,9 @@ class DecodingMethods(GenerateMethods):
         if self.position_embedding != "rotary":
             return False
         slides = all(block.sliding_window is not None for block in self.blocks)
-        return isinstance(kind, Rolling) or (slides and kind != "static")
+        return isinstance(kind, Rolling) or (
+            slides and kind not in ("static", Static())
+        )
 
     @property
     def generator(self):
