@@ -109,7 +109,7 @@ def test_saves_as_a_model_of_its_own(case, tmp_path):
     ):
         assert type(loaded) is DecoderLM
         assert not {id(v) for v in loaded.weights} & {id(v) for v in theirs.weights}
-        np.testing.assert_allclose(logits(loaded), logits(ours), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(logits(loaded), logits(ours), rtol=0, atol=1e-4)
     json.dumps(ours.get_config())
 
 
