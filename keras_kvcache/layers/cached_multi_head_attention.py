@@ -241,7 +241,7 @@ class CachedMultiHeadAttention(AdoptsParts, keras.layers.MultiHeadAttention):
         if cache is not None and cache_update_index is None:
             view = holder.view()
         else:
-            keys, values = self._project_entries(value, key, index)
+            keys, values = self.project_entries(value, key, index)
             if cache is None:
                 view = sequence_view(keys, values)
             else:
@@ -305,7 +305,7 @@ class CachedMultiHeadAttention(AdoptsParts, keras.layers.MultiHeadAttention):
             queries = self.query_norm(queries)
         return self._rotate(queries, index)
 
-    def _project_entries(self, value, key, index):
+    def project_entries(self, value, key, index):
         """`(B, T', D)` each to the `(B, T', K, H)` keys and values that are cached."""
         keys = self._key_dense(value if key is None else key)
         if self.key_norm is not None:

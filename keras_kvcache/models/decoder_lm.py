@@ -281,29 +281,6 @@ class DecoderLM(PresetMethods, DecodingMethods, AdoptsParts, keras.Model):
             x = block(x, training=training)
         return self.logits(self.final_norm(x))
 
-    def call_with_cache(self, token_ids, cache, cache_update_index):
-        """One step of decoding, or a part of a prompt.
-
-        Args:
-            token_ids: Integer tensor `(B, T)`: the tokens at positions
-                `cache_update_index … cache_update_index + T - 1`.
-            cache: What `init_cache` or an earlier call gave: one cache a layer,
-                each a cache object or a dense tensor `(B, 2, S, K, H)`.
-            cache_update_index: An int, or an integer tensor of shape `()` or
-                `(B,)`.
-
-        Returns:
-            `(logits, hidden_states, cache)`: `(B, T, V)`, `(B, T, D)` and the
-            updated caches.
-
-        Raises:
-            ValueError: There isn't one cache a layer, or one doesn't fit.
-        """
-        hidden_states, cache = self.hidden_with_cache(
-            token_ids, cache, cache_update_index
-        )
-        return self.logits(hidden_states), hidden_states, cache
-
     def hidden_with_cache(self, token_ids, cache, cache_update_index):
         """`call_with_cache` without the logits: `(hidden_states, cache)`."""
         if not isinstance(cache, (list, tuple)) or len(cache) != self.num_layers:
@@ -322,10 +299,6 @@ class DecoderLM(PresetMethods, DecodingMethods, AdoptsParts, keras.Model):
             )
             updated.append(layer_cache)
         return self.final_norm(x), tuple(updated)
-
-    def logits(self, hidden_states):
-        """Logits `(…, V)` of final hidden states `(…, D)`."""
-        return self.token_embedding(hidden_states, reverse=True)
 
     def _embed(self, token_ids, index, training=None):
         x = self.token_embedding(token_ids)

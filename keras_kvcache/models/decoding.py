@@ -1,4 +1,4 @@
-"""What a decoder language model needs to generate: its caches and its generator."""
+"""What a language model needs to generate: steps, caches and a generator."""
 
 from typing import NamedTuple
 
@@ -21,7 +21,38 @@ class CacheBytes(NamedTuple):
 
 
 class DecodingMethods(GenerateMethods):
-    """Gives `DecoderLM` its `init_cache`, `generate` and `stream`."""
+    """Gives a language model its steps, its caches, `generate` and `stream`.
+
+    It needs `hidden_with_cache`, and what the constructor of `DecoderLM` keeps.
+    """
+
+    def call_with_cache(self, token_ids, cache, cache_update_index):
+        """One step of decoding, or a part of a prompt.
+
+        Args:
+            token_ids: Integer tensor `(B, T)`: the tokens at positions
+                `cache_update_index … cache_update_index + T - 1`.
+            cache: What `init_cache` or an earlier call gave: one cache a layer,
+                each a cache object or a dense tensor `(B, 2, S, K, H)`. With an
+                encoder the pair of these and of what `encode` gave.
+            cache_update_index: An int, or an integer tensor of shape `()` or
+                `(B,)`.
+
+        Returns:
+            `(logits, hidden_states, cache)`: `(B, T, V)`, `(B, T, D)` and the
+            updated caches.
+
+        Raises:
+            ValueError: There isn't one cache a layer, or one doesn't fit.
+        """
+        hidden_states, cache = self.hidden_with_cache(
+            token_ids, cache, cache_update_index
+        )
+        return self.logits(hidden_states), hidden_states, cache
+
+    def logits(self, hidden_states):
+        """Logits `(…, V)` of final hidden states `(…, D)`."""
+        return self.token_embedding(hidden_states, reverse=True)
 
     def cache_specs(
         self, batch_size, max_length=None, kind="auto", codec=None, layout="head_major"

@@ -203,31 +203,12 @@ class EncoderDecoderLM(EncoderDecoderMethods, AdoptsParts, keras.Model):
             x = block(x, sequence, encoder_padding_mask=mask, training=training)
         return self.logits(self._finish(x))
 
-    def call_with_cache(self, token_ids, cache, cache_update_index):
-        """One step of decoding, or a part of the decoder's prompt.
-
-        Args:
-            token_ids: Integer tensor `(B, T)`: the tokens at positions
-                `cache_update_index … cache_update_index + T - 1`.
-            cache: The pair of what `init_cache` and what `encode` gave, or of what
-                an earlier call gave.
-            cache_update_index: An int, or an integer tensor of shape `()` or
-                `(B,)`.
-
-        Returns:
-            `(logits, hidden_states, cache)`: `(B, T, V)`, `(B, T, D)` and the pair
-            with updated caches; what is encoded stays as it was.
-
-        Raises:
-            ValueError: There isn't one cache a layer, or one doesn't fit.
-        """
-        hidden_states, cache = self.hidden_with_cache(
-            token_ids, cache, cache_update_index
-        )
-        return self.logits(hidden_states), hidden_states, cache
-
     def hidden_with_cache(self, token_ids, cache, cache_update_index):
-        """`call_with_cache` without the logits: `(hidden_states, cache)`."""
+        """`call_with_cache` without the logits: `(hidden_states, cache)`.
+
+        The cache is the pair of what `init_cache` and what `encode` gave; what is
+        encoded stays as it was.
+        """
         own, encoded = cache
         x = self._embed(token_ids, cache_update_index)
         updated = []
@@ -243,10 +224,6 @@ class EncoderDecoderLM(EncoderDecoderMethods, AdoptsParts, keras.Model):
             )
             updated.append(layer_cache)
         return self._finish(x), (tuple(updated), encoded)
-
-    def logits(self, hidden_states):
-        """Logits `(…, V)` of final hidden states `(…, D)`."""
-        return self.token_embedding(hidden_states, reverse=True)
 
     def _embed(self, token_ids, index, training=None):
         positions = token_positions(index, ops.shape(token_ids)[1])

@@ -56,24 +56,14 @@ class EncoderDecoderMethods(DecodingMethods):
         )
 
         def project(block):
-            entries = block.cross_attention._project_entries(sequence, None, 0)
+            entries = block.cross_attention.project_entries(sequence, None, 0)
             cache, _ = spec.allocate().update(*entries, 0)
             return cache
 
         caches = tuple(project(block) for block in self.blocks)
         return Encoded(caches, inputs.get(PADDING_MASK))
 
-    def generate(
-        self,
-        inputs,
-        max_length=None,
-        max_new_tokens=None,
-        stop_token_ids="auto",
-        strip_prompt=False,
-        sampler=None,
-        seed=None,
-        cache=None,
-    ):
+    def generate(self, inputs, **options):
         """Answers what the encoder reads, going on from what the decoder is given.
 
         Args:
@@ -83,10 +73,9 @@ class EncoderDecoderMethods(DecodingMethods):
                 ids, rows of ids, or, with a `"decoder_padding_mask"`, arrays
                 `(B, T)` padded on the right. An `"encoder_padding_mask"` may be left
                 out; what it hides of all rows at the end isn't computed.
-            max_length, max_new_tokens, stop_token_ids, strip_prompt, sampler, seed:
-                As in `keras_kvcache.Generator.generate`, of the decoder's tokens.
-            cache: As there. A codec and a layout hold for the encoder's keys and
-                values too.
+            **options: As in `keras_kvcache.Generator.generate`, of the decoder's
+                tokens. The codec and the layout of a `cache` hold for the encoder's
+                keys and values too.
 
         Returns:
             What the decoder was given, continued: text, ids, or a dictionary of
@@ -98,16 +87,7 @@ class EncoderDecoderMethods(DecodingMethods):
                 argument is out of range.
         """
         arrays, prompts = read_pairs(inputs, self)
-        answer = self._generator_of(arrays).generate(
-            prompts,
-            max_length=max_length,
-            max_new_tokens=max_new_tokens,
-            stop_token_ids=stop_token_ids,
-            strip_prompt=strip_prompt,
-            sampler=sampler,
-            seed=seed,
-            cache=cache,
-        )
+        answer = self._generator_of(arrays).generate(prompts, **options)
         if prompts.form != "arrays":
             return answer
         return {
@@ -115,32 +95,15 @@ class EncoderDecoderMethods(DecodingMethods):
             DECODER_MASK: answer["padding_mask"],
         }
 
-    def stream(
-        self,
-        inputs,
-        max_length=None,
-        max_new_tokens=None,
-        stop_token_ids="auto",
-        sampler=None,
-        seed=None,
-        cache=None,
-    ):
+    def stream(self, inputs, **options):
         """Answers piece by piece; see `keras_kvcache.Generator.stream`.
 
-        Arguments are those of `generate`; of arrays lists of ids are streamed.
+        `inputs` are those of `generate`; of arrays lists of ids are streamed.
         """
         arrays, prompts = read_pairs(inputs, self)
         if prompts.form == "arrays":
             prompts = replace(prompts, form="ids")
-        return self._generator_of(arrays).stream(
-            prompts,
-            max_length=max_length,
-            max_new_tokens=max_new_tokens,
-            stop_token_ids=stop_token_ids,
-            sampler=sampler,
-            seed=seed,
-            cache=cache,
-        )
+        return self._generator_of(arrays).stream(prompts, **options)
 
     def _generator_of(self, arrays):
         """The generator, on caches that begin with the encoder's work."""

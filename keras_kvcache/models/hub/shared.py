@@ -8,7 +8,17 @@ from keras_kvcache.models.hub.own_copy import own_copy
 
 
 class SharesLayers:
-    """What a model of foreign layers can't do with files."""
+    """A model of foreign layers, and what it can't do with files.
+
+    Args:
+        parts: What to adopt, by the names of the model's attributes; blocks are
+            `"block_0"`, `"block_1"` and so on.
+        **config: Arguments of the model.
+    """
+
+    def __init__(self, parts, **config):
+        self._parts = MappingProxyType(parts)
+        super().__init__(**config)
 
     def save_own_variables(self, store):
         """Refuses to be saved as part of another model.
@@ -38,18 +48,9 @@ class SharedDecoderLM(SharesLayers, DecoderLM):
 
     Their weights may lie otherwise than those of a `DecoderLM` do, so what is saved
     is a copy with weights of its own, and files are read by the other model.
-
-    Args:
-        parts: What to adopt, by the names of `DecoderLM`'s attributes; blocks are
-            `"block_0"`, `"block_1"` and so on.
-        **config: Arguments of `DecoderLM`.
     """
 
     _saved_by = "use `save_to_preset` on it"
-
-    def __init__(self, parts, **config):
-        self._parts = MappingProxyType(parts)
-        super().__init__(**config)
 
     @classmethod
     def from_config(cls, config):
@@ -76,18 +77,9 @@ class SharedEncoderDecoderLM(SharesLayers, EncoderDecoderLM):
     """An `EncoderDecoderLM` made of another model's layers, its encoder included.
 
     Files are written and read by the other model.
-
-    Args:
-        parts: What to adopt, by the names of `EncoderDecoderLM`'s attributes; blocks
-            are `"block_0"`, `"block_1"` and so on.
-        **config: Arguments of `EncoderDecoderLM`.
     """
 
     _saved_by = "save the keras-hub model"
-
-    def __init__(self, parts, **config):
-        self._parts = MappingProxyType(parts)
-        super().__init__(**config)
 
     def save(self, filepath, *args, **kwargs):
         """Refuses to write a file.
