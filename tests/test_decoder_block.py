@@ -7,7 +7,7 @@ import pytest
 import reference
 
 from keras_kvcache.layers import DecoderBlock, FeedForward, RotaryEmbedding
-from keras_kvcache.layers.mixture_of_experts import MixtureOfExperts
+from keras_kvcache.layers.mixture_of_experts import Experts, MixtureOfExperts
 from keras_kvcache.layers.normalization import make_normalization
 
 B, T, S, E = 3, 7, 13, 5  # E encoder positions
@@ -395,11 +395,30 @@ def test_mixture_of_experts():
             gate = inputs @ gates[e]
             inner = gate / (1 + np.exp(-gate)) * (inputs @ inners[e])
             expected[row, token] += weight * (inner @ outputs[e])
-    np.testing.assert_allclose(
-        cases.numpy(layer(x)), expected, rtol=1e-4, atol=1e-4 * abs(expected).max()
-    )
+    atol = 1e-4 * abs(expected).max()
+    np.testing.assert_allclose(cases.numpy(layer(x)), expected, rtol=1e-4, atol=atol)
+    # A token alone is run by its experts only.
+    for row, token in np.ndindex(B, T):
+        alone = cases.numpy(layer(x[row, token][None, None]))
+        np.testing.assert_allclose(
+            alone[0, 0], expected[row, token], rtol=1e-4, atol=atol
+        )
     copy = MixtureOfExperts.from_config(layer.get_config())
     assert copy.get_config() == layer.get_config()
+
+
+def test_few_tokens_read_only_their_experts():
+    """What isn't read may hold anything."""
+    experts = Experts(11, 5)
+    experts.build((None, 7))
+    for weight in experts.weights:
+        values = np.full(weight.shape, np.nan)
+        values[[3, 8]] = 0.1
+        weight.assign(values)
+    for tokens in (1, 2):
+        chosen, weights = [[8, 3]] * tokens, np.ones((tokens, 2), "float32")
+        answer = experts(np.ones((tokens, 7), "float32"), np.array(chosen), weights)
+        assert np.isfinite(cases.numpy(answer)).all()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -12,7 +12,10 @@ from keras_kvcache.layers.initializers import clone_initializer
 
 @keras.saving.register_keras_serializable(package="keras_kvcache")
 class Experts(keras.layers.Layer):
-    """Gated feed-forward parts without biases, all of which see all tokens.
+    """Gated feed-forward parts without biases, of which each token is given to some.
+
+    A step of decoding costs what it reads. So with few tokens only the experts that
+    are chosen are read; with many, of which all are, every expert sees all tokens.
 
     Args:
         num_experts: `E`.
@@ -23,9 +26,11 @@ class Experts(keras.layers.Layer):
 
     Call arguments:
         tokens: Tensor `(tokens, D)`.
+        chosen: Integer tensor `(tokens, C)`: the experts of each token.
+        weights: Tensor `(tokens, C)`: what each answer counts.
 
     Returns:
-        A tensor `(E, tokens, D)`.
+        A tensor `(tokens, D)`.
     """
 
     def __init__(
@@ -54,15 +59,50 @@ class Experts(keras.layers.Layer):
         initializer = clone_initializer(self.kernel_initializer)
         return self.add_weight(name=name, shape=shape, initializer=initializer)
 
-    def call(self, tokens):
+    def call(self, tokens, chosen, weights):
         """See the class."""
-        gate = self.activation(ops.einsum("td,edf->etf", tokens, self.gate_kernel))
-        inner = ops.einsum("td,edf->etf", tokens, self.intermediate_kernel)
-        return ops.einsum("etf,efd->etd", gate * inner, self.output_kernel)
+        count, choices = chosen.shape
+        if isinstance(count, int) and 2 * count * choices <= self.num_experts:
+            return self._ask_chosen(tokens, chosen, weights)
+        return self._ask_all(tokens, chosen, weights)
 
-    def compute_output_shape(self, tokens_shape):
-        """`(E, tokens, D)`."""
-        return (self.num_experts, *tokens_shape)
+    def _ask_chosen(self, tokens, chosen, weights):
+        """Reads the kernels of a token's experts only."""
+        count, choices = chosen.shape
+        tokens = ops.repeat(tokens, choices, axis=0)[:, None]
+        experts = ops.reshape(chosen, (-1,))
+
+        def pick(kernel):
+            return ops.take(ops.convert_to_tensor(kernel), experts, axis=0)
+
+        answers = self._answers(tokens, pick)
+        answers = ops.reshape(answers, (count, choices, -1))
+        return ops.einsum("tc,tcd->td", weights, answers)
+
+    def _ask_all(self, tokens, chosen, weights):
+        """Every expert answers; the answers that nobody asked for count nothing."""
+        chosen = ops.one_hot(chosen, self.num_experts, dtype=weights.dtype)
+        weights = ops.einsum("tc,tce->te", weights, chosen)
+        # With a copy for each expert these are products, one an expert. Without,
+        # the kernels would be rearranged for a single one, at many times the cost.
+        shape = (self.num_experts, *ops.shape(tokens))
+        answers = self._answers(ops.broadcast_to(tokens, shape), ops.convert_to_tensor)
+        return ops.einsum("te,etd->td", weights, answers)
+
+    def _answers(self, tokens, pick):
+        """What experts make of tokens, `(experts, any, D)` to the same shape.
+
+        Args:
+            tokens: For each expert those it's asked of.
+            pick: Function of a kernel `(E, …)` that gives that of these experts.
+        """
+        gate = self.activation(ops.matmul(tokens, pick(self.gate_kernel)))
+        inner = ops.matmul(tokens, pick(self.intermediate_kernel))
+        return ops.matmul(gate * inner, pick(self.output_kernel))
+
+    def compute_output_shape(self, tokens_shape, chosen_shape, weights_shape):
+        """That of `tokens`."""
+        return tokens_shape
 
     def get_config(self):
         """Constructor arguments."""
@@ -155,9 +195,7 @@ class MixtureOfExperts(AdoptsParts, keras.layers.Layer):
         fitness = ops.softmax(self.router(tokens), axis=-1)
         fitness, chosen = ops.top_k(fitness, k=self.num_experts_per_token)
         fitness = fitness / ops.sum(fitness, axis=-1, keepdims=True)
-        chosen = ops.one_hot(chosen, self.num_experts, dtype=fitness.dtype)
-        weights = ops.einsum("tc,tce->te", fitness, chosen)
-        mixed = ops.einsum("te,etd->td", weights, self.experts(tokens))
+        mixed = self.experts(tokens, chosen, fitness)
         return ops.reshape(mixed, ops.shape(inputs))
 
     def compute_output_shape(self, input_shape):

@@ -7,6 +7,8 @@ all of its own on: Gemma's blocks don't know of its `layer_norm_epsilon`.
 
 import sys
 
+from keras_kvcache.models.hub.expert_bank import ExpertBank
+
 PROJECTIONS = ("query_dense", "key_dense", "value_dense", "output_dense")
 
 
@@ -69,7 +71,8 @@ def mixtral_decoder(block):
         attention=projections(block._self_attention_layer),
         feedforward_norm=block._feedforward_layernorm,
         feedforward=dict(
-            router=mixture._sparse_feedforward_gate_dense, experts=mixture.expert_bank
+            router=mixture._sparse_feedforward_gate_dense,
+            experts=ExpertBank(mixture.expert_bank),
         ),
     )
 
