@@ -24,6 +24,11 @@ from keras_kvcache.caches import Rolling
 from keras_kvcache.generation.steps import DecodeState, Limits
 
 KEY_VALUE_HEADS, HEAD_DIM, CAPACITY = 4, 8, 512
+ROWS = (8, 3)  # Of these, one number can be spread.
+COLLECTIVES = (
+    "all-gather|all-reduce|all-to-all|collective-permute|collective-broadcast"
+    "|reduce-scatter"
+)
 CACHES = {
     "head_major": {},
     "dense": {"layout": "dense"},
@@ -84,11 +89,26 @@ def decode_program(lm, rows, cache):
 
 
 def largest_gathered(program):
-    """Elements of the largest array that a collective operation gives."""
-    pattern = r"= \(?\w+\[([\d,]*)\]\S* (?:all-gather|all-to-all|collective-permute)"
-    shapes = re.findall(pattern, program.as_text())
-    sizes = (math.prod(map(int, shape.split(","))) for shape in shapes if shape)
-    return max(sizes, default=0)
+    """Elements of the largest array that devices bring together."""
+    results = re.findall(rf"= (.*?) (?:{COLLECTIVES})(?:-start)?\(", program.as_text())
+    shapes = re.findall(r"\w+\[([\d,]+)\]", " ".join(results))
+    return max((math.prod(map(int, shape.split(","))) for shape in shapes), default=0)
+
+
+def smallest_shard(caches):
+    """Numbers that a device has of a segment's keys, where it has fewest."""
+    keys = [arrays[0] for cache in caches for arrays in cache.storage.segments]
+    return min(math.prod(array.sharding.shard_shape(array.shape)) for array in keys)
+
+
+def gathered_on_purpose(caches):
+    """What is seen in a program that does bring keys together."""
+    array = caches[0].storage.segments[0][0]
+    everywhere = jax.sharding.NamedSharding(
+        array.sharding.mesh, jax.sharding.PartitionSpec()
+    )
+    gather = jax.jit(lambda array: array, out_shardings=everywhere)
+    return largest_gathered(gather.lower(array).compile())
 
 
 def keeps_layout(program, caches):
@@ -103,7 +123,7 @@ def keeps_layout(program, caches):
 
 def main(name):
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, 40, 5 + row).tolist() for row in range(4)]
+    prompts = [rng.integers(0, 40, 5 + row).tolist() for row in range(ROWS[0])]
     single = make_model()
     weights = single.get_weights()
     seen = {}
@@ -117,13 +137,15 @@ def main(name):
     for case, cache in CACHES.items():
         tokens = lm.generate(prompts, max_new_tokens=20, cache=cache)
         seen[case] = {"equal": tokens == expected[case]}
-        for rows in (4, 3):
+        for rows in ROWS:
             program, caches = decode_program(lm, rows, cache)
             array = jax.tree_util.tree_leaves(caches[0].storage)[0]
             seen[case][rows] = {
                 "spread": math.prod(array.shape)
                 // math.prod(array.sharding.shard_shape(array.shape)),
                 "gathered": largest_gathered(program),
+                "shard": smallest_shard(caches),
+                "gathered on purpose": gathered_on_purpose(caches),
                 "keeps_layout": keeps_layout(program, caches),
             }
     print(json.dumps(seen))
