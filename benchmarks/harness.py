@@ -56,6 +56,36 @@ def median_seconds(functions, repeats):
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+class StreamClock:
+    """Calls a stream again and again, and notes what a token takes.
+
+    The first call is for warming up and isn't noted.
+
+    Args:
+        stream: Function without arguments that gives a generator of tokens, one more
+            than are timed.
+        new_tokens: How many are timed, from the first on.
+
+    Attributes:
+        seconds: Of a token, one number a call.
+    """
+
+    def __init__(self, stream, new_tokens):
+        self._stream, self._new_tokens = stream, new_tokens
+        self._is_warm, self.seconds = False, []
+
+    def __call__(self):
+        tokens = self._stream()
+        next(tokens)
+        begin = time.perf_counter()
+        for _ in range(self._new_tokens):
+            next(tokens)
+        seconds = time.perf_counter() - begin
+        if self._is_warm:
+            self.seconds.append(seconds / self._new_tokens)
+        self._is_warm = True
+
+
 def read_bandwidth(nbytes=2**30, repeats=7):
     """Bytes per second that all cores together read from memory.
 

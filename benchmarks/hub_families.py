@@ -7,8 +7,9 @@ shares its weights. Both choose the same tokens, or the benchmark ends.
 keras-hub runs as many prompt tokens as there is room for and attends all slots in
 every step, so its time a token is the difference between two prompts, of which one
 leaves room for a single token, and holds for any fill. Ours depends on the fill:
-`early` is measured after a prompt of 64 tokens, `late` where the room ends. The first
-token is that of a prompt of 32 tokens.
+`early` is measured after a prompt of 64 tokens, `late` where the room ends, both as
+the time between the first token of a stream and its last. The first token is that of
+a prompt of 32 tokens.
 """
 
 import functools
@@ -150,9 +151,9 @@ def main():
     options = harness.read_arguments("Times keras-hub's families, before and after.")
     report = harness.Report("hub_families", options)
     sizes = QUICK if options.quick else FULL
-    for name, (kind, arguments) in FAMILIES.items():
-        causal_lm = make(kind, arguments, options.quick)
-        for capacity in sizes.capacities:
+    for capacity in sizes.capacities:
+        for name, (kind, arguments) in FAMILIES.items():
+            causal_lm = make(kind, arguments, options.quick)
             measure(report, name, causal_lm, capacity, sizes)
     report.finish()
 
@@ -186,40 +187,34 @@ def measure(report, name, causal_lm, capacity, sizes):
     expected = by_hub(many)
 
     with keras_kvcache.accelerate(causal_lm) as acceleration:
-
-        def by_us(length):
-            return causal_lm.generate(inputs(prompt, length), stop_token_ids=None)
-
+        ours = causal_lm.generate(inputs(prompt, many), stop_token_ids=None)
+        if not np.array_equal(expected, ours["token_ids"]):
+            raise SystemExit(f"{name}: keras-hub and keras-kvcache disagree")
         lm = acceleration.model
 
-        def stream(length, new_tokens):
-            """The first tokens of a generation that has `capacity` slots."""
-            pieces = lm.stream(prompt[:length].tolist(), max_length=capacity)
-            return [next(pieces) for _ in range(new_tokens)]
+    def stream(length):
+        return lm.stream(prompt[:length].tolist(), max_length=capacity)
 
-        if not np.array_equal(expected, by_us(many)["token_ids"]):
-            raise SystemExit(f"{name}: keras-hub and keras-kvcache disagree")
-        early = min(EARLY, capacity // 4)
-        first = min(FIRST, capacity // 4)
-        functions = {
+    clocks = {
+        kind: harness.StreamClock(functools.partial(stream, length), sizes.new_tokens)
+        for kind, length in (("late", many), ("early", min(EARLY, capacity // 4)))
+    }
+    seconds = harness.time_interleaved(
+        {
             "hub one": functools.partial(by_hub, one),
             "hub many": functools.partial(by_hub, many),
-            "late one": functools.partial(by_us, one),
-            "late many": functools.partial(by_us, many),
-            "early one": functools.partial(stream, early, 1),
-            "early many": functools.partial(stream, early, 1 + sizes.new_tokens),
-            "first": functools.partial(stream, first, 1),
-        }
-        seconds = harness.time_interleaved(functions, sizes.rounds)
+            "first": lambda: next(stream(min(FIRST, capacity // 4))),
+            **clocks,
+        },
+        sizes.rounds,
+    )
     per_token = {
-        kind: statistics.median(
-            (many - one) / sizes.new_tokens
-            for many, one in zip(
-                seconds[f"{kind} many"], seconds[f"{kind} one"], strict=True
-            )
-        )
-        for kind in ("hub", "late", "early")
+        kind: statistics.median(clock.seconds) for kind, clock in clocks.items()
     }
+    per_token["hub"] = statistics.median(
+        (many - one) / sizes.new_tokens
+        for many, one in zip(seconds["hub many"], seconds["hub one"], strict=True)
+    )
     first_hub, first_ours = (
         statistics.median(seconds[key]) for key in ("hub one", "first")
     )
