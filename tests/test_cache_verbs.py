@@ -25,6 +25,7 @@ from keras_kvcache.caches import (
     repeat_rows,
     reset_rows,
     resize,
+    resize_window,
     split_rows,
     take_rows,
     with_end,
@@ -94,6 +95,13 @@ def test_rows_taken(kind, codec, layout):
         taken = take(cache, cases.int32(rows))
         assert batch_size(taken) == 3
         assert_rows(taken, cache, rows=[(0, row) for row in rows])
+
+
+def test_rows_that_only_the_running_program_knows():
+    """There's no error to raise there: the nearest that is there is taken."""
+    cache = make_cache("static", "float32", "dense")
+    taken = take(cache, cases.int32([-1, 5, 2**31 - 1, 3]))
+    assert_rows(taken, cache, rows=[(0, row) for row in (0, 4, 4, 3)])
 
 
 @every_combination
@@ -240,10 +248,13 @@ class Followed:
         assert crop(self.cache, self.fill, length) is self.cache
         self.fill = length
 
-    def resize(self, capacity):
-        self.cache = resize(self.cache, capacity, self.fill)
-        if self.kind != "static":
-            self.reference.window = capacity
+    def resize(self, slots):
+        """A static cache gets so many, a rolling one a window of so many."""
+        if self.kind == "static":
+            self.cache = resize(self.cache, slots, self.fill)
+        else:
+            self.cache = resize_window(self.cache, slots, self.fill)
+            self.reference.window = slots
 
 
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
@@ -329,6 +340,25 @@ def test_a_ring_that_overwrote_nothing_goes_back_anywhere():
         crop(sinks, 17, 10)
 
 
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("codec", RULES)
+def test_a_text_begins_again(codec, layout):
+    """Nothing of what a ring lost is needed for that, nor are sinks in a group."""
+    for kind in ("rolling", "sinks"):
+        followed = Followed(kind, codec, layout)
+        for length in (64, 64, 5):
+            followed.write(length)
+        followed.crop(0)
+        for length in (1, 3, 1):
+            followed.write(length)
+    sinks = make_spec("sinks", codec, layout).allocate()
+    if codec == "float32":
+        assert crop(sinks, 133, 2) is sinks
+    else:
+        with pytest.raises(ValueError, match=r"\[?0\]? to before .* are overwritten"):
+            crop(sinks, 133, 2)
+
+
 def test_crop_knows_nothing_of_traced_numbers():
     cache = make_spec("rolling", "float32", "dense").allocate()
     jax.jit(lambda fill: crop(cache, fill, 0) and fill)(cases.int32(99))
@@ -357,7 +387,9 @@ def test_repeats(repeats):
     assert "`repeats`" in words and repr(repeats) in words
 
 
-@pytest.mark.parametrize("sizes", [[5, 1], [4], [], [5, 0], [6, -1], [2.5, 2.5]])
+@pytest.mark.parametrize(
+    "sizes", [[5, 1], [4], [], [5, 0], [6, -1], [2.5, 2.5], 5, None, "5", [True, 4]]
+)
 def test_sizes_of_a_split(sizes):
     words = refusal(split_rows, make_cache("static", "float32", "dense"), sizes)
     assert "`sizes`" in words and "5 rows" in words and str(sizes) in words
@@ -369,6 +401,9 @@ def test_inserts_that_do_not_fit():
     for row in (-1, 4, 5, 2**40):
         words = refusal(insert_rows, cache, other, row)
         assert f"row={row}" in words and "2 rows for 5" in words
+    for row in (1.0, 1.5, True, None, "1", [1], np.array([1])):
+        words = refusal(insert_rows, cache, other, row)
+        assert "`row` must be an integer" in words and repr(row) in words
     for row in (0, cases.int32(0)):
         words = refusal(insert_rows, other, cache, row)
         assert "5 rows for 2" in words
@@ -400,6 +435,13 @@ def test_caches_that_are_not_alike():
         static = make_spec("static", "float32", "dense").allocate()
         words = refusal(insert_rows, static, larger, 0)
         assert "2, 41, 2, 7)" in words and f"2, {more}, 2, 7)" in words
+    small, large = (
+        make_spec("static", "int4", "head_major", capacity=capacity).allocate()
+        for capacity in (41, 43)
+    )
+    words = refusal(insert_rows, small, large, 0)
+    assert "capacity=41" in words and "capacity=43" in words
+    assert "and capacity" in words
     assert "at least one" in refusal(join_rows, [])
     assert "same kind" in refusal(insert_rows, (cache, cache), (cache,), 0)
 
@@ -424,10 +466,55 @@ def test_sizes_that_do_not_hold_what_is_there():
     for capacity in (0, -1, 2.0, True, None):
         words = refusal(resize, static, capacity, 0)
         assert "`capacity`" in words and repr(capacity) in words
-    # A ring that overwrote what a larger window would show.
+    assert "fill=-1" in refusal(resize, static, 16, -1)
+
+
+def test_windows_that_do_not_show_what_is_there():
+    """A ring overwrote what a larger window would show."""
     rolling = make_cache("rolling", "float32", "dense")
-    assert resize(rolling, 17, 13) is not None
-    words = refusal(resize, rolling, 17, 14)
+    assert resize_window(rolling, 17, 13) is not None
+    words = refusal(resize_window, rolling, 17, 14)
     assert "overwritten" in words and "fill=14" in words
-    assert resize(rolling, 11, 1009) is not None
-    assert "sinks=3" in refusal(resize, make_cache("sinks", "int8", "dense"), 3, 5)
+    assert resize_window(rolling, 11, 1009) is not None
+    sinks = make_cache("sinks", "int8", "dense")
+    assert "sinks=3" in refusal(resize_window, sinks, 3, 5)
+    for window in (0, -1, 2.0, True, None):
+        words = refusal(resize_window, rolling, window, 0)
+        assert "`window`" in words and repr(window) in words
+
+
+@pytest.mark.parametrize("fill", [1.0, True, None, "3", [3, 4], [[3]], [], [3, [4]]])
+def test_fills_that_are_not_integers(fill):
+    static = make_cache("static", "float32", "dense")
+    for arguments in (
+        (resize, static, 64, fill),
+        (resize_window, static, 64, fill),
+        (crop, static, fill, 0),
+    ):
+        words = refusal(*arguments)
+        assert "`fill` must be an integer, or one for each of 5 rows" in words
+        assert repr(fill) in words
+    assert "`length`" in refusal(crop, static, 7, fill)
+
+
+def test_a_traced_fill_has_a_dtype_and_a_shape():
+    static = make_cache("static", "float32", "dense")
+    for fill in (np.zeros(3, "int32"), np.zeros((), "float32")):
+        with pytest.raises(ValueError, match="`fill` must be an integer"):
+            cases.compiled(lambda fill: crop(static, fill, 0))(fill)
+
+
+def test_caches_that_differ_grow_together():
+    """As those of a model of which some layers slide: each in its own way."""
+    tree = (
+        make_cache("static", "float32", "head_major"),
+        make_cache("sinks", "int4", "dense"),
+        keras.ops.convert_to_tensor(cases.noise(B, 2, S, K, H)),
+    )
+    longer = resize(tree, 53, 7)
+    assert [cache.capacity for cache in longer[:1]] == [53]
+    assert longer[1] is tree[1]
+    assert tuple(longer[2].shape) == (B, 2, 53, K, H)
+    wider = resize_window(tree, tree[1].window + 2, 7)
+    assert wider[1].window == tree[1].window + 2
+    assert wider[0] is tree[0] and wider[2] is tree[2]

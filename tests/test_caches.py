@@ -11,7 +11,16 @@ import pytest
 import reference_cache
 import reference_codecs
 
-from keras_kvcache.caches import Cache, CacheSpec, Int4, Rolling, Static, StaticCache
+from keras_kvcache.caches import (
+    Cache,
+    CacheSpec,
+    Exact,
+    Int4,
+    Rolling,
+    Static,
+    StaticCache,
+    get_codec,
+)
 from keras_kvcache.caches.sizes import ring_slots, segment_sizes, whole_groups
 from keras_kvcache.ops import attend, token_positions, view_masks
 
@@ -354,6 +363,47 @@ def relative_error(codec, kind, layout):
 @pytest.mark.parametrize("kind, layout", [("static", "head_major"), ("sinks", "dense")])
 def test_codecs_change_attention_little(codec, largest, kind, layout):
     assert 0 < relative_error(codec, kind, layout) <= largest
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("codec", ["int8", "int4"])
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.7, 6.5e4])
+def test_constants_survive(value, codec, layout, dtype):
+    """Keys as they were; of values int4 loses as much as of any others."""
+    cache = CacheSpec(
+        B, 64, K, H, codec=get_codec(codec, dtype), layout=layout
+    ).allocate()
+    entries = np.full((2, B, 37, K, H), value, dtype)
+    value = float(entries[0, 0, 0, 0, 0])
+    cache = update(cache, entries, cases.int32(0))
+    keys, values = (cases.numpy(x)[:, :32] for x in cache.storage.decode())
+    np.testing.assert_allclose(keys, value, rtol=0.01)
+    if codec == "int8":
+        np.testing.assert_allclose(values, value, rtol=0.01)
+    norms = np.linalg.norm(values - value, axis=-1)
+    assert (norms <= 0.17 * abs(value) * H**0.5).all()
+    query = np.full((B, 1, K, H), 1e-4, "float32")
+    output, _ = step(cache, query, entries[:, :, :1], cases.int32(37))
+    norms = np.linalg.norm(cases.numpy(output) - value, axis=-1)
+    assert (norms <= 0.17 * abs(value) * H**0.5).all()
+
+
+@every_combination
+def test_no_entries_change_nothing(kind, codec, layout):
+    cache = make_spec(kind, codec, layout).allocate()
+    cache = update(cache, make_entries(17), cases.int32(0))
+    same = update(cache, make_entries(17)[:, :, :0], cases.int32(17))
+    for before, after in zip(leaves(cache), leaves(same), strict=True):
+        np.testing.assert_array_equal(after, before)
+
+
+@pytest.mark.jax_only
+def test_a_dtype_that_the_backend_lacks():
+    """JAX would turn float64 into float32 without a word."""
+    spec = CacheSpec(B, 5, K, H, codec=Exact("float64"))
+    with pytest.raises(ValueError, match="float64, which becomes float32"):
+        spec.allocate()
 
 
 @pytest.mark.parametrize("layout", cases.LAYOUTS)

@@ -39,6 +39,7 @@ from keras_kvcache.caches import (
     repeat_rows,
     reset_rows,
     resize,
+    resize_window,
     sizes,
     split_rows,
     take_rows,
@@ -203,9 +204,9 @@ def insert(cache, other, source, row):
 
 
 @functools.cache
-def resizer(capacity):
-    """A compiled `resize` to a capacity."""
-    return cases.compiled(lambda cache, fill: resize(cache, capacity, fill))
+def resizer(verb, slots):
+    """A compiled `resize` or `resize_window`."""
+    return cases.compiled(lambda cache, fill: verb(cache, slots, fill))
 
 
 def each_row(*choices):
@@ -335,8 +336,10 @@ class CacheMachine(RuleBasedStateMachine):
         lengths = np.maximum(np.subtract(self.fill, steps), 0)
         high, is_held = np.array(self.high), np.ones(B, bool)
         if self.is_rolling:
-            sees = np.maximum(lengths - self.window + 1, 0)
-            is_held = np.maximum(sees, self.reference.sinks) >= self.held
+            sees = np.maximum(lengths - self.window + 1, self.reference.sinks)
+            group = self.cache.codec.group
+            needs = np.minimum(sees, lengths // group * group)
+            is_held = (needs >= self.held) | (lengths <= needs)
         if is_held.all():
             assert crop(self.cache, high, lengths) is self.cache
             self.fill = lengths.tolist()
@@ -417,7 +420,8 @@ class CacheMachine(RuleBasedStateMachine):
         return self.is_rolling or max(self.fill) <= capacity
 
     def _resize(self, capacity):
-        self.cache = resizer(capacity)(self.cache, cases.int32(self.fill))
+        verb = resize_window if self.is_rolling else resize
+        self.cache = resizer(verb, capacity)(self.cache, cases.int32(self.fill))
         self.capacity = capacity
         if self.is_rolling:
             self.reference.window = capacity

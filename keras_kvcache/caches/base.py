@@ -126,10 +126,6 @@ class Cache(abc.ABC):
             fill, length: Integer NumPy arrays `()` or `(B,)`.
         """
 
-    @abc.abstractmethod
-    def resize(self, capacity, fill):
-        """The cache with another number of slots; see `keras_kvcache.caches.resize`."""
-
     def with_end(self, end):
         """The cache with entries at or past a position dropped when they're written.
 

@@ -37,9 +37,6 @@ DTYPES = {
     "U8": "uint8",
 }
 
-# On each axis of a weight so many entries, evenly spaced, count for the fingerprint.
-SAMPLES = 8
-
 
 def save_caches(path, caches, fill, model=None):
     """Writes caches and how far they are filled into one file.
@@ -148,8 +145,8 @@ def load_caches(path, model=None):
 def fingerprint(model):
     """What tells a model from others, as a text.
 
-    It covers the name, shape, dtype and some of the values of every weight. The
-    model's own name doesn't count.
+    It covers what the model is configured as, where Keras knows that, and the name,
+    shape, dtype and all values of every weight. The model's own name doesn't count.
 
     Args:
         model: A built `keras.Model`.
@@ -162,15 +159,22 @@ def fingerprint(model):
         raise TypeError(f"`model` must be a keras.Model. Received: {model!r}")
     if not model.weights:
         raise ValueError(f"`model` must be built. Received: {model.name}, no weights")
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(_configuration(model).encode())
     for weight in model.weights:
         name = weight.path.removeprefix(f"{model.name}/")
-        steps = (max(1, -(-size // SAMPLES)) for size in weight.shape)
-        sparse = tuple(slice(None, None, step) for step in steps)
-        sample = ops.convert_to_numpy(weight.value[sparse])
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} ".encode())
-        digest.update(sample.tobytes())
+        digest.update(_bytes_of(_as_array(weight.value)))
     return digest.hexdigest()
+
+
+def _configuration(model):
+    """A model's config as JSON: what its weights don't tell, such as its windows."""
+    try:
+        config = dict(model.get_config())
+    except NotImplementedError:  # by a class of one's own
+        return ""
+    config.pop("name", None)
+    return json.dumps(keras.saving.serialize_keras_object(config), sort_keys=True)
 
 
 @contextlib.contextmanager

@@ -74,7 +74,7 @@ class RollingCache(Cache):
         cache = replace(
             self, storage=self._write(coded, start, end), newest=newest, sinks=sinks
         )
-        if length == 1:
+        if length <= 1:
             # What a token evicts is out of its own sight.
             return cache, cache.view(fill)
         # The ring as it was, for early queries, and the new entries beside it.
@@ -101,35 +101,39 @@ class RollingCache(Cache):
 
     def check_crop(self, fill, length):
         """See `Cache.check_crop`."""
-        written = whole_groups(fill, self.codec.group)
+        group = self.codec.group
+        written = whole_groups(fill, group)
         first_held = np.maximum(written - self._ring, self.sink_count)
         first_seen = np.maximum(length - self.window + 1, self.sink_count)
-        if ((first_seen < first_held) & (written > self._ring)).any():
+        # A group that was gone back into is coded again, whole.
+        first_needed = np.minimum(first_seen, length // group * group)
+        is_gone = first_needed < np.minimum(first_held, length)
+        if (is_gone & (written > self._ring)).any():
             raise ValueError(
                 "A rolling cache must still hold what is to be seen, but positions "
-                f"{first_seen.tolist()} to before {first_held.tolist()} are "
+                f"{first_needed.tolist()} to before {first_held.tolist()} are "
                 f"overwritten. Received: fill={fill.tolist()}, "
                 f"length={length.tolist()}, window={self.window}"
             )
 
-    def resize(self, capacity, fill):
-        """See `Cache.resize`."""
-        Rolling(capacity, self.sink_count)
+    def resize_window(self, window, fill):
+        """The cache with another window; see `keras_kvcache.caches.resize_window`."""
+        Rolling(window, self.sink_count)
         known, group = known_value(fill), self.codec.group
-        if known is not None and capacity > self.window:
+        if known is not None and window > self.window:
             gone = whole_groups(known, group) > self._ring
             if gone.any():
                 raise ValueError(
                     "A rolling cache can have a larger window only as long as nothing "
                     f"is overwritten in its {self._ring} slots. Received: "
-                    f"fill={known.tolist()}, window={self.window}, capacity={capacity}"
+                    f"fill={known.tolist()}, window={window} for {self.window}"
                 )
         held = first_positions(fill)
         if self.newest is not None:
             # The group of the newest is coded too once the cache was rolled back.
             held = ops.minimum(self.newest.start, whole_groups(held, group))
-        storage = self.storage.reroll(ring_slots(capacity, group), held)
-        return replace(self, storage=storage, window=capacity)
+        storage = self.storage.reroll(ring_slots(window, group), held)
+        return replace(self, storage=storage, window=window)
 
     @property
     def _ring(self):

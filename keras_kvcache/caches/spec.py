@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import keras
 from keras import ops
 
 from keras_kvcache.caches.base import NO_END, itemsize, nbytes
@@ -102,12 +103,22 @@ class CacheSpec:
         return self._make(Shape)
 
     def allocate(self):
-        """An empty cache of this shape, on the devices of `keras.distribution`."""
+        """An empty cache of this shape, on the devices of `keras.distribution`.
+
+        Raises:
+            ValueError: The backend has no numbers of the codec's dtype.
+        """
         heads_axis = LAYOUTS[self.layout].heads_axis
 
         def make(shape, dtype):
             has_heads = len(shape) > 1
             array = ops.zeros(shape, dtype)
+            held = keras.backend.standardize_dtype(array.dtype)
+            if held != dtype:
+                raise ValueError(
+                    "`codec` must be of a dtype that the backend has. Received: "
+                    f"{dtype}, which becomes {held}"
+                )
             return distribute(array, heads_axis if has_heads else None)
 
         return self._make(make)

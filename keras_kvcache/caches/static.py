@@ -134,15 +134,15 @@ class StaticCache(Cache):
         self._check_fill(fill, self.capacity)
 
     def resize(self, capacity, fill):
-        """See `Cache.resize`."""
+        """The cache with another number of slots; see `keras_kvcache.caches.resize`."""
         self._check_fill(known_value(fill), capacity)
         slots = whole_groups(capacity, self.codec.group)
         length = None if slots == capacity else capacity
         return replace(self, storage=self.storage.resize(slots), length=length)
 
     def _check_fill(self, fill, capacity):
-        if fill is not None and (fill > capacity).any():
+        if fill is not None and ((fill < 0) | (fill > capacity)).any():
             raise ValueError(
-                "`fill` must not pass the capacity. Received: "
+                "`fill` must be from 0 to the capacity. Received: "
                 f"fill={fill.tolist()}, capacity={capacity}"
             )

@@ -249,7 +249,8 @@ def decoded(read):
     """The entries that a `Read` stands for, with the head size on the last axis."""
     entries = read.matrix
     if read.scale is not None:
-        entries = entries * ops.cast(read.scale, entries.dtype)
+        # What is rotated still may be larger than a narrow dtype can tell.
+        entries = ops.cast(entries, "float32") * ops.cast(read.scale, "float32")
     return turn_back(entries, read.rotation)
 
 

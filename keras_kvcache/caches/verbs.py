@@ -10,10 +10,12 @@ from dataclasses import replace
 
 import jax
 import keras
+import numpy as np
 from keras import ops
 
 from keras_kvcache.caches.base import NO_END, Cache
 from keras_kvcache.caches.kinds import is_integer
+from keras_kvcache.caches.rolling import RollingCache
 from keras_kvcache.caches.static import StaticCache
 from keras_kvcache.ops import known_value, splice
 
@@ -29,9 +31,11 @@ def take_rows(cache, rows):
         The same tree, with `B'` rows.
 
     Raises:
-        ValueError: A row isn't there, or `rows` isn't of one axis.
+        ValueError: A row isn't there, or `rows` isn't of one axis. Of `rows` that
+            are traced the nearest that is there is taken.
     """
-    rows = _check_rows(rows, batch_size(cache))
+    size = batch_size(cache)
+    rows = ops.clip(_check_rows(rows, size), 0, size - 1)
     return _map(lambda array: ops.take(array, rows, axis=0), cache)
 
 
@@ -65,12 +69,12 @@ def insert_rows(cache, other, row):
         The tree of `cache`, with rows `row … row + B' - 1` replaced.
 
     Raises:
-        ValueError: The two differ in more than rows, or the rows don't fit. Of a
-            `row` that is traced what doesn't fit is dropped.
+        ValueError: The two differ in more than rows, `row` isn't one integer, or the
+            rows don't fit. Of a `row` that is traced what doesn't fit is dropped.
     """
     _check_alike("other", other, cache)
+    known = _known_integers("row", row)
     rows, given = batch_size(cache), batch_size(other)
-    known = known_value(row)
     if given > rows or (known is not None and not 0 <= known <= rows - given):
         raise ValueError(
             "`other` must fit into the rows of `cache` from `row` on. Received: "
@@ -122,12 +126,15 @@ def split_rows(cache, sizes):
         A list of such trees.
 
     Raises:
-        ValueError: The sizes aren't positive or don't add up.
+        ValueError: The sizes aren't positive integers or don't add up.
     """
     rows = batch_size(cache)
-    if not all(is_integer(size) and size > 0 for size in sizes) or sum(sizes) != rows:
+    is_list = isinstance(sizes, (list, tuple))
+    is_right = is_list and all(is_integer(size) and size > 0 for size in sizes)
+    if not is_right or sum(sizes) != rows:
         raise ValueError(
-            f"`sizes` must be positive and add up to the {rows} rows. Received: {sizes}"
+            "`sizes` must be a list of positive integers that add up to the "
+            f"{rows} rows. Received: {sizes!r}"
         )
     parts, first = [], 0
     for size in sizes:
@@ -173,11 +180,13 @@ def crop(cache, fill, length):
         The cache.
 
     Raises:
-        ValueError: `length` is negative or past the fill, the fill past the
-            capacity, or what is to be seen again is overwritten in a rolling cache.
-            Values that are traced can't be checked.
+        ValueError: One isn't an integer or one a row, `length` is negative or past
+            the fill, the fill past the capacity, or what is to be seen again is
+            overwritten in a rolling cache. Values that are traced can't be checked.
     """
-    fill_value, length_value = known_value(fill), known_value(length)
+    rows = batch_size(cache)
+    fill_value = _known_integers("fill", fill, rows)
+    length_value = _known_integers("length", length, rows)
     if fill_value is None or length_value is None:
         return cache
     if (length_value < 0).any() or (length_value > fill_value).any():
@@ -194,30 +203,62 @@ def crop(cache, fill, length):
 
 
 def resize(cache, capacity, fill):
-    """Gives a cache more or fewer slots.
+    """Gives static caches more or fewer slots.
+
+    Rolling caches, whose slots don't depend on how long the text grows, stay as they
+    are; `resize_window` is for them. So the caches of a model of which some layers
+    slide grow together.
 
     Args:
         cache: A cache or a tree of caches.
-        capacity: The new number of slots `S`; of a rolling cache the new window.
+        capacity: The new number of slots `S`.
         fill: How many positions are written: an int, or integers `(B,)`.
 
     Returns:
-        A cache of the same kind with the same entries, those of a rolling cache as
-        far as its window reaches.
+        The same tree with the same entries.
 
     Raises:
-        ValueError: `capacity` isn't a positive integer or less than the fill, or a
-            rolling cache is to grow that has overwritten something. A fill that is
-            traced can't be checked.
+        ValueError: `capacity` isn't a positive integer or less than the fill, or
+            `fill` isn't an integer or one a row. One that is traced can't be
+            compared with the capacity.
     """
     if not is_integer(capacity) or capacity < 1:
         raise ValueError(
             f"`capacity` must be a positive integer. Received: {capacity!r}"
         )
+    _known_integers("fill", fill, batch_size(cache))
 
     def one(cache):
+        if isinstance(cache, RollingCache):
+            return cache
         resized = _as_cache(cache).resize(capacity, fill)
         return resized if isinstance(cache, Cache) else resized.to_dense()
+
+    return _map_caches(one, cache)
+
+
+def resize_window(cache, window, fill):
+    """Gives rolling caches another window; all others stay as they are.
+
+    Args:
+        cache: A cache or a tree of caches.
+        window: The new `W`.
+        fill: How many positions are written: an int, or integers `(B,)`.
+
+    Returns:
+        The same tree with the same entries, as far as the window reaches.
+
+    Raises:
+        ValueError: `window` isn't an integer above the number of sinks, it is to
+            grow in a cache that has overwritten something, or `fill` isn't an
+            integer or one a row. One that is traced can't be checked further.
+    """
+    _known_integers("fill", fill, batch_size(cache))
+
+    def one(cache):
+        if isinstance(cache, RollingCache):
+            return cache.resize_window(window, fill)
+        return cache
 
     return _map_caches(one, cache)
 
@@ -274,14 +315,30 @@ def _check_rows(rows, size):
     return rows
 
 
+def _known_integers(name, value, rows=None):
+    """One integer, or one a row if there are `rows`: as a NumPy array.
+
+    `None` while it is traced.
+    """
+    shapes = [()] if rows is None else [(), (rows,)]
+    try:
+        array = value if ops.is_tensor(value) else np.asarray(value)
+    except ValueError:  # by lists of unequal lengths
+        array = np.asarray(None)
+    if "int" not in str(array.dtype) or tuple(array.shape) not in shapes:
+        each = "" if rows is None else f", or one for each of {rows} rows"
+        raise ValueError(f"`{name}` must be an integer{each}. Received: {value!r}")
+    return known_value(array)
+
+
 def _check_alike(name, other, cache):
     """Refuses a tree that differs in more than rows."""
     pair = [jax.tree_util.tree_flatten(tree) for tree in (other, cache)]
     (leaves, structure), (expected, wanted) = pair
     if structure != wanted:
         raise ValueError(
-            f"`{name}` must be caches of the same kind, codec and layout. Received: "
-            f"{other!r} for {cache!r}"
+            f"`{name}` must be caches of the same kind, codec, layout and capacity. "
+            f"Received: {other!r} for {cache!r}"
         )
     for array, like in zip(leaves, expected, strict=True):
         if array.shape[1:] != like.shape[1:] or array.dtype != like.dtype:

@@ -87,9 +87,14 @@ def quantize_int4_groups(x, axis, group):
 
 def dequantize_int4_groups(codes, scale, lowest, axis, group, dtype):
     """The values that `quantize_int4_groups` stands for."""
-    scale = ops.repeat(ops.cast(scale, dtype), group, axis=axis)
-    lowest = ops.repeat(ops.cast(lowest, dtype), group, axis=axis)
-    return ops.cast(codes, dtype) * scale + lowest
+    # The sum of two numbers of which each may be beyond float16, as it was rounded.
+    wide = "float32" if dtype == "float16" else dtype
+    scale = ops.repeat(ops.cast(scale, wide), group, axis=axis)
+    lowest = ops.repeat(ops.cast(lowest, wide), group, axis=axis)
+    values = ops.cast(codes, wide) * scale + lowest
+    if dtype == "float16":
+        values = ops.cast(ops.clip(values, -65504.0, 65504.0), dtype)
+    return values
 
 
 @functools.cache
