@@ -34,7 +34,7 @@ CACHES = {
     "dense": {"layout": "dense"},
     "int8": {"codec": "int8"},
     "int4": {"codec": "int4"},
-    "rolling": {"kind": Rolling(300, sinks=3)},
+    "rolling": {"kind": Rolling(CAPACITY, sinks=3)},
 }
 
 

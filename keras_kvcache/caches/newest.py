@@ -7,6 +7,7 @@ import jax
 from keras import ops
 
 from keras_kvcache.caches.storage import Storage, select_rows
+from keras_kvcache.ops import distribute
 
 
 @jax.tree_util.register_dataclass
@@ -38,12 +39,13 @@ class Newest:
             their group before them, a `Storage` of whole groups, keys exact; the
             position of the first one, int32 `(1 | B,)`.
         """
-        group = self.storage.slots
+        storage, held_start = self.storage.distributed(), distribute(self.start)
+        group = storage.slots
         start = index // group * group
         held = _either_rows(
-            ops.logical_or(self.start == start, index == start),
-            self.storage,
-            lambda: coded(start).regroup(self.storage.codec),
+            ops.logical_or(held_start == start, index == start),
+            storage,
+            lambda: coded(start).regroup(storage.codec),
         )
         length = entries.slots
         groups = (group + length - 2) // group + 1
@@ -59,10 +61,14 @@ class Newest:
         newest = ahead.part(number * group, group)
         # Rows that brought nothing stay as they were.
         brought = fill > index
-        arrays = select_rows(brought, newest.segments[0], self.storage.segments[0])
+        arrays = select_rows(brought, newest.segments[0], storage.segments[0])
         newest = replace(newest, segments=(arrays,))
-        newest_start = ops.where(brought, newest_start, self.start)
-        return Newest(newest, newest_start), ahead, start
+        newest_start = ops.where(brought, newest_start, held_start)
+        return Newest(newest, newest_start).distributed(), ahead, start
+
+    def distributed(self):
+        """The group laid out over devices as `keras.distribution` has it."""
+        return Newest(self.storage.distributed(), distribute(self.start))
 
     def segment(self):
         """The group for attention."""

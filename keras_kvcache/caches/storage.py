@@ -7,7 +7,14 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_kvcache.caches.codecs import Codec
-from keras_kvcache.ops import ring_positions, slots_of, splice, turn_back, write_ring
+from keras_kvcache.ops import (
+    distribute,
+    ring_positions,
+    slots_of,
+    splice,
+    turn_back,
+    write_ring,
+)
 
 
 class Field(NamedTuple):
@@ -142,6 +149,8 @@ class Storage(abc.ABC):
             The storage with the entries.
         """
 
+        slot = _distribute_rows(slot)
+
         def put(array, update, where, first):
             # Seen from a segment, most writes are past its end and dropped.
             index = (slot - first) // where.tokens if where.tokens > 1 else slot - first
@@ -161,6 +170,7 @@ class Storage(abc.ABC):
             The storage with the entries.
         """
         ring = self.slots
+        start, end = _distribute_rows(start), _distribute_rows(end)
 
         def put(array, update, where, first):
             slots, tokens = where
@@ -172,13 +182,21 @@ class Storage(abc.ABC):
         return self._with_entries(put, entries)
 
     def _with_entries(self, put, entries):
-        updates, fields = entries.segments[0], self.fields
+        updates, fields = entries.distributed().segments[0], self.fields
         segments, first = [], 0
-        for arrays, size in zip(self.segments, self.sizes, strict=True):
+        for arrays, size in zip(self.distributed().segments, self.sizes, strict=True):
             triples = zip(arrays, updates, fields, strict=True)
             segments.append(tuple(put(*triple, first) for triple in triples))
             first += size
-        return replace(self, segments=tuple(segments))
+        return replace(self, segments=tuple(segments)).distributed()
+
+    def distributed(self):
+        """The storage laid out over devices as `keras.distribution` has it.
+
+        In a program whose arrays are not told so, XLA might carry them through a loop
+        otherwise, and gather them there.
+        """
+        return self.map(lambda array, *_: distribute(array, self.heads_axis))
 
     def reroll(self, slots, fill):
         """The entries of a ring in a ring of another size.
@@ -235,6 +253,12 @@ class Storage(abc.ABC):
             segments.append(tuple(function(*pair, first, size) for pair in pairs))
             first += size
         return replace(self, segments=tuple(segments))
+
+
+def _distribute_rows(positions):
+    """An integer of each row, laid out over devices as the rows are."""
+    has_rows = ops.is_tensor(positions) and len(positions.shape) == 1
+    return distribute(positions) if has_rows else positions
 
 
 def read_slots(arrays, fields, first, count):
