@@ -42,6 +42,7 @@ def model(request, tmp_path_factory):
     return lm, str(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.jax_only
 @pytest.mark.parametrize("backend", ["tensorflow", "torch"])
 def test_equal_tokens(model, backend):

@@ -119,6 +119,7 @@ def test_other_slashes_are_no_machine_paths(text):
     assert not MACHINE_PATH.search(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path",
     [
