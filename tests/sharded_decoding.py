@@ -20,7 +20,14 @@ import keras
 import numpy as np
 
 from keras_kvcache import DecoderLM, samplers
-from keras_kvcache.caches import Rolling
+from keras_kvcache.caches import (
+    Rolling,
+    insert_rows,
+    repeat_rows,
+    reset_rows,
+    split_rows,
+    take_rows,
+)
 from keras_kvcache.generation.steps import DecodeState, Limits
 
 KEY_VALUE_HEADS, HEAD_DIM, CAPACITY = 4, 8, 512
@@ -113,8 +120,28 @@ def gathered_on_purpose(caches):
 
 def keeps_layout(program, caches):
     """Whether each array of the caches goes out laid out as it came in."""
+    return is_laid_out_as(caches, program.output_shardings[0].cache)
+
+
+def verbs_keep_layout(caches, rows):
+    """Whether rows that change places stay laid out as rows are, compiled or not."""
+
+    def change(caches):
+        turned = take_rows(caches, list(range(rows))[::-1])
+        emptied = reset_rows(turned, [1])
+        twice = split_rows(repeat_rows(emptied, 2), [rows, rows])
+        return insert_rows(twice[0], twice[1], 0)
+
+    changed = (change(caches), jax.jit(change)(caches))
+    return all(
+        is_laid_out_as(caches, jax.tree_util.tree_map(lambda x: x.sharding, tree))
+        for tree in changed
+    )
+
+
+def is_laid_out_as(caches, shardings):
     came = jax.tree_util.tree_leaves(caches)
-    went = jax.tree_util.tree_leaves(program.output_shardings[0].cache)
+    went = jax.tree_util.tree_leaves(shardings)
     return all(
         sharding.is_equivalent_to(array.sharding, array.ndim)
         for array, sharding in zip(came, went, strict=True)
@@ -147,6 +174,7 @@ def main(name):
                 "shard": smallest_shard(caches),
                 "gathered on purpose": gathered_on_purpose(caches),
                 "keeps_layout": keeps_layout(program, caches),
+                "verbs_keep_layout": verbs_keep_layout(caches, rows),
             }
     print(json.dumps(seen))
 

@@ -59,6 +59,9 @@ def make_cache(*combination, seed=0, **sizes):
     def fill(array):
         dtype = keras.backend.standardize_dtype(array.dtype)
         values = random.normal(size=array.shape)
+        if dtype == "int16":  # bits of bfloat16
+            values = keras.ops.convert_to_tensor(values, "bfloat16")
+            return keras.ops.view(values, dtype)
         if "int" in dtype:
             values = random.integers(0, 100, array.shape)
         return keras.ops.convert_to_tensor(values, dtype)
@@ -376,7 +379,8 @@ def refusal(verb, *arguments):
 def test_rows_that_are_not_there():
     cache = make_cache("static", "float32", "dense")
     for verb in (take_rows, reset_rows):
-        for rows in ([5], [-1], [0, 1, 99], 3, [[0]], [0.5], []):
+        empty = np.zeros(0, "int32")
+        for rows in ([5], [-1], [0, 1, 99], 3, [[0]], [0.5], [], empty):
             words = refusal(verb, cache, rows)
             assert "`rows`" in words and "0 to 4" in words and "Received" in words
 

@@ -138,6 +138,9 @@ class Combination(NamedTuple):
             dtype = keras.backend.standardize_dtype(array.dtype)
             if dtype == "int32":  # positions
                 return array
+            if dtype == "int16":  # bits of bfloat16
+                garbage = keras.ops.full(array.shape, cases.GARBAGE, "bfloat16")
+                return keras.ops.view(garbage, dtype)
             if "int" in dtype:
                 limits = np.iinfo(dtype)
                 codes = random.integers(limits.min, limits.max + 1, array.shape)

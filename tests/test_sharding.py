@@ -31,6 +31,7 @@ def test_decoding_on_eight_devices(distribution):
             one = found[rows]
             assert one["spread"] == spread, (case, rows)
             assert one["keeps_layout"], (case, rows)
+            assert one["verbs_keep_layout"], (case, rows)
             assert one["gathered"] < one["shard"], (case, rows)
             if spread > 1:
                 assert one["gathered on purpose"] > one["shard"], (case, rows)

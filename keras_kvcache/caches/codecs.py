@@ -23,8 +23,12 @@ DTYPES = ("float32", "float16", "bfloat16")
 # What a tensor that a user brings may be besides.
 WIDE = "float64"
 
-# Slots that are brought back to floats at a time, in a processor's cache; no larger
-# copy of coded entries is ever made.
+# What bfloat16 numbers that belong to codes are held as: whole numbers of their bits.
+# On a CPU, XLA would widen an array of them for every slot it writes (see `bits.py`).
+BITS = "int16"
+
+# Slots of head-major storage that are brought back to floats at a time, in a
+# processor's cache.
 CODED_BLOCK = 512
 
 
@@ -166,7 +170,7 @@ class _Int4Values:
 
     def value_parts(self, head_dim):
         """See `Codec.value_parts`."""
-        return Part(-(-head_dim // 2), 1, "uint8"), Part(1, 1, "bfloat16")
+        return Part(-(-head_dim // 2), 1, "uint8"), Part(1, 1, BITS)
 
     def encode_values(self, values, axis, slots):
         """See `Codec.encode_values`."""
@@ -175,11 +179,12 @@ class _Int4Values:
         values = ops.cast(values, "float32")
         turned = ops.matmul(values, rotation(values.shape[axis]))
         codes, scale = quantize_int4(turned, axis)
-        return pack_int4(codes, axis), scale
+        return pack_int4(codes, axis), ops.view(scale, BITS)
 
     def read_values(self, parts, head_dim, axis, slots):
         """See `Codec.read_values`."""
         packed, scale = parts
+        scale = ops.view(scale, "bfloat16")
         codes = ops.cast(unpack_int4(packed, axis, head_dim), self.dtype)
         # Both are exact; weights take in the scale, and float16 might have no room
         # for all of it.
@@ -207,17 +212,19 @@ class Int4(_Int4Values, Codec):
 
     def key_parts(self, head_dim):
         """See `Codec.key_parts`."""
-        of_group = Part(head_dim, self.group, "bfloat16")
+        of_group = Part(head_dim, self.group, BITS)
         return Part(-(-head_dim // 2), 1, "uint8"), of_group, of_group
 
     def encode_keys(self, keys, axis, slots):
         """See `Codec.encode_keys`."""
-        codes, scale, lowest = quantize_int4_groups(keys, slots, self.group)
-        return pack_int4(codes, axis), scale, lowest
+        codes, *of_groups = quantize_int4_groups(keys, slots, self.group)
+        bits = (ops.view(numbers, BITS) for numbers in of_groups)
+        return pack_int4(codes, axis), *bits
 
     def read_keys(self, parts, head_dim, axis, slots):
         """See `Codec.read_keys`."""
-        packed, scale, lowest = parts
+        packed, *of_groups = parts
+        scale, lowest = (ops.view(bits, "bfloat16") for bits in of_groups)
         codes = unpack_int4(packed, axis, head_dim)
         group, dtype = self.group, self.dtype
         keys = dequantize_int4_groups(codes, scale, lowest, slots, group, dtype)

@@ -14,17 +14,20 @@ import numpy as np
 from keras import ops
 
 from keras_kvcache.caches.base import NO_END, Cache
-from keras_kvcache.caches.dense import DenseStorage
 from keras_kvcache.caches.kinds import is_integer
+from keras_kvcache.caches.layout import distributed, map_caches
 from keras_kvcache.caches.spec import Shape
 from keras_kvcache.caches.static import StaticCache
 from keras_kvcache.caches.trees import describe, named_arrays, shape_of, shapes_of
-from keras_kvcache.ops import distribute, known_value
+from keras_kvcache.ops import known_value
 
 # Of the file's metadata: the key that makes it ours, with the version of the format,
 # the description as JSON, and what tells that a byte of that changed.
-FORMAT, FORMAT_VERSION = "keras_kvcache.caches", "1"
+FORMAT, FORMAT_VERSION = "keras_kvcache.caches", "2"
 DESCRIPTION, CHECKSUM = "description", "checksum"
+
+# Where the config of a model has names of layers.
+NAMES = {"name", "input_layers", "output_layers", "inbound_nodes"}
 
 # What the format calls the dtypes that caches have.
 DTYPES = {
@@ -33,6 +36,7 @@ DTYPES = {
     "F16": "float16",
     "BF16": "bfloat16",
     "I32": "int32",
+    "I16": "int16",
     "I8": "int8",
     "U8": "uint8",
 }
@@ -138,15 +142,16 @@ def load_caches(path, model=None):
         if _checksum(map(_bytes_of, arrays)) != description["checksum"]:
             raise ValueError("Arrays must be as they were written. Received: others")
         tensors = [_as_tensor(array) for array in arrays]
-    caches = _map_caches(_distribute, jax.tree_util.tree_unflatten(form, tensors))
+    caches = distributed(jax.tree_util.tree_unflatten(form, tensors))
     return caches, fill if is_integer(fill) else ops.convert_to_tensor(fill, "int32")
 
 
 def fingerprint(model):
     """What tells a model from others, as a text.
 
-    It covers what the model is configured as, where Keras knows that, and the name,
-    shape, dtype and all values of every weight. The model's own name doesn't count.
+    It covers what the model and its layers are configured as, where Keras knows that,
+    and the name, shape, dtype and all values of every weight. The model's own name
+    doesn't count, nor what the layers of a functional model are called.
 
     Args:
         model: A built `keras.Model`.
@@ -170,11 +175,20 @@ def fingerprint(model):
 def _configuration(model):
     """A model's config as JSON: what its weights don't tell, such as its windows."""
     try:
-        config = dict(model.get_config())
+        config = keras.saving.serialize_keras_object(dict(model.get_config()))
     except NotImplementedError:  # by a class of one's own
         return ""
-    config.pop("name", None)
-    return json.dumps(keras.saving.serialize_keras_object(config), sort_keys=True)
+    return json.dumps(_without_names(config), sort_keys=True)
+
+
+def _without_names(config):
+    """A config without what layers are called, which Keras may have made up."""
+    if isinstance(config, dict):
+        rest = config.keys() - NAMES
+        return {key: _without_names(config[key]) for key in rest}
+    if isinstance(config, list):
+        return [_without_names(part) for part in config]
+    return config
 
 
 @contextlib.contextmanager
@@ -273,24 +287,7 @@ def _check_fill(fill, caches):
                 f"of {rows} rows. Received: {fill}"
             )
 
-    _map_caches(check, caches)
-
-
-def _map_caches(function, caches):
-    return jax.tree_util.tree_map(
-        function, caches, is_leaf=lambda node: isinstance(node, Cache)
-    )
-
-
-def _distribute(cache):
-    """The cache laid out as `keras.distribution` has it."""
-    storage = cache.storage if isinstance(cache, Cache) else DenseStorage
-
-    def lay_out(tensor):
-        has_heads = len(tensor.shape) > 1
-        return distribute(tensor, storage.heads_axis if has_heads else None)
-
-    return jax.tree_util.tree_map(lay_out, cache)
+    map_caches(check, caches)
 
 
 def _as_array(tensor):

@@ -73,7 +73,7 @@ class StaticCache(Cache):
                 f"key_dim={storage.head_dim}, value_dim={storage.value_dim}"
             )
         if isinstance(storage, DenseStorage) and storage.is_shared:
-            if isinstance(self.codec, Exact):
+            if type(self.codec) is Exact:
                 return storage.segments[0][0]
         both = ops.stack(storage.decode(), axis=1)[:, :, : self.capacity]
         return ops.cast(both, self.codec.dtype)

@@ -196,7 +196,11 @@ class Storage(abc.ABC):
         In a program whose arrays are not told so, XLA might carry them through a loop
         otherwise, and gather them there.
         """
-        return self.map(lambda array, *_: distribute(array, self.heads_axis))
+        segments = (
+            tuple(distribute(array, self.heads_axis) for array in arrays)
+            for arrays in self.segments
+        )
+        return replace(self, segments=tuple(segments))
 
     def reroll(self, slots, fill):
         """The entries of a ring in a ring of another size.

@@ -15,6 +15,7 @@ from keras import ops
 
 from keras_kvcache.caches.base import NO_END, Cache
 from keras_kvcache.caches.kinds import is_integer
+from keras_kvcache.caches.layout import distributed, map_caches
 from keras_kvcache.caches.rolling import RollingCache
 from keras_kvcache.caches.static import StaticCache
 from keras_kvcache.ops import known_value, splice
@@ -112,7 +113,7 @@ def reset_rows(cache, rows):
             return replace(emptied, end=fill(cache.end, NO_END))
         return emptied
 
-    return _map_caches(reset, cache)
+    return map_caches(reset, cache)
 
 
 def split_rows(cache, sizes):
@@ -199,7 +200,7 @@ def crop(cache, fill, length):
         _as_cache(cache).check_crop(fill_value, length_value)
         return cache
 
-    return _map_caches(check, cache)
+    return map_caches(check, cache)
 
 
 def resize(cache, capacity, fill):
@@ -234,7 +235,7 @@ def resize(cache, capacity, fill):
         resized = _as_cache(cache).resize(capacity, fill)
         return resized if isinstance(cache, Cache) else resized.to_dense()
 
-    return _map_caches(one, cache)
+    return map_caches(one, cache)
 
 
 def resize_window(cache, window, fill):
@@ -260,7 +261,7 @@ def resize_window(cache, window, fill):
             return cache.resize_window(window, fill)
         return cache
 
-    return _map_caches(one, cache)
+    return map_caches(one, cache)
 
 
 def with_end(cache, end):
@@ -274,10 +275,12 @@ def with_end(cache, end):
         The cache.
     """
 
+    end = end if end is None else ops.convert_to_tensor(end)
+
     def one(cache):
         return cache.with_end(end) if isinstance(cache, Cache) else cache
 
-    return _map_caches(one, cache)
+    return map_caches(one, cache)
 
 
 def batch_size(cache):
@@ -286,14 +289,8 @@ def batch_size(cache):
 
 
 def _map(function, cache, *others):
-    return jax.tree_util.tree_map(function, cache, *others)
-
-
-def _map_caches(function, cache):
-    """Applies a function to each cache of a tree."""
-    return jax.tree_util.tree_map(
-        function, cache, is_leaf=lambda node: isinstance(node, Cache)
-    )
+    """A tree of arrays that `function` makes, laid out over devices as caches are."""
+    return distributed(jax.tree_util.tree_map(function, cache, *others))
 
 
 def _as_cache(cache):
@@ -307,7 +304,7 @@ def _check_rows(rows, size):
     dtype = keras.backend.standardize_dtype(rows.dtype)
     known = known_value(rows)
     is_there = known is None or ((known >= 0) & (known < size)).all()
-    if len(rows.shape) != 1 or "int" not in dtype or not is_there:
+    if len(rows.shape) != 1 or 0 in rows.shape or "int" not in dtype or not is_there:
         received = f"a tensor {tuple(rows.shape)}" if known is None else known.tolist()
         raise ValueError(
             f"`rows` must be a list of rows from 0 to {size - 1}. Received: {received}"

@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_kvcache import samplers
 from keras_kvcache.caches import read_options
+from keras_kvcache.caches.bits import as_bits
 from keras_kvcache.generation.detokenizer import Detokenizer
 from keras_kvcache.generation.limits import read_stop_token_ids, row_ends
 from keras_kvcache.generation.program import make_program
@@ -268,7 +269,18 @@ class Generator:
         outputs, _ = self._functions.step(token_ids, cache, index)
         self._functions.logits(outputs[:, 0])
 
-    def _new_cache(self, batch_size, capacity, options):
+    def init_cache(self, batch_size, capacity, **options):
+        """The caches that generation goes on from.
+
+        Args:
+            batch_size: `B`.
+            capacity: `S`.
+            **options: What `generate` is told of the cache: `kind`, `codec`,
+                `layout`.
+
+        Raises:
+            ValueError: The model's own `init_cache` doesn't take the options.
+        """
         if options:
             try:
                 signature = inspect.signature(self._init_cache)
@@ -278,7 +290,7 @@ class Generator:
                     "`cache` needs an `init_cache` that takes its options. Received: "
                     f"{options}: {error}"
                 ) from error
-        return self._init_cache(batch_size, capacity, **options)
+        return as_bits(self._init_cache(batch_size, capacity, **options))
 
     def _run(self, rows, limits, sampler, seed, burst, options):
         self._build()
@@ -287,7 +299,7 @@ class Generator:
         longest = max(int(limits.end.max()), int(lengths.max()))
         limit = None if self._is_endless(**options) else self.max_sequence_length
         capacity = capacity_for(longest, limit)
-        cache = self._new_cache(len(rows), capacity, options)
+        cache = self.init_cache(len(rows), capacity, **options)
         # 2. The prompts, chunk by chunk; each row's first new token.
         cache, token = self._run_prompts(cache, rows, lengths, sampler, seed)
         is_full = lengths >= limits.end

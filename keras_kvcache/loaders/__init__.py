@@ -6,6 +6,7 @@ from keras_kvcache.loaders.checkpoint import Checkpoint
 from keras_kvcache.loaders.download import DownloadError, fetch
 from keras_kvcache.loaders.gguf import read_gguf
 from keras_kvcache.loaders.hugging_face import read_hugging_face
+from keras_kvcache.loaders.json_file import read_json
 from keras_kvcache.loaders.presets import PRESETS, Preset, known_presets
 from keras_kvcache.loaders.tokenizer import TOKENIZER_FILES, Tokenizer
 
@@ -21,5 +22,6 @@ __all__ = [
     "known_presets",
     "read_gguf",
     "read_hugging_face",
+    "read_json",
     "render_chat_template",
 ]

@@ -1,40 +1,16 @@
-"""The files of a Hugging Face folder: JSON and safetensors."""
+"""The weights of a Hugging Face folder: its safetensors files."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+
+from keras_kvcache.loaders.json_file import read_json
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _DTYPES = ("F32", "BF16", "F16")
-
-
-def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Args:
-        path: Of the file.
-        default: What an absent file stands for; `None` if it has to be there.
-
-    Raises:
-        FileNotFoundError: If the file is absent and there is no default.
-        ValueError: If it holds anything but a JSON object.
-    """
-    if default is not None and not path.exists():
-        return default
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path.name} must be JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(
-            f"{path.name} must hold a JSON object. Received: {type(value).__name__}"
-        )
-    return value
 
 
 class TensorFiles:

@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from keras_kvcache.loaders.hugging_face_files import read_json
+from keras_kvcache.loaders.json_file import read_json
 from keras_kvcache.loaders.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

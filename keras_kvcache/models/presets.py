@@ -211,16 +211,7 @@ def _read_config(path):
         raise FileNotFoundError(
             f"`preset`, if a folder, must have a {CONFIG_FILE}; {path} has none."
         )
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{config_path} must be JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(
-            f"{config_path} must be JSON of an object. Received: "
-            f"{type(config).__name__}"
-        )
-    return config
+    return loaders.read_json(config_path)
 
 
 def _construct(cls, config, load_weights):

@@ -3,7 +3,11 @@
 from keras_kvcache.ops.attention import attend, attend_fused, attend_with_scores
 from keras_kvcache.ops.known import known_value
 from keras_kvcache.ops.masks import align_mask, check_mask_shape, view_masks
-from keras_kvcache.ops.platform import is_accelerator, preferred_dtype
+from keras_kvcache.ops.platform import (
+    is_accelerator,
+    is_jax_on_cpu,
+    preferred_dtype,
+)
 from keras_kvcache.ops.positions import (
     as_int32,
     check_index,
@@ -50,6 +54,7 @@ __all__ = [
     "head_major_segment",
     "inverse_frequencies",
     "is_accelerator",
+    "is_jax_on_cpu",
     "known_value",
     "pack_int4",
     "preferred_dtype",

@@ -12,6 +12,11 @@ def is_accelerator():
     return jax.default_backend() != "cpu"
 
 
+def is_jax_on_cpu():
+    """Whether JAX is the backend and runs programs on a CPU."""
+    return keras.backend.backend() == "jax" and not is_accelerator()
+
+
 def is_tpu():
     """Whether JAX is the backend and runs programs on a TPU."""
     if keras.backend.backend() != "jax":

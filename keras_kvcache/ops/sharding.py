@@ -6,8 +6,8 @@ import keras
 def distribute(array, heads_axis=None):
     """Lays an array out by rows and by key/value heads, if a distribution is set.
 
-    Rows go along the mesh's batch axis and heads along another one, each where the
-    number divides by that axis' size; what doesn't divide is on all devices.
+    Rows go along the mesh's batch axis and heads along the largest other one, each
+    where the number divides by that axis' size; what doesn't is on all devices.
 
     Args:
         array: Tensor with rows on axis 0.
@@ -25,8 +25,8 @@ def distribute(array, heads_axis=None):
         axes[0] = batch_axis
     if heads_axis is not None:
         heads = array.shape[heads_axis]
-        others = (name for name in sizes if name != batch_axis)
-        axes[heads_axis] = next((a for a in others if heads % sizes[a] == 0), None)
+        others = [a for a in sizes if a != batch_axis and heads % sizes[a] == 0]
+        axes[heads_axis] = max(others, key=sizes.get, default=None)
     layout = keras.distribution.TensorLayout(axes, distribution.device_mesh)
     return keras.distribution.distribute_tensor(array, layout)
 

@@ -1,0 +1,32 @@
+"""Trees of caches, cache by cache, and how they lie over devices."""
+
+import jax
+
+from keras_kvcache.caches.base import Cache
+from keras_kvcache.caches.dense import DenseStorage
+from keras_kvcache.ops import distribute
+
+
+def map_caches(function, tree):
+    """Applies a function to each cache of a tree; a dense tensor counts as one."""
+    return jax.tree_util.tree_map(
+        function, tree, is_leaf=lambda node: isinstance(node, Cache)
+    )
+
+
+def distributed(tree):
+    """A tree of caches laid out over devices as `keras.distribution` has it.
+
+    By rows and by key/value heads, each where it divides.
+    """
+
+    def one(cache):
+        storage = cache.storage if isinstance(cache, Cache) else DenseStorage
+
+        def lay_out(array):
+            has_heads = len(array.shape) > 1
+            return distribute(array, storage.heads_axis if has_heads else None)
+
+        return jax.tree_util.tree_map(lay_out, cache)
+
+    return map_caches(one, tree)
