@@ -141,9 +141,11 @@ def test_lora_is_merged_when_saved(tmp_path):
     np.testing.assert_allclose(logits(loaded), logits(ours), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["int8", "int4"])
-def test_quantized_before_or_after(mode, tmp_path):
-    theirs = make_hub_lm("gpt2", num_layers=1)
+@pytest.mark.parametrize(
+    "case, mode", [("gpt2", "int8"), ("gpt2", "int4"), ("gemma", "int8")]
+)
+def test_quantized_before_or_after(case, mode, tmp_path):
+    theirs = make_hub_lm(case, num_layers=1)
     ours = from_keras_hub(theirs)
     exact = logits(ours)
     theirs.quantize(mode)

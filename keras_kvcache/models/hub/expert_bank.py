@@ -15,7 +15,7 @@ class ExpertBank(Experts):
             bank.num_experts,
             bank.intermediate_dim,
             activation=bank.activation,
-            dtype=bank.dtype_policy,
+            dtype=bank.compute_dtype,
         )
         self.bank = bank
         self.built = True

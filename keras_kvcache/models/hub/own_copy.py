@@ -5,6 +5,7 @@ from operator import attrgetter
 import keras
 
 from keras_kvcache.models.decoder_lm import DecoderLM
+from keras_kvcache.models.hub.head_projection import HeadProjection
 
 MODEL_PARTS = ("token_embedding", "position_table", "final_norm")
 BLOCK_PARTS = (
@@ -64,6 +65,8 @@ def _get(layer, name):
 
 
 def _copy_layer(own, shared):
+    if isinstance(shared, HeadProjection):
+        shared = shared.projection
     if getattr(shared, "quantization_mode", None) is not None:
         raise ValueError(
             "A model must not be quantized to be saved with weights of its own; "

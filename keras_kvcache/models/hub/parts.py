@@ -8,6 +8,7 @@ all of its own on: Gemma's blocks don't know of its `layer_norm_epsilon`.
 import sys
 
 from keras_kvcache.models.hub.expert_bank import ExpertBank
+from keras_kvcache.models.hub.head_projection import HeadProjection
 
 PROJECTIONS = ("query_dense", "key_dense", "value_dense", "output_dense")
 
@@ -95,9 +96,12 @@ def phi3_decoder(block):
 
 def gemma_decoder(block):
     """Parts of the block of Gemma, Gemma 2 and Gemma 3, with the norms it has."""
+    attention = projections(block.attention)
+    for name in ("query_dense", "key_dense", "value_dense"):
+        attention[name] = HeadProjection(attention[name])
     parts = dict(
         attention_norm=block.pre_attention_norm,
-        attention=projections(block.attention),
+        attention=attention,
         feedforward_norm=block.pre_ffw_norm,
         feedforward=dict(
             gate=block.gating_ffw,
