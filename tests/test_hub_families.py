@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 
 import hub_cases
 import keras
@@ -10,7 +11,8 @@ import pytest
 from hub_cases import CASES, hub, make_hub_lm, make_reader, prompts, shared_hub_lm
 from keras import ops
 
-from keras_kvcache import DecoderLM, from_keras_hub
+from keras_kvcache import DecoderLM, from_keras_hub, samplers
+from keras_kvcache.generation.steps import DecodeState, Limits
 from keras_kvcache.models.hub.families import FAMILIES
 
 # Each family has programs of keras-hub's and of ours to compile.
@@ -95,6 +97,31 @@ def test_nothing_is_copied(case):
     assert held() - before < 1000
     assert {id(v) for v in ours.weights} == {id(v) for v in theirs.weights}
     assert {v.value.unsafe_buffer_pointer() for v in ours.weights} == pointers
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama", "mixtral", "qwen3", "gemma2"])
+def test_a_step_rearranges_no_kernel(case):
+    """Seen in the compiled loop: it holds no copy as large as an attention's kernel."""
+    lm = from_keras_hub(make_hub_lm(case, num_layers=1))
+    rows = np.zeros(1, "int32")
+    program = lm.generator._decode.lower(
+        state=DecodeState(
+            lm.generator.init_cache(1, 32), rows, rows + 5, rows > 0, np.int32(1)
+        ),
+        limits=Limits(rows + 20, np.full(8, -1, "int32")),
+        sampler=samplers.greedy(),
+        seed=np.uint32(1),
+        steps=np.int32(64),
+    ).compile()
+    attention = lm.blocks[0].attention
+    kernels = (attention._query_dense, attention._key_dense, attention._output_dense)
+    smallest = min(int(np.prod(layer.weights[0].shape)) for layer in kernels)
+    copied = re.findall(
+        r"= \w+\[([\d,]+)\]\S* (?:copy|transpose|concatenate)\(", program.as_text()
+    )
+    sizes = [shape.split(",") for shape in copied]
+    sizes = [s for s in sizes if str(lm.vocabulary_size) not in s]
+    assert max(np.prod([int(n) for n in s]) for s in sizes) < smallest
 
 
 @pytest.mark.parametrize("case", SAVED)

@@ -5,7 +5,7 @@ from operator import attrgetter
 import keras
 
 from keras_kvcache.models.decoder_lm import DecoderLM
-from keras_kvcache.models.hub.head_projection import HeadProjection
+from keras_kvcache.models.hub.projections import Projection
 
 MODEL_PARTS = ("token_embedding", "position_table", "final_norm")
 BLOCK_PARTS = (
@@ -65,7 +65,7 @@ def _get(layer, name):
 
 
 def _copy_layer(own, shared):
-    if isinstance(shared, HeadProjection):
+    if isinstance(shared, Projection):
         shared = shared.projection
     if getattr(shared, "quantization_mode", None) is not None:
         raise ValueError(

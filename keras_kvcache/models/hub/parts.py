@@ -8,14 +8,15 @@ all of its own on: Gemma's blocks don't know of its `layer_norm_epsilon`.
 import sys
 
 from keras_kvcache.models.hub.expert_bank import ExpertBank
-from keras_kvcache.models.hub.head_projection import HeadProjection
+from keras_kvcache.models.hub.projections import HeadProjection, OutputProjection
 
 PROJECTIONS = ("query_dense", "key_dense", "value_dense", "output_dense")
 
 
 def projections(attention, prefix=""):
     """The four projections of an attention layer."""
-    return {name: getattr(attention, prefix + name) for name in PROJECTIONS}
+    found = {name: getattr(attention, prefix + name) for name in PROJECTIONS}
+    return dict(found, output_dense=OutputProjection(found["output_dense"]))
 
 
 def transformer_decoder(block):
