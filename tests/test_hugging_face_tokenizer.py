@@ -176,6 +176,6 @@ def test_damaged_files_are_refused(write, name):
     (folder / "config.json").write_text(json.dumps(config))
     assert read_hugging_face(folder, load_weights=False).tokenizer.encode("a") == [97]
     (folder / f"{name}.json").write_text('{"a": ')
-    with pytest.raises(ValueError, match=f"can't be loaded: {name}.json"):
+    with pytest.raises(ValueError, match=f"can't be loaded: .*{name}.json"):
         read_hugging_face(folder, load_weights=False)
     assert read_hugging_face(folder, False, load_tokenizer=False).tokenizer is None
