@@ -99,7 +99,9 @@ def bytes_of(array):
     if keras.backend.backend() == "jax":
         return array.nbytes
     dtype = keras.backend.standardize_dtype(array.dtype)
-    size = {"bfloat16": 2, "float16": 2, "int8": 1, "uint8": 1}.get(dtype, 4)
+    size = {"bfloat16": 2, "float16": 2, "int16": 2, "int8": 1, "uint8": 1}.get(
+        dtype, 4
+    )
     return size * int(np.prod(array.shape))
 
 

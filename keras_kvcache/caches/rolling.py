@@ -54,6 +54,8 @@ class RollingCache(Cache):
     def update(self, key, value, index):
         """See `Cache.update`."""
         index, length = first_positions(index), key.shape[1]
+        if length == 0:
+            return self, self.view(index)
         fill = self._fill(index, length)
         sinks, newest = self.sinks, self.newest
         if sinks is not None:
@@ -74,7 +76,7 @@ class RollingCache(Cache):
         cache = replace(
             self, storage=self._write(coded, start, end), newest=newest, sinks=sinks
         )
-        if length <= 1:
+        if length == 1:
             # What a token evicts is out of its own sight.
             return cache, cache.view(fill)
         # The ring as it was, for early queries, and the new entries beside it.

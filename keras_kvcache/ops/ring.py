@@ -40,8 +40,6 @@ def write_ring(buffer, update, start, end, ring, first, axis):
     Returns:
         The updated buffer. Of two entries for one slot the later one stays.
     """
-    if update.shape[axis] == 0:
-        return buffer
     positions = ring_positions(end, ring, first, buffer.shape[axis])
     entry = positions - start[:, None]
     shape = [-1] + [1] * (len(buffer.shape) - 1)
