@@ -216,9 +216,10 @@ def test_quantized_while_accelerated():
     lm = make_hub_lm("gpt2", num_layers=1)
     accelerate(lm)
     before = generate(lm)
-    lm.quantize("int8")
+    lm.quantize("int4")
     accelerated = generate(lm)
-    assert (new_tokens(accelerated) != new_tokens(before)).any()
+    # Not one near tie that came out otherwise: int4 says something else.
+    assert (new_tokens(accelerated) != new_tokens(before)).mean() > 0.3
     accelerate(lm).restore()
     check_same(accelerated, generate(lm))
 
