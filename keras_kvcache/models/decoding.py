@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from keras_kvcache.caches import CacheSpec, Rolling, Static, choose_kind, get_codec
 from keras_kvcache.generation import GenerateMethods, Generator
+from keras_kvcache.models.logits import vocabulary_logits
 
 
 class CacheBytes(NamedTuple):
@@ -52,7 +53,7 @@ class DecodingMethods(GenerateMethods):
 
     def logits(self, hidden_states):
         """Logits `(…, V)` of final hidden states `(…, D)`."""
-        return self.token_embedding(hidden_states, reverse=True)
+        return vocabulary_logits(self.token_embedding, hidden_states)
 
     def cache_specs(
         self, batch_size, max_length=None, kind="auto", codec=None, layout="head_major"
