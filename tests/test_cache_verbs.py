@@ -385,6 +385,11 @@ def test_rows_that_are_not_there():
             assert "`rows`" in words and "0 to 4" in words and "Received" in words
 
 
+def test_no_cache_at_all():
+    for nothing in ((), [], {}):
+        assert "`cache` must hold at least one" in refusal(batch_size, nothing)
+
+
 @pytest.mark.parametrize("repeats", [0, -1, 1.5, True, None, "2"])
 def test_repeats(repeats):
     words = refusal(repeat_rows, make_cache("static", "float32", "dense"), repeats)

@@ -11,7 +11,7 @@ import time
 import pytest
 from gguf_files import PRIMES, metadata, random_tensors, write
 
-from keras_kvcache import cli, interrupt
+from keras_kvcache import DecoderLM, cli, interrupt
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,29 @@ def test_info_shows_shape_and_cache_size(model, capsys):
     # One byte each, and four of a scale.
     assert re.search(r"static, int8 +168 +6,216 +12,432\n", printed)
     assert "int4" in printed and "rolling" not in printed
+
+
+def test_info_shows_rolling_caches_where_layers_slide(tmp_path, capsys):
+    lm = DecoderLM(
+        vocabulary_size=11,
+        num_layers=3,
+        num_query_heads=5,
+        hidden_dim=30,
+        intermediate_dim=13,
+        sliding_window=7,
+        sliding_window_pattern=3,
+    )
+    lm.save_to_preset(tmp_path / "model")
+    model = str(tmp_path / "model")
+    assert cli.main(["info", model, "--batch-size", "2", "--length", "37"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"sliding window W +7\n", printed)
+    # Three layers of 37 slots; keys and values of five heads of six numbers.
+    assert re.search(r"static, float32 +720 +26,640 +53,280\n", printed)
+    # The two that slide have 7 slots each, and where a row ends in four bytes.
+    allocated = sum(cache.nbytes for cache in lm.init_cache(2, 37))
+    assert allocated == 2 * ((37 + 7 + 7) * 240 + 2 * 4)
+    assert re.search(r"slide, float32 +720 +12,248 +24,496\n", printed)
 
 
 @pytest.mark.parametrize(

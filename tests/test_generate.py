@@ -257,6 +257,9 @@ def test_keras_hub_samplers():
             "`sampler` must give one token id a row",
         ),
         (dict(inputs=list(range(100)) * 7), ValueError, "context of 613 tokens"),
+        (dict(cache="int2"), ValueError, "`cache` must be one of.*'int2'"),
+        (dict(cache=np.ones(3)), ValueError, "`cache` must be one of.*array"),
+        (dict(cache={"kinds": "static"}), ValueError, "`cache` may have.*'kinds'"),
     ],
 )
 def test_bad_input_is_refused_by_name(arguments, error, message):

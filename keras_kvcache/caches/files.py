@@ -14,12 +14,11 @@ import numpy as np
 from keras import ops
 
 from keras_kvcache.caches.base import NO_END, Cache
-from keras_kvcache.caches.kinds import is_integer
-from keras_kvcache.caches.layout import distributed, map_caches
+from keras_kvcache.caches.layout import batch_size, distributed, map_caches
 from keras_kvcache.caches.spec import Shape
 from keras_kvcache.caches.static import StaticCache
 from keras_kvcache.caches.trees import describe, named_arrays, shape_of, shapes_of
-from keras_kvcache.ops import known_value
+from keras_kvcache.ops import is_integer, known_integers
 
 # Of the file's metadata: the key that makes it ours, with the version of the format,
 # the description as JSON, and what tells that a byte of that changed.
@@ -30,7 +29,7 @@ DESCRIPTION, CHECKSUM = "description", "checksum"
 NAMES = {"name", "input_layers", "output_layers", "inbound_nodes"}
 
 # What the format calls the dtypes that caches have.
-DTYPES = {
+DTYPE_NAMES = {
     "F64": "float64",
     "F32": "float32",
     "F16": "float16",
@@ -75,8 +74,7 @@ def save_caches(path, caches, fill, model=None):
             f"{caches!r}"
         )
     _check_arrays(expected, {name: shape_of(array) for name, array in held.items()})
-    fill = _read_fill(fill)
-    _check_fill(fill, expected)
+    fill = _read_fill(fill, expected)
     arrays = {name: _as_array(tensor) for name, tensor in held.items()}
     description = json.dumps(
         {
@@ -129,8 +127,7 @@ def load_caches(path, model=None):
         description = _read_description(file.metadata() or {})
         expected = shapes_of(description["caches"], limit=path.stat().st_size)
         _check_arrays(expected, {name: _shape_in(file, name) for name in file.keys()})
-        fill = _read_fill(description["fill"])
-        _check_fill(fill, expected)
+        fill = _read_fill(description["fill"], expected)
         if model not in (None, description["model"]):
             raise ValueError(
                 "`model` must be the one that the caches were saved with, and its "
@@ -237,7 +234,7 @@ def _read_description(metadata):
 def _shape_in(file, name):
     held = file.get_slice(name)
     dtype = held.get_dtype()
-    return Shape(tuple(held.get_shape()), DTYPES.get(dtype, dtype))
+    return Shape(tuple(held.get_shape()), DTYPE_NAMES.get(dtype, dtype))
 
 
 def _check_arrays(expected, held):
@@ -262,32 +259,26 @@ def _check_arrays(expected, held):
             )
 
 
-def _read_fill(fill):
-    """The fill as an int or a list of them."""
-    known = None
-    with contextlib.suppress(ValueError):  # by lists of unequal lengths
-        known = known_value(fill) if ops.is_tensor(fill) else np.asarray(fill)
-    if known is None or known.dtype.kind not in "iu" or known.ndim > 1:
-        raise ValueError(
-            f"`fill` must be an integer or one a row, and no tracer. Received: {fill!r}"
-        )
-    return known.tolist()
+def _read_fill(fill, caches):
+    """The fill as an int or a list of them, if the caches can be so full."""
+    known = known_integers("fill", fill, batch_size(caches))
+    if known is None:
+        raise ValueError(f"`fill` must be known and no tracer. Received: {fill!r}")
 
-
-def _check_fill(fill, caches):
     def check(cache):
         if not isinstance(cache, Cache):
             cache = StaticCache.from_dense(cache, "dense")
-        rows = cache.storage.segments[0][0].shape[0]
         end = NO_END if cache.max_length is None else cache.max_length
-        fills = [fill] * rows if is_integer(fill) else fill
-        if len(fills) != rows or not all(0 <= one <= end for one in fills):
+        rows = batch_size(cache)
+        is_whole = known.shape in ((), (rows,))
+        if not is_whole or (known < 0).any() or (known > end).any():
             raise ValueError(
                 f"`fill` must be from 0 to the capacity {end}, one for all or for each "
                 f"of {rows} rows. Received: {fill}"
             )
 
     map_caches(check, caches)
+    return known.tolist()
 
 
 def _as_array(tensor):

@@ -1,7 +1,8 @@
 """Kinds of caches by name: what decides which position has which slot."""
 
-import numbers
 from dataclasses import dataclass
+
+from keras_kvcache.ops import is_integer
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,3 @@ class Rolling:
                 "`sinks` must be smaller than `window`. Received: "
                 f"sinks={self.sinks}, window={self.window}"
             )
-
-
-def is_integer(value):
-    """Whether a value is an integer and no truth value."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

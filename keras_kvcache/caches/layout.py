@@ -14,6 +14,18 @@ def map_caches(function, tree):
     )
 
 
+def batch_size(tree):
+    """`B` of a tree of caches.
+
+    Raises:
+        ValueError: There is none in it.
+    """
+    arrays = jax.tree_util.tree_leaves(tree)
+    if not arrays:
+        raise ValueError(f"`cache` must hold at least one cache. Received: {tree!r}")
+    return arrays[0].shape[0]
+
+
 def distributed(tree):
     """A tree of caches laid out over devices as `keras.distribution` has it.
 

@@ -30,9 +30,10 @@ def read_options(cache):
                 f"`cache` may have the keys {list(OPTIONS)}. Received: {unknown}"
             )
         return dict(cache)
-    if isinstance(cache, Codec) or cache in (*DTYPES, *CODECS):
+    name = cache if isinstance(cache, str) else None
+    if isinstance(cache, Codec) or name in (*DTYPES, *CODECS):
         return {"codec": cache}
-    if isinstance(cache, (Static, Rolling)) or cache in KINDS:
+    if isinstance(cache, (Static, Rolling)) or name in KINDS:
         return {"kind": cache}
     raise ValueError(
         f"`cache` must be one of {[*KINDS, *DTYPES, *CODECS]}, an object of these, or "

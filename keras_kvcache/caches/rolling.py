@@ -103,6 +103,8 @@ class RollingCache(Cache):
 
     def check_crop(self, fill, length):
         """See `Cache.check_crop`."""
+        # With W = R = 4, fill 9 holds positions 5 to 8. The next token after length 8
+        # sees 5 to 7 and itself; after length 7 it would see 4, which is gone.
         group = self.codec.group
         written = whole_groups(fill, group)
         first_held = np.maximum(written - self._ring, self.sink_count)

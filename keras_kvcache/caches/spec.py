@@ -9,12 +9,12 @@ from keras_kvcache.caches.base import NO_END, itemsize, nbytes
 from keras_kvcache.caches.codecs import Codec, Exact, get_codec
 from keras_kvcache.caches.dense import DenseStorage
 from keras_kvcache.caches.head_major import HeadMajorStorage
-from keras_kvcache.caches.kinds import Rolling, Static, is_integer
+from keras_kvcache.caches.kinds import Rolling, Static
 from keras_kvcache.caches.newest import Newest
 from keras_kvcache.caches.rolling import RollingCache
 from keras_kvcache.caches.sizes import ring_slots, whole_groups
 from keras_kvcache.caches.static import StaticCache
-from keras_kvcache.ops import distribute
+from keras_kvcache.ops import distribute, is_integer
 
 LAYOUTS = {"head_major": HeadMajorStorage, "dense": DenseStorage}
 

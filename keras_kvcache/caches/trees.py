@@ -11,13 +11,15 @@ from keras import ops
 
 from keras_kvcache.caches import codecs
 from keras_kvcache.caches.base import nbytes
-from keras_kvcache.caches.kinds import Rolling, Static, is_integer
+from keras_kvcache.caches.kinds import Rolling, Static
 from keras_kvcache.caches.rolling import RollingCache
 from keras_kvcache.caches.spec import LAYOUTS, CacheSpec, Shape
 from keras_kvcache.caches.static import StaticCache
+from keras_kvcache.ops import is_integer
 
-CODECS = {"exact": codecs.Exact, **codecs.CODECS}
-KINDS = {kind.name: kind for kind in (Static, Rolling)}
+# Classes by the names that descriptions have for them.
+CODEC_NAMES = {"exact": codecs.Exact, **codecs.CODECS}
+KIND_NAMES = {kind.name: kind for kind in (Static, Rolling)}
 CONTAINERS = {"tuple": tuple, "list": list}
 
 
@@ -123,14 +125,14 @@ def named_arrays(tree):
 
 def _describe_spec(spec):
     described = dataclasses.asdict(spec)
-    for option, table in (("codec", CODECS), ("kind", KINDS)):
+    for option, table in (("codec", CODEC_NAMES), ("kind", KIND_NAMES)):
         described[option]["name"] = _name_in(table, type(getattr(spec, option)))
     return described
 
 
 def _read_spec(described):
     options = _as_dict("cache", described)
-    for option, table in (("codec", CODECS), ("kind", KINDS)):
+    for option, table in (("codec", CODEC_NAMES), ("kind", KIND_NAMES)):
         details = _as_dict(option, options[option])
         name = details.pop("name")
         if name not in list(table):

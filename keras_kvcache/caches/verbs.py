@@ -10,15 +10,13 @@ from dataclasses import replace
 
 import jax
 import keras
-import numpy as np
 from keras import ops
 
 from keras_kvcache.caches.base import NO_END, Cache
-from keras_kvcache.caches.kinds import is_integer
-from keras_kvcache.caches.layout import distributed, map_caches
+from keras_kvcache.caches.layout import batch_size, distributed, map_caches
 from keras_kvcache.caches.rolling import RollingCache
 from keras_kvcache.caches.static import StaticCache
-from keras_kvcache.ops import known_value, splice
+from keras_kvcache.ops import is_integer, known_integers, known_value, splice
 
 
 def take_rows(cache, rows):
@@ -74,7 +72,7 @@ def insert_rows(cache, other, row):
             rows don't fit. Of a `row` that is traced what doesn't fit is dropped.
     """
     _check_alike("other", other, cache)
-    known = _known_integers("row", row)
+    known = known_integers("row", row)
     rows, given = batch_size(cache), batch_size(other)
     if given > rows or (known is not None and not 0 <= known <= rows - given):
         raise ValueError(
@@ -186,8 +184,8 @@ def crop(cache, fill, length):
             overwritten in a rolling cache. Values that are traced can't be checked.
     """
     rows = batch_size(cache)
-    fill_value = _known_integers("fill", fill, rows)
-    length_value = _known_integers("length", length, rows)
+    fill_value = known_integers("fill", fill, rows)
+    length_value = known_integers("length", length, rows)
     if fill_value is None or length_value is None:
         return cache
     if (length_value < 0).any() or (length_value > fill_value).any():
@@ -227,7 +225,7 @@ def resize(cache, capacity, fill):
         raise ValueError(
             f"`capacity` must be a positive integer. Received: {capacity!r}"
         )
-    _known_integers("fill", fill, batch_size(cache))
+    known_integers("fill", fill, batch_size(cache))
 
     def one(cache):
         if isinstance(cache, RollingCache):
@@ -254,7 +252,7 @@ def resize_window(cache, window, fill):
             grow in a cache that has overwritten something, or `fill` isn't an
             integer or one a row. One that is traced can't be checked further.
     """
-    _known_integers("fill", fill, batch_size(cache))
+    known_integers("fill", fill, batch_size(cache))
 
     def one(cache):
         if isinstance(cache, RollingCache):
@@ -283,11 +281,6 @@ def with_end(cache, end):
     return map_caches(one, cache)
 
 
-def batch_size(cache):
-    """`B` of a cache or a tree of caches."""
-    return jax.tree_util.tree_leaves(cache)[0].shape[0]
-
-
 def _map(function, cache, *others):
     """A tree of arrays that `function` makes, laid out over devices as caches are."""
     return distributed(jax.tree_util.tree_map(function, cache, *others))
@@ -310,22 +303,6 @@ def _check_rows(rows, size):
             f"`rows` must be a list of rows from 0 to {size - 1}. Received: {received}"
         )
     return rows
-
-
-def _known_integers(name, value, rows=None):
-    """One integer, or one a row if there are `rows`: as a NumPy array.
-
-    `None` while it is traced.
-    """
-    shapes = [()] if rows is None else [(), (rows,)]
-    try:
-        array = value if ops.is_tensor(value) else np.asarray(value)
-    except ValueError:  # by lists of unequal lengths
-        array = np.asarray(None)
-    if "int" not in str(array.dtype) or tuple(array.shape) not in shapes:
-        each = "" if rows is None else f", or one for each of {rows} rows"
-        raise ValueError(f"`{name}` must be an integer{each}. Received: {value!r}")
-    return known_value(array)
 
 
 def _check_alike(name, other, cache):

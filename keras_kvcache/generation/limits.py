@@ -1,9 +1,10 @@
 """How far generation may go."""
 
-import numbers
 from collections.abc import Iterable
 
 import numpy as np
+
+from keras_kvcache.ops import is_integer
 
 # Ends and ids are int32.
 MOST = int(np.iinfo("int32").max)
@@ -30,7 +31,7 @@ def row_ends(lengths, max_length, max_new_tokens, context, may_be_full=False):
     for name, value in (("max_length", max_length), ("max_new_tokens", max_new_tokens)):
         if value is None:
             continue
-        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        if not is_integer(value):
             raise TypeError(f"`{name}` must be an integer. Received: {value!r}")
         if value <= 0:
             raise ValueError(f"`{name}` must be positive. Received: {value}")
@@ -74,7 +75,7 @@ def read_stop_token_ids(stop_token_ids, tokenizer):
         stop_token_ids = () if tokenizer is None else tokenizer.stop_token_ids
     if stop_token_ids is None:
         return ()
-    if isinstance(stop_token_ids, numbers.Integral):
+    if is_integer(stop_token_ids):
         stop_token_ids = (stop_token_ids,)
     is_iterable = isinstance(stop_token_ids, Iterable)
     ids = list(stop_token_ids) if is_iterable else [None]
@@ -87,5 +88,4 @@ def read_stop_token_ids(stop_token_ids, tokenizer):
 
 
 def _is_id(token):
-    is_integer = isinstance(token, numbers.Integral) and not isinstance(token, bool)
-    return is_integer and 0 <= token <= MOST
+    return is_integer(token) and 0 <= token <= MOST

@@ -5,7 +5,7 @@ import numbers
 import keras
 
 from keras_kvcache.caches import Cache, StaticCache
-from keras_kvcache.ops import check_index, check_mask_shape
+from keras_kvcache.ops import check_index, check_mask_shape, is_integer
 
 # Constructor arguments that are layers.
 LAYER_ARGUMENTS = ("rotary_embedding", "query_norm", "key_norm")
@@ -20,9 +20,7 @@ def check_constructor(layer):
             isn't a positive number, or flash attention is asked for what it can't.
     """
     heads = layer.num_key_value_heads
-    is_count = isinstance(heads, numbers.Integral) and not isinstance(heads, bool)
-    is_count = is_count and heads > 0
-    if not is_count or layer.num_heads % heads:
+    if not (is_integer(heads) and heads > 0) or layer.num_heads % heads:
         raise ValueError(
             "`num_key_value_heads` must be a positive integer that divides "
             f"`num_heads`. Received: num_key_value_heads={heads}, "

@@ -1,7 +1,5 @@
 """One block of a decoder: attention, optionally cross-attention, feed-forward."""
 
-import numbers
-
 import keras
 from keras import ops
 
@@ -12,6 +10,7 @@ from keras_kvcache.layers.cached_multi_head_attention import CachedMultiHeadAtte
 from keras_kvcache.layers.feed_forward import make_feedforward
 from keras_kvcache.layers.initializers import clone_initializer
 from keras_kvcache.layers.normalization import make_normalization
+from keras_kvcache.ops import is_integer
 
 
 @keras.saving.register_keras_serializable(package="keras_kvcache")
@@ -106,7 +105,7 @@ class DecoderBlock(AdoptsParts, keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        if not isinstance(num_query_heads, numbers.Integral) or num_query_heads <= 0:
+        if not is_integer(num_query_heads) or num_query_heads <= 0:
             raise ValueError(
                 "`num_query_heads` must be a positive integer. Received: "
                 f"{num_query_heads!r}"

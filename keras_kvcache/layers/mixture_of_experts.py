@@ -1,13 +1,12 @@
 """A feed-forward part made of experts, of which each token is given to a few."""
 
-import numbers
-
 import keras
 from keras import ops
 
 from keras_kvcache.layers.activations import get_activation
 from keras_kvcache.layers.adoption import AdoptsParts
 from keras_kvcache.layers.initializers import clone_initializer
+from keras_kvcache.ops import is_integer
 
 
 @keras.saving.register_keras_serializable(package="keras_kvcache")
@@ -151,7 +150,7 @@ class MixtureOfExperts(AdoptsParts, keras.layers.Layer):
     ):
         super().__init__(**kwargs)
         for count in (num_experts, num_experts_per_token):
-            if not isinstance(count, numbers.Integral) or not 0 < count <= num_experts:
+            if not is_integer(count) or not 0 < count <= num_experts:
                 raise ValueError(
                     "`num_experts_per_token` must be a positive integer and at most "
                     "`num_experts`. Received: num_experts_per_token="

@@ -5,6 +5,7 @@ import numbers
 import keras
 
 from keras_kvcache.layers.normalization import NORMALIZATIONS
+from keras_kvcache.ops import is_integer
 
 POSITION_EMBEDDINGS = ("rotary", "learned")
 
@@ -114,8 +115,7 @@ def _is_number(value):
 
 
 def _check_size(name, value):
-    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not is_integer or value <= 0:
+    if not is_integer(value) or value <= 0:
         raise ValueError(f"`{name}` must be a positive integer. Received: {value!r}")
 
 

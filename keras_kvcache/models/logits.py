@@ -4,7 +4,7 @@ from keras import ops
 
 
 def vocabulary_logits(embedding, hidden_states):
-    """What `embedding(hidden_states, reverse=True)` gives, from a table read as it lies.
+    """What `embedding(hidden_states, reverse=True)` gives, the table read as it lies.
 
     The layer multiplies with its table transposed, which XLA's product of few rows on
     a CPU reads at two thirds of the speed.

@@ -1,7 +1,7 @@
 """Pure functions of tensors: the mathematics of cached attention."""
 
 from keras_kvcache.ops.attention import attend, attend_fused, attend_with_scores
-from keras_kvcache.ops.known import known_value
+from keras_kvcache.ops.known import is_integer, known_integers, known_value
 from keras_kvcache.ops.masks import align_mask, check_mask_shape, view_masks
 from keras_kvcache.ops.platform import (
     is_accelerator,
@@ -54,7 +54,9 @@ __all__ = [
     "head_major_segment",
     "inverse_frequencies",
     "is_accelerator",
+    "is_integer",
     "is_jax_on_cpu",
+    "known_integers",
     "known_value",
     "pack_int4",
     "preferred_dtype",

@@ -1,7 +1,14 @@
 """Telling a value that is known now from one that a compiler will fill in."""
 
+import numbers
+
 import keras
 import numpy as np
+
+
+def is_integer(value):
+    """Whether a value is an integer of Python's or NumPy's and no truth value."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def known_value(value):
@@ -36,3 +43,28 @@ def known_value(value):
         if torch.compiler.is_compiling() or value.is_meta:
             return None
     return keras.ops.convert_to_numpy(value)
+
+
+def known_integers(name, value, rows=None):
+    """One integer or, if there are rows, one for each of them.
+
+    Args:
+        name: What the argument is called.
+        value: An int, an array or a tensor `()`, or a list or the like `(rows,)`.
+        rows: How many rows; `None` for one integer only.
+
+    Returns:
+        A NumPy array `()` or `(rows,)`, or `None` while it is being traced.
+
+    Raises:
+        ValueError: The value is something else.
+    """
+    shapes = [()] if rows is None else [(), (rows,)]
+    try:
+        array = value if keras.ops.is_tensor(value) else np.asarray(value)
+    except ValueError:  # by lists of unequal lengths
+        array = np.asarray(None)
+    if "int" not in str(array.dtype) or tuple(array.shape) not in shapes:
+        each = "" if rows is None else f", or one for each of {rows} rows"
+        raise ValueError(f"`{name}` must be an integer{each}. Received: {value!r}")
+    return known_value(array)

@@ -1,12 +1,10 @@
 """Where tokens stand: the update index and the positions that follow from it."""
 
-import numbers
-
 import keras
 import numpy as np
 from keras import ops
 
-from keras_kvcache.ops.known import known_value
+from keras_kvcache.ops.known import is_integer, known_value
 
 # Past the end of any cache, and far enough from int32's end to add `T` to it.
 FAR = 2**30
@@ -32,13 +30,12 @@ def check_index(index, batch_size, length, capacity):
     """
     is_tensor = ops.is_tensor(index) or isinstance(index, np.ndarray)
     is_tensor = is_tensor or keras.backend.is_keras_tensor(index)
-    is_integer = isinstance(index, numbers.Integral) and not isinstance(index, bool)
-    if not (is_tensor or is_integer):
+    if not (is_tensor or is_integer(index)):
         raise TypeError(
             "`cache_update_index` must be an integer or an integer tensor. "
             f"Received: {index!r} of type {type(index).__name__}"
         )
-    if isinstance(index, numbers.Integral):
+    if is_integer(index):
         index = int(index)
     else:
         if not keras.backend.is_keras_tensor(index):
