@@ -130,8 +130,7 @@ def test_perplexity_of_a_real_model(growth_of):
     growth = {codec: growth_of(codec) for codec in MOST}
     for codec, most in MOST.items():
         assert growth[codec] < most, codec
-    # Why int4 is as it is: rotated values are as good as plain ones (and never much
-    # worse, whatever they are), but rotated keys are far from it.
+    # Why int4 is as it is: rotated values do as well as plain ones, rotated keys don't.
     assert growth["int4"] < 1.1 * growth_of(PlainValues())
     assert 2 * growth["int4"] < growth_of(TurnedKeys())
 
