@@ -232,6 +232,7 @@ print(keras.backend.backend())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.jax_only
 @pytest.mark.parametrize("backend", ["tensorflow", "torch"])
 def test_another_backend_goes_on(tmp_path, call, backend):

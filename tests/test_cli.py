@@ -305,7 +305,10 @@ def test_interrupt_handlers_are_put_back():
 
 
 @pytest.mark.real_model
-@pytest.mark.parametrize("characters", [0, 1, 40])
+@pytest.mark.parametrize(
+    "characters",
+    [0, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 40))],
+)
 def test_interrupt_ends_generate(smollm2_path, tmp_path, programs, characters):
     """Before the first token (while programs are compiled) and within the answer."""
     process = start(

@@ -27,6 +27,7 @@ def compilations():
     jax.monitoring.unregister_event_duration_listener(count)
 
 
+@pytest.mark.slow
 def test_200_generations_compile_a_few_programs(compilations):
     lm = make_lm(num_layers=1)
     rng = np.random.default_rng(3)

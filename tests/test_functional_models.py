@@ -244,8 +244,8 @@ def run_script(script, *arguments, **environment):
     "backend, kind, sizes",
     [
         ("jax", "tf_saved_model", "any"),
-        ("tensorflow", "tf_saved_model", "any"),
-        ("tensorflow", "litert", "fixed"),
+        pytest.param("tensorflow", "tf_saved_model", "any", marks=pytest.mark.slow),
+        pytest.param("tensorflow", "litert", "fixed", marks=pytest.mark.slow),
         ("tensorflow", "onnx", "any"),
     ],
 )
