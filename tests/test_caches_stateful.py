@@ -489,7 +489,7 @@ def test_any_sequence_of_calls(combination):
     run_state_machine_as_test(
         lambda: CacheMachine(combination),
         settings=settings(
-            max_examples=8 if NIGHTLY else 5,
+            max_examples=8 if NIGHTLY else 6,
             stateful_step_count=30,
             deadline=None,
             derandomize=not NIGHTLY,

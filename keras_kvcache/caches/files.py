@@ -270,8 +270,8 @@ def _read_fill(fill, caches):
             cache = StaticCache.from_dense(cache, "dense")
         end = NO_END if cache.max_length is None else cache.max_length
         rows = batch_size(cache)
-        is_whole = known.shape in ((), (rows,))
-        if not is_whole or (known < 0).any() or (known > end).any():
+        fits_rows = known.shape in ((), (rows,))
+        if not fits_rows or (known < 0).any() or (known > end).any():
             raise ValueError(
                 f"`fill` must be from 0 to the capacity {end}, one for all or for each "
                 f"of {rows} rows. Received: {fill}"

@@ -1,4 +1,4 @@
-"""Telling a value that is known now from one that a compiler will fill in."""
+"""Telling integers, and values known now from those that a compiler will fill in."""
 
 import numbers
 
