@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-FIRST_SEGMENT = 256
+# Where segments end, as the package cuts them.
+SEGMENT_ENDS = (256, 1024, 2048, 4096, 8192)
 
 
 class Shape(NamedTuple):
@@ -104,10 +105,8 @@ def read_weights(lm):
 
 def empty_cache(shape, layers, capacity):
     """A list of layers, each a list of (keys (K, H, n), values (K, n, H))."""
-    sizes, total = [], 0
-    while total < capacity:
-        sizes.append(min(max(total, FIRST_SEGMENT), capacity - total))
-        total += sizes[-1]
+    ends = [end for end in SEGMENT_ENDS if end < capacity] + [capacity]
+    sizes = [end - first for first, end in zip([0, *ends], ends, strict=False)]
     heads, head_dim = shape.heads, shape.head_dim
 
     def segment(slots):

@@ -91,7 +91,7 @@ def test_in_chunks(kind, layout):
     ],
 )
 def test_across_segments(layout, per_row, window):
-    """521 slots are segments of 256, 256 and 9; the chunks straddle their ends."""
+    """1033 slots are segments of 256, 768 and 9; the chunks straddle their ends."""
     layer = cases.make_layer(
         num_heads=4,
         num_key_value_heads=2,
@@ -100,12 +100,12 @@ def test_across_segments(layout, per_row, window):
         sliding_window=window,
     )
     # Angles in float32 are off by 1e-8 of the position: keep their effect small.
-    x = 0.5 * cases.noise(2, 521, cases.D)
+    x = 0.5 * cases.noise(2, 1033, cases.D)
     expected, _ = reference.multi_head_attention(
         layer, x, x, causal=True, rotary=dict(base=50.0), window=window
     )
-    cache = cases.make_cache(layer, 2, 521, layout)
-    chunks = [251, 1, 1, 7, 251, 1, 1, 7, 1]
+    cache = cases.make_cache(layer, 2, 1033, layout)
+    chunks = [251, 1, 1, 7, 759, 1, 1, 11, 1]
     output, _ = decode(layer, x, cache, chunks, per_row)
     np.testing.assert_allclose(output, expected, **CLOSE)
 

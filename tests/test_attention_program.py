@@ -46,8 +46,8 @@ def test_head_major_cache_is_read_where_it_lies(groups, batch_size, per_row):
     program = compiled_step(layer, cache, batch_size, per_row)
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes == cache.nbytes
-    # The smallest segment is 7 slots; copies of it and of scores are small.
-    assert memory.temp_size_in_bytes < 0.06 * cache.nbytes
+    # Scores of the largest segment, and copies of the smallest, 7 slots, are small.
+    assert memory.temp_size_in_bytes < 0.08 * cache.nbytes
     half_of_256 = batch_size * 6 // groups * 256 * H
     assert not made(program, COPIES, half_of_256)
 

@@ -292,9 +292,9 @@ def test_what_is_seen_after_going_back_and_shrinking(codec, layout):
 @pytest.mark.parametrize("codec", CODECS)
 def test_static_entries_survive_a_new_size(codec, layout):
     """And new slots are empty; a size may cut a segment or end with one."""
-    cache = make_cache("static", codec, layout, capacity=521)
+    cache = make_cache("static", codec, layout, capacity=1033)
     before = [cases.numpy(x) for x in cache.storage.decode()]
-    for capacity in (300, 256, 32, 544, 1061):
+    for capacity in (300, 256, 32, 544, 1024, 2081):
         resized = resize(cache, capacity, 17)
         assert type(resized) is type(cache) and resized.capacity == capacity
         fresh = make_spec("static", codec, layout, capacity=capacity).allocate()

@@ -25,7 +25,7 @@ from keras_kvcache.caches.sizes import ring_slots, segment_sizes, whole_groups
 from keras_kvcache.ops import attend, token_positions, view_masks
 
 B, K, H = 3, 2, 7
-CAPACITIES = (1, 256, 257, 521)
+CAPACITIES = (1, 256, 257, 1033)
 DTYPES = ("float32", "bfloat16", "float16")
 KINDS = {"static": "static", "rolling": Rolling(13), "sinks": Rolling(13, sinks=3)}
 CODECS = ("float32", "bfloat16", "int8", "int4")
@@ -70,9 +70,10 @@ def step(cache, query, entries, index):
         (1, (1,)),
         (256, (256,)),
         (257, (256, 1)),
-        (521, (256, 256, 9)),
-        (2048, (256, 256, 512, 1024)),
-        (2053, (256, 256, 512, 1024, 5)),
+        (1021, (256, 765)),
+        (1033, (256, 768, 9)),
+        (4096, (256, 768, 1024, 2048)),
+        (4099, (256, 768, 1024, 2048, 3)),
     ],
 )
 def test_segments(capacity, sizes):
@@ -269,14 +270,14 @@ def test_what_is_in_sight_is_seen_once(kind, codec, layout):
 
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 def test_view_of_all_slots(layout):
-    cache = make_spec("static", "float32", layout, capacity=521).allocate()
+    cache = make_spec("static", "float32", layout, capacity=1033).allocate()
     entry = keras.ops.ones((B, 5, K, H))
-    for index, fill in ((3, [8]), (cases.int32([0, 1, 516]), [5, 6, 521])):
+    for index, fill in ((3, [8]), (cases.int32([0, 1, 1028]), [5, 6, 1033])):
         _, view = cache.update(entry, entry, index)
         assert cases.numpy(view.fill).tolist() == fill
         positions = [cases.numpy(s.positions)[0] for s in view.segments]
-        np.testing.assert_array_equal(np.concatenate(positions), np.arange(521))
-        for segment, size in zip(view.segments, segment_sizes(521), strict=True):
+        np.testing.assert_array_equal(np.concatenate(positions), np.arange(1033))
+        for segment, size in zip(view.segments, segment_sizes(1033), strict=True):
             scores = segment.scores(keras.ops.ones((B, K, 13, H)), 0, size)
             assert tuple(scores.shape) == (B, K, 13, size)
             assert tuple(segment.mix(scores, 0, size).shape) == (B, K, 13, H)

@@ -8,7 +8,7 @@ import pytest
 from conftest import make_lm
 
 from keras_kvcache import samplers
-from keras_kvcache.generation.sizes import CHUNKS, chunk_sizes
+from keras_kvcache.generation.sizes import CHUNKS, capacity_for, chunk_sizes
 
 pytestmark = pytest.mark.jax_only
 
@@ -74,3 +74,15 @@ def test_chunks_cover_a_prompt_without_much_waste(length):
     assert set(sizes) <= set(CHUNKS)
     assert sum(sizes[:-1]) < length <= sum(sizes)
     assert sum(sizes) - length < max(CHUNKS[0], sizes[-1] / 2)
+
+
+@pytest.mark.parametrize("length", [1, 256, 257, 1025, 2048, 2049, 3073, 4097, 6145])
+def test_a_room_is_not_much_too_large(length):
+    capacity = capacity_for(length)
+    assert length <= capacity == capacity_for(capacity)
+    assert capacity == 256 or capacity < length * (2 if capacity <= 2048 else 1.5)
+    assert capacity_for(length, limit=length) == length
+
+
+def test_rooms_are_few():
+    assert len({capacity_for(length) for length in range(1, 8193)}) == 8

@@ -4,8 +4,10 @@
 # three programs.
 CHUNKS = (32, 128, 512)
 
-# Caches have 256, 512, 1024, … slots.
+# Caches have 256, 512, 1024, 2048, 3072, 4096, 6144, … slots: large ones take memory
+# and, filled, time; small ones are worth no more programs.
 SMALLEST_CAPACITY = 256
+LARGEST_DOUBLED = 2048
 
 
 def capacity_for(length, limit=None):
@@ -13,6 +15,8 @@ def capacity_for(length, limit=None):
     capacity = SMALLEST_CAPACITY
     while capacity < length:
         capacity *= 2
+    if capacity > LARGEST_DOUBLED and length <= capacity * 3 // 4:
+        capacity = capacity * 3 // 4
     return capacity if limit is None else min(capacity, limit)
 
 
