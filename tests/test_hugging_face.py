@@ -169,7 +169,9 @@ def make_model(case):
             noise = rng.normal(size=tuple(weight.shape), scale=0.2)
             # Scaled up and tied, larger ones would only ever repeat a token.
             is_small = "Gemma" in family and "embed" in name
-            weight += torch.from_numpy(0.1 * noise if is_small else noise)
+            noise = torch.from_numpy(0.1 * noise if is_small else noise)
+            # Scales begin at 1. Matrices begin anew in each run: put others there.
+            weight.copy_(noise + weight if weight.ndim == 1 else noise)
     return model
 
 
