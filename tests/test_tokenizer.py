@@ -21,10 +21,18 @@ def test_encode_refuses_half_a_character():
         build_tokenizer(byte_level()).encode("\ud800")
 
 
-@pytest.mark.parametrize("bad", [-1, 267, 2**40])
-def test_decode_names_an_unknown_id(bad):
-    with pytest.raises(ValueError, match=f"from 0 to 266; got {bad}"):
+@pytest.mark.parametrize("bad", [-1, 2**31, 2**40])
+def test_decode_names_what_is_no_id(bad):
+    with pytest.raises(ValueError, match=rf"from 0 to 2\*\*31 - 1; got {bad}"):
         build_tokenizer(byte_level()).decode([5, bad, 6])
+
+
+def test_ids_without_a_token_give_no_text():
+    """Qwen's embedding has rows that no token uses; the model may sample them."""
+    tokenizer = build_tokenizer(byte_level())
+    V = tokenizer.vocabulary_size
+    assert tokenizer.decode([259, V, 260, V + 150, 2**31 - 1]) == "hello w"
+    assert tokenizer.decode([V]) == ""
 
 
 def test_decode_takes_integers_on_one_axis():

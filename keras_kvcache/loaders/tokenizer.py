@@ -95,13 +95,14 @@ class Tokenizer:
         """The text of some ids; bytes that form no character become U+FFFD.
 
         Args:
-            ids: Integers, one axis.
+            ids: Integers, one axis. Those that name no token give no text: a model
+                whose embedding has more rows than there are tokens may sample them.
             skip_special_tokens: Whether to leave out special tokens.
 
         Raises:
             TypeError: If `ids` aren't integers.
-            ValueError: If there is more than one axis, or if an id isn't in the
-                vocabulary.
+            ValueError: If there is more than one axis, or if an id is no int32
+                from 0 on.
         """
         ids = np.asarray(ids)
         if ids.ndim != 1:
@@ -111,7 +112,8 @@ class Tokenizer:
         if ids.dtype.kind not in "iu":
             raise TypeError(f"`ids` must be integers; got dtype {ids.dtype}.")
         for extreme in (int(ids.min()), int(ids.max())):
-            self._check_id("ids", extreme)
+            if not 0 <= extreme < 2**31:
+                raise ValueError(f"`ids` must be from 0 to 2**31 - 1; got {extreme}.")
         return self._backend.decode(
             ids.tolist(), skip_special_tokens=skip_special_tokens
         )
