@@ -311,13 +311,15 @@ class Generator:
         # computed, at worst for nothing.
         index = np.minimum(lengths, capacity - 1)
         state = DecodeState(cache, token, index, done, step=np.int32(1))
-        rest = dict(limits=limits, sampler=sampler, seed=seed, steps=np.int32(burst))
-        decode_burst = self._decode.bind()
-        state, tokens = decode_burst(state=state, **rest)
+        decode_burst = self._decode.bind(
+            limits=limits, sampler=sampler, seed=seed, steps=np.int32(burst)
+        )
+        state, tokens = decode_burst(state=state)
         while True:
-            state, following = decode_burst(state=state, **rest)
-            yield ops.convert_to_numpy(tokens.tokens)[:, : int(tokens.count)]
-            if tokens.finished:
+            state, following = decode_burst(state=state)
+            tokens = ops.convert_to_numpy(tokens)[:, :burst]
+            yield tokens
+            if (tokens[:, -1] == NO_TOKEN).all():
                 return
             tokens = following
 

@@ -20,9 +20,9 @@ def make_program(function, model, donate=(), static=()):
 
     Returns:
         A function with the arguments of `function`, to be given by name. Its `bind`
-        gives one that reads the weights only once, for many calls of a short
-        program. On JAX its `lower` gives what `jax.jit` lowers it to, for a look at
-        the program.
+        takes some of them and gives a function of the others that holds these and
+        the weights on the device, for many calls of a short program. On JAX its
+        `lower` gives what `jax.jit` lowers it to, for a look at the program.
     """
     if keras.backend.backend() != "jax":
         return _make_eager(function)
@@ -41,15 +41,20 @@ def make_program(function, model, donate=(), static=()):
     def run(**arguments):
         return program(weights(), **arguments)
 
-    def bind():
-        held = weights()
+    def bind(**bound):
+        held, bound = weights(), jax.device_put(bound)
 
         def run_with_held(**arguments):
             nonlocal held
-            # Training gives the buffers of earlier weights away.
-            if any(weight.is_deleted() for weight in held):
-                held = weights()
-            return program(held, **arguments)
+            try:
+                return program(held, **bound, **arguments)
+            except (RuntimeError, ValueError):
+                # Training gives the buffers of earlier weights away. What is given
+                # to the program is lost only once all of it is found to be there.
+                if not any(weight.is_deleted() for weight in held):
+                    raise
+            held = weights()
+            return program(held, **bound, **arguments)
 
         return run_with_held
 
@@ -72,5 +77,8 @@ def _make_eager(function):
     def run(**arguments):
         return function(**keras.tree.map_structure(convert, arguments))
 
-    run.bind = lambda: run
+    def bind(**bound):
+        return functools.partial(run, **keras.tree.map_structure(convert, bound))
+
+    run.bind = bind
     return run

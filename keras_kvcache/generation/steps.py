@@ -51,14 +51,6 @@ class Limits(NamedTuple):
     stop_token_ids: Any  # (any,) int32, filled up with NO_TOKEN
 
 
-class Burst(NamedTuple):
-    """The tokens of a few decode steps."""
-
-    tokens: Any  # (B, W) int32; columns from `count` on mean nothing
-    count: Any  # () int32, the steps made
-    finished: Any  # () bool, whether every row is done
-
-
 def prefill(model, cache, token, token_ids, first, lengths, sampler, seed):
     """Runs one chunk of all prompts.
 
@@ -99,10 +91,11 @@ def decode(model, state, limits, sampler, seed, steps, width):
         sampler: `(logits (B, V), seed) -> ids (B,)`.
         seed: uint32 `()`; the sampler gets the pair of it and the step.
         steps: int32 `()`, at most `width`.
-        width: Columns of the burst.
+        width: Columns of the tokens.
 
     Returns:
-        `(state, burst)`.
+        `(state, tokens)`, the new tokens int32 `(B, width)`, a column a step;
+        `NO_TOKEN` where a row had ended and in columns of steps that weren't made.
     """
 
     def goes_on(loop):
@@ -127,8 +120,8 @@ def decode(model, state, limits, sampler, seed, steps, width):
 
     tokens = ops.full((ops.shape(state.token)[0], width), NO_TOKEN, dtype="int32")
     loop = (state, tokens, ops.zeros((), "int32"))
-    state, tokens, count = _while(goes_on, one_step, loop)
-    return state, Burst(tokens, count, ops.all(state.done))
+    state, tokens, _ = _while(goes_on, one_step, loop)
+    return state, tokens
 
 
 def _sample(logits, sampler, seed):
