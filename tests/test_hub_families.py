@@ -43,6 +43,8 @@ def test_family(case):
     ours = from_keras_hub(theirs)
     check_equal(ours, theirs)
 
+    if (case, keras.backend.backend()) == ("qwen", "tensorflow"):
+        pytest.skip("keras-hub's own loop over Qwen's window fails on TensorFlow")
     expected = hub_cases.hub_generate(theirs, RAGGED)["token_ids"]
     assert len(set(expected[:, 17:].ravel().tolist())) > 8
     answer = ours.generate(RAGGED, stop_token_ids=None)
@@ -69,7 +71,7 @@ def test_windows_of_layers(case, windows):
 def test_a_window_that_only_unfused_attention_has(case, monkeypatch):
     """Qwen's layers in keras-hub pass their window over where kernels are fused."""
     theirs = make_hub_lm(case)
-    windowless = logits(theirs)
+    windowless = logits(make_hub_lm(case, sliding_window_size=101))
     attention = type(theirs.backbone.transformer_layers[0]._self_attention_layer)
     module = getattr(hub.src.models, case)
     module = getattr(module, f"{case}_attention")
@@ -99,6 +101,7 @@ def test_nothing_is_copied(case):
     assert {v.value.unsafe_buffer_pointer() for v in ours.weights} == pointers
 
 
+@pytest.mark.jax_only
 @pytest.mark.parametrize("case", ["gpt2", "llama", "mixtral", "qwen3", "gemma2"])
 def test_a_step_rearranges_no_kernel(case):
     """Seen in the compiled loop: it holds no copy as large as an attention's kernel."""
