@@ -2,7 +2,7 @@
 
 No Keras, no options, one prompt: what remains when all that is general is taken
 away. It reads the weights of a `DecoderLM` that is a Llama or a GPT-2. Its caches
-are head-major segments of doubling size, of which a step reads those that hold
+are head-major segments of growing size, of which a step reads those that hold
 something.
 """
 

@@ -585,8 +585,8 @@ def test_no_file(tmp_path):
 
 
 def test_another_version(path):
-    rewrite(path, lambda *_: None, **{"keras_kvcache.caches": "1"})
-    refused(path, "format version 2", "'1'")
+    rewrite(path, lambda *_: None, **{"keras_kvcache.caches": "2"})
+    refused(path, "format version 3", "'2'")
 
 
 def drop(arrays, description):

@@ -44,7 +44,11 @@ def test_family(case):
     check_equal(ours, theirs)
 
     if (case, keras.backend.backend()) == ("qwen", "tensorflow"):
-        pytest.skip("keras-hub's own loop over Qwen's window fails on TensorFlow")
+        # keras-hub's own loop over Qwen's window fails there. Its logits don't.
+        row = ours.generate(RAGGED["token_ids"][0, :9].tolist(), max_new_tokens=64)
+        likeliest = logits(theirs, np.array([row]))[0].argmax(-1)
+        assert row[9:] == likeliest[8:-1].tolist() and len(set(row[9:])) > 8
+        return
     expected = hub_cases.hub_generate(theirs, RAGGED)["token_ids"]
     assert len(set(expected[:, 17:].ravel().tolist())) > 8
     answer = ours.generate(RAGGED, stop_token_ids=None)

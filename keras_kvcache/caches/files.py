@@ -22,7 +22,7 @@ from keras_kvcache.ops import is_integer, known_integers
 
 # Of the file's metadata: the key that makes it ours, with the version of the format,
 # the description as JSON, and what tells that a byte of that changed.
-FORMAT, FORMAT_VERSION = "keras_kvcache.caches", "2"
+FORMAT, FORMAT_VERSION = "keras_kvcache.caches", "3"
 DESCRIPTION, CHECKSUM = "description", "checksum"
 
 # Where the config of a model has names of layers.

@@ -1,4 +1,4 @@
-"""Head-major storage: buffers of doubling size that are read at memory speed."""
+"""Head-major storage: buffers of growing size that are read at memory speed."""
 
 from dataclasses import dataclass, replace
 
