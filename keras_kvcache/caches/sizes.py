@@ -13,11 +13,11 @@ def segment_sizes(capacity):
     logarithm. The second quadruples it: XLA's CPU backend gives products with 512
     slots of 64 numbers or fewer to one core, which reads half as fast as two.
     """
-    sizes, total = [], 0
+    sizes, total, end = [], 0, FIRST_SEGMENT
     while total < capacity:
-        end = (4 if total == FIRST_SEGMENT else 2) * total or FIRST_SEGMENT
         sizes.append(min(end, capacity) - total)
         total += sizes[-1]
+        end *= 4 if end == FIRST_SEGMENT else 2
     return tuple(sizes)
 
 
