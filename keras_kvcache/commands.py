@@ -8,9 +8,10 @@ import time
 import keras
 
 from keras_kvcache import samplers
+from keras_kvcache.cache_folder import cache_folder
 from keras_kvcache.caches import CODECS, DTYPES, Static
 from keras_kvcache.interrupt import Interrupt, interrupt_raises
-from keras_kvcache.loaders import DownloadError, cache_folder, fetch, known_presets
+from keras_kvcache.loaders import DownloadError, fetch, known_presets
 from keras_kvcache.models import DecoderLM
 from keras_kvcache.models.presets import is_of_keras_hub
 

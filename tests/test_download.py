@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from keras_kvcache.cache_folder import cache_folder
 from keras_kvcache.loaders import (
     PRESETS,
     DownloadError,
     Preset,
-    cache_folder,
     download,
     fetch,
     known_presets,

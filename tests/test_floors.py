@@ -10,6 +10,7 @@ PACKAGE = Path(keras_kvcache.__file__).parent
 # A module may import from floors below its own, and from its own folder. Generation
 # and loaders lie below the models: they know none, and a model offers both.
 FLOORS = {
+    "cache_folder": -1,
     "interrupt": 0,
     "ops": 0,
     "caches": 1,

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import jax
 from keras import ops
 
+from keras_kvcache.caches.codecs import Exact
 from keras_kvcache.caches.sizes import segment_sizes
 from keras_kvcache.caches.storage import Field, Storage, decoded, read_slots
 from keras_kvcache.ops import head_major_segment, slots_of
@@ -89,7 +90,12 @@ class HeadMajorStorage(Storage):
             return self.codec.read_values(parts, self.value_dim, *VALUES)
 
         return head_major_segment(
-            read_keys, read_values, positions, self.codec.block, first_position
+            read_keys,
+            read_values,
+            positions,
+            self.codec.block,
+            first_position,
+            arrays if type(self.codec) is Exact else None,
         )
 
     def merge(self):

@@ -1,6 +1,5 @@
 """Models from files and by name, as plain data."""
 
-from keras_kvcache.loaders.cache_folder import cache_folder
 from keras_kvcache.loaders.chat_template import render_chat_template
 from keras_kvcache.loaders.checkpoint import Checkpoint
 from keras_kvcache.loaders.download import DownloadError, fetch
@@ -17,7 +16,6 @@ __all__ = [
     "DownloadError",
     "Preset",
     "Tokenizer",
-    "cache_folder",
     "fetch",
     "known_presets",
     "read_gguf",

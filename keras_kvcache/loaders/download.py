@@ -12,7 +12,7 @@ import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
-from keras_kvcache.loaders.cache_folder import cache_folder
+from keras_kvcache.cache_folder import cache_folder
 from keras_kvcache.loaders.presets import Preset, get_preset
 
 _CHUNK_BYTES = 1 << 20

@@ -39,7 +39,9 @@ class Read(NamedTuple):
     rotation: Any = None
 
 
-def head_major_segment(read_keys, read_values, positions, block=None, first=None):
+def head_major_segment(
+    read_keys, read_values, positions, block=None, first=None, arrays=None
+):
     """A segment whose heads come before its slots.
 
     Keys have their slots last: `(R, H) × (H, n)` and `(R, n) × (n, Hv)` are
@@ -50,7 +52,7 @@ def head_major_segment(read_keys, read_values, positions, block=None, first=None
             count)`.
         read_values: Function of `first` and `count`: a `Read` of values `(B, K,
             count, Hv)`.
-        positions, block, first: As in `Segment`.
+        positions, block, first, arrays: As in `Segment`.
 
     Returns:
         A `Segment`.
@@ -66,7 +68,7 @@ def head_major_segment(read_keys, read_values, positions, block=None, first=None
         weights = _scaled(weights, scale, (0, 1, 3, 2))
         return turn_back(_by_head(_mix, "rn,nh->rh", weights, values), rotation)
 
-    return Segment(scores, mix, positions, block, first)
+    return Segment(scores, mix, positions, block, first, arrays)
 
 
 def sequence_view(keys, values):

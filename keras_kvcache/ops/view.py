@@ -21,6 +21,8 @@ class Segment(NamedTuple):
         block: The most slots for a product with few queries; `None` for all.
         first: Position of the first slot if the others follow it one by one, so
             that masks over positions can be cut instead of looked up; else `None`.
+        arrays: Keys `(B, K, H, n)` and values `(B, K, n, Hv)` if just these are what
+            lies in memory; else `None`.
     """
 
     scores: Callable[..., Any]
@@ -28,6 +30,7 @@ class Segment(NamedTuple):
     positions: Any
     block: int | None = None
     first: int | None = None
+    arrays: tuple[Any, Any] | None = None
 
 
 class View(NamedTuple):

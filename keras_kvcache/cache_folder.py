@@ -1,4 +1,4 @@
-"""Where downloaded models are kept."""
+"""Where models that were downloaded and what was compiled are kept."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """The folder of downloaded models, which may not exist yet.
+    """The folder of all that is kept from run to run, which may not exist yet.
 
     It is the environment variable `KERAS_KVCACHE_HOME` if that is set, else
     `keras-kvcache` in `XDG_CACHE_HOME`, else `~/.cache/keras-kvcache`.

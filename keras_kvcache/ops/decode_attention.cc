@@ -1,0 +1,402 @@
+// Attention of few queries over the slots of a head-major cache, on a CPU.
+//
+// A decode step reads every filled slot once and computes little with it. So all
+// cores should read, in long runs, and nothing but what is attended. The slots are
+// cut into pieces, each is attended by itself, and the pieces are merged by their
+// maxima and sums: flash decoding (Dao et al., 2023,
+// https://pytorch.org/blog/flash-decoding/) with the online softmax of Milakov and
+// Gimelshein (2018, https://arxiv.org/abs/1805.02867).
+//
+// B batch, N query heads, K key/value heads, T query tokens, R = N / K * T queries
+// that share a key/value head, H and Hv sizes of a key and a value, n slots.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <thread>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+// Slots of a piece: small enough that its scores stay in a core's cache and that all
+// cores find work early, large enough that handing it out costs nothing beside it.
+constexpr int64_t kPiece = 512;
+
+constexpr float kHidden = -std::numeric_limits<float>::infinity();
+
+#if defined(__AVX512F__)
+constexpr int64_t kLanes = 16;
+#elif defined(__AVX__)
+constexpr int64_t kLanes = 8;
+#else
+constexpr int64_t kLanes = 4;
+#endif
+
+typedef float Vector __attribute__((vector_size(4 * kLanes)));
+typedef int32_t IntVector __attribute__((vector_size(4 * kLanes)));
+
+inline Vector Load(const float* from, int64_t lanes = kLanes) {
+  Vector vector = {};
+  std::memcpy(&vector, from, lanes * sizeof(float));
+  return vector;
+}
+
+inline void Store(float* to, Vector vector, int64_t lanes = kLanes) {
+  std::memcpy(to, &vector, lanes * sizeof(float));
+}
+
+// Calls `body(first, lanes)` for all of `width` numbers, a vector at a time.
+template <typename Body>
+inline void ForVectors(int64_t width, Body body) {
+  int64_t first = 0;
+  for (; first + kLanes <= width; first += kLanes) body(first, kLanes);
+  if (first < width) body(first, width - first);
+}
+
+// Calls `body(first, count)` for all rows, of which it gets up to four at a time,
+// their count known to the compiler, so that sums for all of them fit registers.
+template <typename Body>
+inline void ForRows(int64_t rows, Body body) {
+  int64_t first = 0;
+  for (; first + 4 <= rows; first += 4) {
+    body(first, std::integral_constant<int, 4>());
+  }
+  if (rows - first == 3) body(first, std::integral_constant<int, 3>());
+  if (rows - first == 2) body(first, std::integral_constant<int, 2>());
+  if (rows - first == 1) body(first, std::integral_constant<int, 1>());
+}
+
+// e to the power of x; 0 below -87, where float32 ends. For x up to 0 only, or
+// little more. Two parts of ln 2 keep the remainder exact, and its power is a
+// polynomial (Cephes' expf, https://netlib.org/cephes).
+inline Vector Exp(Vector x) {
+  const auto ends = x < -87.0f;
+  x = ends ? Vector{} : x;
+  const IntVector exponent = __builtin_convertvector(x * 1.44269504f - 0.5f, IntVector);
+  const Vector whole = __builtin_convertvector(exponent, Vector);
+  const Vector rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+  Vector power = 1.9875691500e-4f * rest + 1.3981999507e-3f;
+  power = power * rest + 8.3334519073e-3f;
+  power = power * rest + 4.1665795894e-2f;
+  power = power * rest + 1.6666665459e-1f;
+  power = power * rest + 5.0000001201e-1f;
+  power = power * rest * rest + rest + 1.0f;
+  const IntVector bits = (exponent + 127) << 23;
+  Vector two_to_whole;
+  std::memcpy(&two_to_whole, &bits, sizeof bits);
+  return ends ? Vector{} : power * two_to_whole;
+}
+
+// Scores (Rows, count), kPiece apart, of queries (Rows, H) with keys (H, count),
+// `stride` apart. Keys are read four rows side by side, which makes four long runs
+// in memory, and the sums are loaded and stored for every fourth row only.
+template <int Rows>
+void Score(const float* query, int64_t head_dim, const float* keys, int64_t stride,
+           int64_t count, float* scores) {
+  for (int row = 0; row < Rows; ++row) {
+    std::fill_n(scores + row * kPiece, count, 0.0f);
+  }
+  int64_t h = 0;
+  for (; h + 4 <= head_dim; h += 4) {
+    const float* key = keys + h * stride;
+    ForVectors(count, [&](int64_t slot, int64_t lanes) {
+      const Vector key0 = Load(key + slot, lanes);
+      const Vector key1 = Load(key + stride + slot, lanes);
+      const Vector key2 = Load(key + 2 * stride + slot, lanes);
+      const Vector key3 = Load(key + 3 * stride + slot, lanes);
+      for (int row = 0; row < Rows; ++row) {
+        const float* q = query + row * head_dim + h;
+        float* sum = scores + row * kPiece + slot;
+        Store(sum,
+              Load(sum, lanes) + q[0] * key0 + q[1] * key1 + q[2] * key2 + q[3] * key3,
+              lanes);
+      }
+    });
+  }
+  for (; h < head_dim; ++h) {
+    ForVectors(count, [&](int64_t slot, int64_t lanes) {
+      const Vector key = Load(keys + h * stride + slot, lanes);
+      for (int row = 0; row < Rows; ++row) {
+        float* sum = scores + row * kPiece + slot;
+        Store(sum, Load(sum, lanes) + query[row * head_dim + h] * key, lanes);
+      }
+    });
+  }
+}
+
+// Columns of the sums (Rows, Hv) of values (count, Hv) with weights (Rows, count),
+// kPiece apart. The sums stay in registers until all slots are added.
+template <int Rows, int Vectors>
+void MixColumns(const float* weights, const float* values, int64_t value_dim,
+                int64_t count, float* output, int64_t lanes) {
+  Vector sums[Rows][Vectors] = {};
+  for (int64_t slot = 0; slot < count; ++slot) {
+    Vector value[Vectors];
+    for (int v = 0; v < Vectors; ++v) {
+      value[v] = Load(values + slot * value_dim + v * kLanes, lanes);
+    }
+    for (int row = 0; row < Rows; ++row) {
+      const float weight = weights[row * kPiece + slot];
+      for (int v = 0; v < Vectors; ++v) sums[row][v] += weight * value[v];
+    }
+  }
+  for (int row = 0; row < Rows; ++row) {
+    for (int v = 0; v < Vectors; ++v) {
+      Store(output + row * value_dim + v * kLanes, sums[row][v], lanes);
+    }
+  }
+}
+
+template <int Rows>
+void Mix(const float* weights, const float* values, int64_t value_dim, int64_t count,
+         float* output) {
+  int64_t column = 0;
+  for (; column + 4 * kLanes <= value_dim; column += 4 * kLanes) {
+    MixColumns<Rows, 4>(weights, values + column, value_dim, count, output + column,
+                        kLanes);
+  }
+  ForVectors(value_dim - column, [&](int64_t first, int64_t lanes) {
+    MixColumns<Rows, 1>(weights, values + column + first, value_dim, count,
+                        output + column + first, lanes);
+  });
+}
+
+// What all pieces share. Queries are scaled.
+struct Sizes {
+  int64_t rows;       // R
+  int64_t length;     // T
+  int64_t head_dim;   // H
+  int64_t value_dim;  // Hv
+  float soft_cap;     // 0 for none
+};
+
+// A mask (1 | N, 1 | T, n) of one row of the batch: not 0 where a query may attend.
+struct Mask {
+  const uint8_t* data;
+  int64_t head_stride, token_stride;  // 0 where the axis is 1
+
+  const uint8_t* Of(const Sizes& sizes, int64_t head, int64_t row) const {
+    const int64_t query_head = head * (sizes.rows / sizes.length) + row / sizes.length;
+    return data + query_head * head_stride + row % sizes.length * token_stride;
+  }
+};
+
+// Slots of one key/value head that some query attends.
+struct Piece {
+  int64_t group;  // which of the B·K heads
+  int64_t head;   // which of the K
+  const float* query;
+  const float* keys;
+  int64_t keys_stride;
+  const float* values;
+  Mask mask;
+  int64_t count;
+};
+
+// The attention of one piece, not yet divided by the sum of weights.
+struct Partial {
+  float* maximum;  // (R,), the largest score
+  float* total;    // (R,), the sum of exp(score - maximum)
+  float* output;   // (R, Hv), the sum of exp(score - maximum) · value
+};
+
+// Scores become weights: capped, hidden and raised to powers of e.
+void Softmax(float* scores, const uint8_t* mask, int64_t count, float soft_cap,
+             float* maximum, float* total) {
+  float largest = kHidden;
+  for (int64_t slot = 0; slot < count; ++slot) {
+    if (soft_cap > 0) scores[slot] = soft_cap * std::tanh(scores[slot] / soft_cap);
+    if (!mask[slot]) scores[slot] = kHidden;
+    largest = std::max(largest, scores[slot]);
+  }
+  *maximum = largest;
+  // Where all is hidden any number does: no weight is left.
+  const float origin = largest == kHidden ? 0.0f : largest;
+  Vector sums = {};
+  ForVectors(count, [&](int64_t slot, int64_t lanes) {
+    Vector score = Vector{} + kHidden;
+    std::memcpy(&score, scores + slot, lanes * sizeof(float));
+    const Vector weight = Exp(score - origin);
+    Store(scores + slot, weight, lanes);
+    sums += weight;
+  });
+  *total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) *total += sums[lane];
+}
+
+void AttendPiece(const Sizes& sizes, const Piece& piece, float* scores,
+                 const Partial& partial) {
+  ForRows(sizes.rows, [&](int64_t row, auto rows) {
+    Score<rows>(piece.query + row * sizes.head_dim, sizes.head_dim, piece.keys,
+                piece.keys_stride, piece.count, scores + row * kPiece);
+  });
+  for (int64_t row = 0; row < sizes.rows; ++row) {
+    Softmax(scores + row * kPiece, piece.mask.Of(sizes, piece.head, row), piece.count,
+            sizes.soft_cap, partial.maximum + row, partial.total + row);
+  }
+  ForRows(sizes.rows, [&](int64_t row, auto rows) {
+    Mix<rows>(scores + row * kPiece, piece.values, sizes.value_dim, piece.count,
+              partial.output + row * sizes.value_dim);
+  });
+}
+
+// Pieces that threads take one after another until none is left.
+class Work {
+ public:
+  Work(Sizes sizes, std::vector<Piece> pieces)
+      : sizes_(sizes),
+        pieces_(std::move(pieces)),
+        partials_(pieces_.size() * sizes.rows * (2 + sizes.value_dim)) {}
+
+  int64_t size() const { return pieces_.size(); }
+
+  void Run() {
+    std::vector<float> scores;
+    for (int64_t number; (number = next_.fetch_add(1)) < size();) {
+      scores.resize(sizes_.rows * kPiece);
+      AttendPiece(sizes_, pieces_[number], scores.data(), PartialOf(number));
+      done_.fetch_add(1, std::memory_order_release);
+    }
+  }
+
+  // To be called after `Run`: others can be within their last piece only.
+  void Wait() const {
+    while (done_.load(std::memory_order_acquire) < size()) std::this_thread::yield();
+  }
+
+  // Writes the output (groups, R, Hv); zero for a query with nothing to attend.
+  void Merge(int64_t groups, float* output) {
+    const int64_t width = sizes_.value_dim;
+    std::vector<float> maxima(groups * sizes_.rows, kHidden);
+    std::vector<float> totals(groups * sizes_.rows, 0.0f);
+    std::fill_n(output, groups * sizes_.rows * width, 0.0f);
+    ForPartials([&](const Partial& partial, int64_t row, int64_t query) {
+      maxima[query] = std::max(maxima[query], partial.maximum[row]);
+    });
+    ForPartials([&](const Partial& partial, int64_t row, int64_t query) {
+      if (partial.maximum[row] == kHidden) return;
+      const float factor = std::exp(partial.maximum[row] - maxima[query]);
+      totals[query] += factor * partial.total[row];
+      for (int64_t column = 0; column < width; ++column) {
+        output[query * width + column] += factor * partial.output[row * width + column];
+      }
+    });
+    for (size_t query = 0; query < totals.size(); ++query) {
+      if (totals[query] == 0) continue;
+      for (int64_t column = 0; column < width; ++column) {
+        output[query * width + column] /= totals[query];
+      }
+    }
+  }
+
+ private:
+  Partial PartialOf(int64_t number) {
+    float* data = partials_.data() + number * sizes_.rows * (2 + sizes_.value_dim);
+    return {data, data + sizes_.rows, data + 2 * sizes_.rows};
+  }
+
+  template <typename Body>
+  void ForPartials(Body body) {
+    for (int64_t number = 0; number < size(); ++number) {
+      for (int64_t row = 0; row < sizes_.rows; ++row) {
+        body(PartialOf(number), row, pieces_[number].group * sizes_.rows + row);
+      }
+    }
+  }
+
+  const Sizes sizes_;
+  const std::vector<Piece> pieces_;
+  std::vector<float> partials_;
+  std::atomic<int64_t> next_{0}, done_{0};
+};
+
+// Which of `count` slots any query of a head may attend, from the first to past the
+// last; both equal if there is none.
+std::pair<int64_t, int64_t> SeenSlots(const Sizes& sizes, const Mask& mask,
+                                      int64_t head, int64_t count) {
+  int64_t begin = count, end = 0;
+  const bool same = mask.head_stride == 0 && mask.token_stride == 0;
+  for (int64_t row = 0; row < (same ? 1 : sizes.rows); ++row) {
+    const uint8_t* seen = mask.Of(sizes, head, row);
+    const void* first = std::memchr(seen, 1, count);
+    if (first == nullptr) continue;
+    begin = std::min<int64_t>(begin, static_cast<const uint8_t*>(first) - seen);
+    int64_t last = count - 1;
+    while (!seen[last]) --last;
+    end = std::max(end, last + 1);
+  }
+  return {std::min(begin, end), end};
+}
+
+ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query,
+                  ffi::RemainingArgs segments, ffi::ResultBuffer<ffi::F32> output,
+                  int64_t length, float soft_cap) {
+  const auto shape = query.dimensions();
+  const int64_t batch = shape[0], heads = shape[1];
+  const Sizes sizes = {shape[2], length, shape[3], output->dimensions()[3], soft_cap};
+  std::vector<Piece> pieces;
+  for (size_t number = 0; number < segments.size(); number += 3) {
+    const auto keys = segments.get<ffi::Buffer<ffi::F32>>(number);
+    const auto values = segments.get<ffi::Buffer<ffi::F32>>(number + 1);
+    const auto masks = segments.get<ffi::Buffer<ffi::PRED>>(number + 2);
+    if (!keys.has_value()) return keys.error();
+    if (!values.has_value()) return values.error();
+    if (!masks.has_value()) return masks.error();
+    const int64_t slots = keys->dimensions()[3];
+    const auto axes = masks->dimensions();
+    const int64_t token_stride = axes[2] == 1 ? 0 : slots;
+    const int64_t head_stride = axes[1] == 1 ? 0 : axes[2] * slots;
+    const int64_t row_stride = axes[0] == 1 ? 0 : axes[1] * axes[2] * slots;
+    const auto* seen = static_cast<const uint8_t*>(masks->untyped_data());
+    for (int64_t group = 0; group < batch * heads; ++group) {
+      const int64_t head = group % heads;
+      for (int64_t first = 0; first < slots; first += kPiece) {
+        Mask mask = {seen + group / heads * row_stride + first, head_stride,
+                     token_stride};
+        const int64_t count = std::min(kPiece, slots - first);
+        const auto [begin, end] = SeenSlots(sizes, mask, head, count);
+        if (begin == end) continue;
+        mask.data += begin;
+        pieces.push_back(
+            {group, head, query.typed_data() + group * sizes.rows * sizes.head_dim,
+             keys->typed_data() + group * sizes.head_dim * slots + first + begin, slots,
+             values->typed_data() + (group * slots + first + begin) * sizes.value_dim,
+             mask, end - begin});
+      }
+    }
+  }
+  // Threads that come late find nothing to do, but must find that out.
+  const auto work = std::make_shared<Work>(sizes, std::move(pieces));
+  const int64_t threads = std::min<int64_t>(pool.num_threads(), work->size());
+  for (int64_t thread = 1; thread < threads; ++thread) {
+    pool.Schedule([work] { work->Run(); });
+  }
+  work->Run();
+  work->Wait();
+  work->Merge(batch * heads, output->typed_data());
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DecodeAttention, Attend,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()  // query, (B, K, R, H)
+                                  .RemainingArgs()  // keys (B, K, H, n), values
+                                                    // (B, K, n, Hv) and mask
+                                                    // (1 | B, 1 | N, 1 | T, n) of
+                                                    // each segment
+                                  .Ret<ffi::Buffer<ffi::F32>>()  // (B, K, R, Hv)
+                                  .Attr<int64_t>("length")       // T
+                                  .Attr<float>("soft_cap"));     // 0 for none

@@ -1,0 +1,132 @@
+"""Attention of few queries over exact head-major slots, by a kernel for CPUs.
+
+XLA's CPU backend reads keys and values at memory speed only where each key/value
+head has one query, and only whole buffers. The kernel, `decode_attention.cc`, reads
+them so for any number of queries and stops where the filled slots end. To JAX it's a
+primitive: where a program is lowered for something else, or to be exported, or where
+it's differentiated, `attend_segments` stands in its place.
+"""
+
+import functools
+from pathlib import Path
+
+import jax
+import keras
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from keras_kvcache.ops.native import load_library
+from keras_kvcache.ops.online_softmax import attend_segments
+from keras_kvcache.ops.platform import is_jax_on_cpu
+from keras_kvcache.ops.products import head_major_segment, is_few, reader
+
+NAME = "keras_kvcache_decode_attention"
+
+
+def has_decode_kernel(query, segments):
+    """Whether `decode_attention` can be called, and is the fastest way.
+
+    Args:
+        query: Tensor `(B, K, R, H)`.
+        segments: Tuple of `Segment`.
+    """
+    if not is_jax_on_cpu() or keras.distribution.distribution() is not None:
+        return False
+    if not is_few(query) or any(segment.arrays is None for segment in segments):
+        return False
+    arrays = [query, *(array for segment in segments for array in segment.arrays)]
+    # Sizes that are symbols, as in an export, aren't integers.
+    fits = all(
+        array.dtype == "float32" and all(isinstance(n, int) for n in array.shape)
+        for array in arrays
+    )
+    return fits and _is_registered()
+
+
+def decode_attention(query, segments, masks, value_dim, length, soft_cap=None):
+    """Attention as by `attend_segments`, whose arguments these are.
+
+    Args:
+        query: float32 `(B, K, R, H)`, scaled; on JAX, as is all else.
+        segments: Tuple of `Segment` with `arrays` of float32. No slot before the
+            first or past the last that is attended is read.
+        masks: One boolean mask `(1 | B, 1 | N, 1 | T, 1 | n)` or `None` a segment.
+        value_dim: `Hv`.
+        length: `T`.
+        soft_cap: As in `attend`.
+
+    Returns:
+        float32 `(B, K, R, Hv)`; zero for a query with nothing to attend.
+    """
+    operands = []
+    for segment, mask in zip(segments, masks, strict=True):
+        slots = segment.arrays[0].shape[3]
+        if mask is None:
+            mask = jax.numpy.ones((1, 1, 1, 1), bool)
+        mask = jax.numpy.broadcast_to(mask, (*mask.shape[:3], slots))
+        operands += [*segment.arrays, mask]
+    return _run(query, *operands, value_dim=value_dim, length=length, soft_cap=soft_cap)
+
+
+# Outside of a program, too, it's compiled: a primitive alone could not be run.
+@functools.partial(
+    jax.jit, static_argnames=("value_dim", "length", "soft_cap"), inline=True
+)
+def _run(*operands, **parameters):
+    return _primitive.bind(*operands, **parameters)
+
+
+def _stand_in(query, *operands, value_dim, length, soft_cap):
+    """The same by the backend's operations."""
+    segments, masks = [], operands[2::3]
+    for keys, values in zip(operands[::3], operands[1::3], strict=True):
+        positions = jax.numpy.arange(keys.shape[3])[None]
+        read_keys, read_values = reader(keys, axis=3), reader(values, axis=2)
+        segments.append(head_major_segment(read_keys, read_values, positions))
+    return attend_segments(query, segments, masks, value_dim, length, soft_cap)
+
+
+def _output_shape(query, *operands, value_dim, length, soft_cap):
+    return query.update(shape=(*query.shape[:3], value_dim))
+
+
+def _differentiate(primals, tangents, **parameters):
+    tangents = [ad.instantiate_zeros(tangent) for tangent in tangents]
+    return jax.jvp(functools.partial(_stand_in, **parameters), primals, tangents)
+
+
+def _map(operands, axes, **parameters):
+    stand_in = functools.partial(_stand_in, **parameters)
+    return jax.vmap(stand_in, in_axes=axes)(*operands), 0
+
+
+_lower_stand_in = mlir.lower_fun(_stand_in, multiple_results=False)
+
+
+def _lower(context, *operands, value_dim, length, soft_cap):
+    if context.module_context.lowering_parameters.for_export:
+        # A program that others load may call nothing that they don't have.
+        parameters = dict(value_dim=value_dim, length=length, soft_cap=soft_cap)
+        return _lower_stand_in(context, *operands, **parameters)
+    attributes = dict(length=np.int64(length), soft_cap=np.float32(soft_cap or 0))
+    return jax.ffi.ffi_lowering(NAME)(context, *operands, **attributes)
+
+
+@functools.cache
+def _is_registered():
+    """Whether XLA knows the kernel, which is compiled for it now if need be."""
+    library = load_library(Path(__file__).with_suffix(".cc"))
+    if library is None:
+        return False
+    capsule = jax.ffi.pycapsule(library.DecodeAttention)
+    jax.ffi.register_ffi_target(NAME, capsule, platform="cpu")
+    return True
+
+
+_primitive = Primitive(NAME)
+_primitive.def_abstract_eval(_output_shape)
+ad.primitive_jvps[_primitive] = _differentiate
+batching.primitive_batchers[_primitive] = _map
+mlir.register_lowering(_primitive, _lower_stand_in)
+mlir.register_lowering(_primitive, _lower, platform="cpu")

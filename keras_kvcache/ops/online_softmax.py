@@ -1,0 +1,175 @@
+"""Attention over segments that skips what is hidden, in the backend's operations.
+
+Segments are merged by their running maximum and sum, as in online softmax (Milakov
+and Gimelshein, 2018, https://arxiv.org/abs/1805.02867), the way flash attention
+merges its tiles (Dao et al., 2022, https://arxiv.org/abs/2205.14135).
+"""
+
+from typing import Any, NamedTuple
+
+import keras
+from keras import ops
+
+from keras_kvcache.ops.known import known_value
+from keras_kvcache.ops.products import is_few, sum_dtype
+from keras_kvcache.ops.softmax import LOWEST
+
+# The maximum of no scores: so far above the score of a hidden slot that this weighs
+# nothing, and below any other.
+NOTHING_SEEN = LOWEST / 10
+
+# Slots that many queries are multiplied with at a time: no score is computed beyond
+# the block that holds the last slot seen, and those of a block stay in the
+# processor's cache.
+BLOCK = 512
+
+
+def attend_segments(query, segments, masks, value_dim, length, soft_cap=None):
+    """Attention of queries that are scaled and grouped by key/value head.
+
+    Args:
+        query: Tensor `(B, K, R, H)`, `R = G·T`.
+        segments: Tuple of `Segment`. One that no query may attend isn't read.
+        masks: One boolean mask a segment, `(1 | B, 1 | N, 1 | T, n)`, or `None`
+            where every slot may be attended.
+        value_dim: `Hv`.
+        length: `T`.
+        soft_cap: As in `attend`.
+
+    Returns:
+        A tensor `(B, K, R, Hv)`, float32 unless queries are float64; zero for a
+        query with nothing to attend.
+    """
+    rows, dtype = ops.shape(query)[:3], sum_dtype(query)
+    running = _Partial(
+        ops.full((*rows, 1), NOTHING_SEEN, dtype),
+        ops.zeros((*rows, 1), dtype),
+        ops.zeros((*rows, value_dim), dtype),
+    )
+    few = is_few(query)
+    for segment, mask in zip(segments, masks, strict=True):
+        block = segment.block if few else BLOCK
+        attended = _Attended(query, segment, mask, soft_cap, length)
+        running = _add_segment(running, attended, block)
+    total = ops.where(running.total > 0, running.total, ops.ones_like(running.total))
+    return running.output / total
+
+
+class _Partial(NamedTuple):
+    """Attention over some of the slots, not yet divided by the sum of weights."""
+
+    maximum: Any  # (B, K, R, 1), the largest score
+    total: Any  # (B, K, R, 1), the sum of exp(score - maximum)
+    output: Any  # (B, K, R, Hv), the sum of exp(score - maximum) · value
+
+
+class _Attended(NamedTuple):
+    """Queries, and what they attend of a segment."""
+
+    query: Any  # (B, K, R, H), scaled
+    segment: Any
+    mask: Any  # as in `attend`
+    soft_cap: float | None
+    length: int  # T
+
+    def partial(self, first, count):
+        """Attention over `count` slots of the segment from `first` on."""
+        scores = self.segment.scores(self.query, first, count)
+        if self.soft_cap is not None:
+            scores = self.soft_cap * ops.tanh(scores / self.soft_cap)
+        mask = self.mask_of(first, count)
+        if mask is not None:
+            mask = _group_mask_heads(mask, self.query, self.length)
+            scores = ops.where(mask, scores, LOWEST)
+        maximum = ops.max(scores, axis=-1, keepdims=True)
+        maximum = ops.maximum(maximum, NOTHING_SEEN)
+        weights = ops.exp(scores - maximum)
+        total = ops.sum(weights, axis=-1, keepdims=True)
+        return _Partial(maximum, total, self.segment.mix(weights, first, count))
+
+    def mask_of(self, first, count):
+        """The mask of these slots."""
+        if self.mask is None or self.mask.shape[3] in (None, 1, count):
+            return self.mask
+        shape = (*ops.shape(self.mask)[:3], count)
+        return ops.slice(self.mask, (0, 0, 0, first), shape)
+
+    def add_block(self, running, first, count):
+        """Merges a block in, unless it's hidden; a mask that hides nothing costs."""
+        mask = self.mask_of(first, count)
+
+        def add(running):
+            unmasked = self._replace(mask=None)
+            part = _either(
+                True if mask is None else ops.all(mask),
+                lambda: unmasked.partial(first, count),
+                lambda: self.partial(first, count),
+            )
+            return _merge(running, part)
+
+        return _either(_any(mask), lambda: add(running), lambda: running)
+
+
+def _add_segment(running, attended, block):
+    """Merges a segment in, unless it's hidden."""
+    return _either(
+        _any(attended.mask),
+        lambda: _add_slots(running, attended, block),
+        lambda: running,
+    )
+
+
+def _add_slots(running, attended, block):
+    """Merges the slots of a segment in, a block at a time if `block` is given."""
+    slots = attended.segment.positions.shape[1]
+    if not isinstance(slots, int) or block is None or slots <= block:
+        slots = ops.shape(attended.segment.positions)[1]
+        return _merge(running, attended.partial(0, slots))
+
+    def add(number, running):
+        return attended.add_block(running, number * block, block)
+
+    blocks, rest = divmod(slots, block)
+    if keras.backend.backend() == "jax":
+        import jax
+
+        running = jax.lax.fori_loop(0, blocks, add, running)
+    else:
+        for number in range(blocks):
+            running = add(number, running)
+    return attended.add_block(running, blocks * block, rest) if rest else running
+
+
+def _group_mask_heads(mask, query, length):
+    """`(1 | B, 1 | N, 1 | T, n)` to what broadcasts to `(B, K, R, n)`."""
+    _, heads, query_rows, _ = ops.shape(query)
+    rows, mask_heads, _, slots = ops.shape(mask)
+    group = query_rows // length
+    if mask_heads == 1:
+        heads = 1
+    mask = ops.broadcast_to(mask, (rows, heads * group, length, slots))
+    return ops.reshape(mask, (rows, heads, group * length, slots))
+
+
+def _merge(a, b):
+    maximum = ops.maximum(a.maximum, b.maximum)
+    keep_a, keep_b = ops.exp(a.maximum - maximum), ops.exp(b.maximum - maximum)
+    return _Partial(
+        maximum,
+        a.total * keep_a + b.total * keep_b,
+        a.output * keep_a + b.output * keep_b,
+    )
+
+
+def _any(mask):
+    return True if mask is None else ops.any(mask)
+
+
+def _either(predicate, then, otherwise):
+    """`then()` where the predicate holds, else `otherwise()`; `_Partial`s both."""
+    known = known_value(predicate)
+    if known is not None:
+        return then() if known else otherwise()
+    return _Partial(
+        *ops.cond(predicate, lambda: tuple(then()), lambda: tuple(otherwise()))
+    )
