@@ -136,8 +136,8 @@ def _keep_compiled_programs():
     import jax
 
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs"))
-    # Loading costs less than compiling for nearly all programs of a model.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    # Loading costs less than compiling, for the shortest of a model's programs, too.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def _fetch(model):

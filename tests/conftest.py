@@ -38,6 +38,14 @@ def forget_programs():
         gc.collect()
 
 
+@pytest.fixture
+def without_kernel(monkeypatch):
+    """Leaves attention to XLA alone, as on a machine without a C++ compiler."""
+    target = "keras_kvcache.ops.decode_attention._is_registered"
+    monkeypatch.setattr(target, lambda: False)
+    return monkeypatch
+
+
 @pytest.fixture(scope="session")
 def smollm2_path():
     """The file of a real model, fetched on first use; needed where CI is set."""

@@ -39,8 +39,13 @@ def made(program, operations, at_least):
 COPIES = ("copy", "transpose", "concatenate", "broadcast", "slice", "gather", "convert")
 
 
+@pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize("groups, batch_size, per_row", STEPS)
-def test_head_major_cache_is_read_where_it_lies(groups, batch_size, per_row):
+def test_head_major_cache_is_read_where_it_lies(
+    groups, batch_size, per_row, kernel, request
+):
+    if not kernel:
+        request.getfixturevalue("without_kernel")
     layer = cases.make_layer(6, H, num_key_value_heads=6 // groups)
     cache = cases.make_cache(layer, batch_size, S, "head_major")
     program = compiled_step(layer, cache, batch_size, per_row)

@@ -10,7 +10,7 @@ import pytest
 import reference
 
 from keras_kvcache.caches import StaticCache
-from keras_kvcache.ops import attend, attention, products, view_masks
+from keras_kvcache.ops import attend, online_softmax, products, view_masks
 
 B, N, K, H, S = 2, 6, 3, 7, 47
 # Few queries are read together with whole slots of a dense cache, many head by head.
@@ -19,7 +19,7 @@ LENGTHS = {"few": 2, "many": 23}
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK", 11)
+    monkeypatch.setattr(online_softmax, "BLOCK", 11)
     monkeypatch.setattr(products, "DENSE_BLOCK", 13)
 
 
@@ -109,7 +109,7 @@ def test_blocks_have_gradients(layout):
         view = cache.view()
         masks = view_masks(view, positions, causal=True)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(attention, "BLOCK", blocks)
+            patch.setattr(online_softmax, "BLOCK", blocks)
             return keras.ops.sum(attend(query, view, masks, 0.3) ** 2)
 
     in_blocks, whole = (jax.grad(loss)(query, blocks) for blocks in (11, S))

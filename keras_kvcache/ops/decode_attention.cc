@@ -45,10 +45,47 @@ constexpr int64_t kLanes = 4;
 typedef float Vector __attribute__((vector_size(4 * kLanes)));
 typedef int32_t IntVector __attribute__((vector_size(4 * kLanes)));
 
-inline Vector Load(const float* from, int64_t lanes = kLanes) {
-  Vector vector = {};
-  std::memcpy(&vector, from, lanes * sizeof(float));
-  return vector;
+// What slots may hold, each with a vector of it and the way to a vector of floats.
+template <typename T>
+struct Element;
+
+template <>
+struct Element<float> {
+  typedef Vector Lanes;
+  static Vector Widen(Lanes lanes) { return lanes; }
+};
+
+template <>
+struct Element<int8_t> {
+  typedef int8_t Lanes __attribute__((vector_size(kLanes)));
+  typedef int16_t Wider __attribute__((vector_size(2 * kLanes)));
+  static Vector Widen(Lanes lanes) {
+    // By way of int16, as GCC 12 would else take the lanes one by one.
+    const Wider wider = __builtin_convertvector(lanes, Wider);
+    return __builtin_convertvector(__builtin_convertvector(wider, IntVector), Vector);
+  }
+};
+
+struct BFloat16 {
+  uint16_t bits;  // the upper half of a float's
+};
+
+template <>
+struct Element<BFloat16> {
+  typedef uint16_t Lanes __attribute__((vector_size(2 * kLanes)));
+  static Vector Widen(Lanes lanes) {
+    const IntVector bits = __builtin_convertvector(lanes, IntVector) << 16;
+    Vector vector;
+    std::memcpy(&vector, &bits, sizeof bits);
+    return vector;
+  }
+};
+
+template <typename T>
+inline Vector Load(const T* from, int64_t lanes = kLanes) {
+  typename Element<T>::Lanes loaded = {};
+  std::memcpy(&loaded, from, lanes * sizeof(T));
+  return Element<T>::Widen(loaded);
 }
 
 inline void Store(float* to, Vector vector, int64_t lanes = kLanes) {
@@ -100,15 +137,15 @@ inline Vector Exp(Vector x) {
 // Scores (Rows, count), kPiece apart, of queries (Rows, H) with keys (H, count),
 // `stride` apart. Keys are read four rows side by side, which makes four long runs
 // in memory, and the sums are loaded and stored for every fourth row only.
-template <int Rows>
-void Score(const float* query, int64_t head_dim, const float* keys, int64_t stride,
+template <int Rows, typename T>
+void Score(const float* query, int64_t head_dim, const T* keys, int64_t stride,
            int64_t count, float* scores) {
   for (int row = 0; row < Rows; ++row) {
     std::fill_n(scores + row * kPiece, count, 0.0f);
   }
   int64_t h = 0;
   for (; h + 4 <= head_dim; h += 4) {
-    const float* key = keys + h * stride;
+    const T* key = keys + h * stride;
     ForVectors(count, [&](int64_t slot, int64_t lanes) {
       const Vector key0 = Load(key + slot, lanes);
       const Vector key1 = Load(key + stride + slot, lanes);
@@ -136,8 +173,8 @@ void Score(const float* query, int64_t head_dim, const float* keys, int64_t stri
 
 // Columns of the sums (Rows, Hv) of values (count, Hv) with weights (Rows, count),
 // kPiece apart. The sums stay in registers until all slots are added.
-template <int Rows, int Vectors>
-void MixColumns(const float* weights, const float* values, int64_t value_dim,
+template <int Rows, int Vectors, typename T>
+void MixColumns(const float* weights, const T* values, int64_t value_dim,
                 int64_t count, float* output, int64_t lanes) {
   Vector sums[Rows][Vectors] = {};
   for (int64_t slot = 0; slot < count; ++slot) {
@@ -157,8 +194,8 @@ void MixColumns(const float* weights, const float* values, int64_t value_dim,
   }
 }
 
-template <int Rows>
-void Mix(const float* weights, const float* values, int64_t value_dim, int64_t count,
+template <int Rows, typename T>
+void Mix(const float* weights, const T* values, int64_t value_dim, int64_t count,
          float* output) {
   int64_t column = 0;
   for (; column + 4 * kLanes <= value_dim; column += 4 * kLanes) {
@@ -191,14 +228,18 @@ struct Mask {
   }
 };
 
-// Slots of one key/value head that some query attends.
+// Slots of one key/value head that some query attends. Scales, one for each slot, are
+// null where numbers are what they are.
+template <typename T>
 struct Piece {
   int64_t group;  // which of the B·K heads
   int64_t head;   // which of the K
   const float* query;
-  const float* keys;
+  const T* keys;
   int64_t keys_stride;
-  const float* values;
+  const float* key_scales;
+  const T* values;
+  const float* value_scales;
   Mask mask;
   int64_t count;
 };
@@ -210,11 +251,13 @@ struct Partial {
   float* output;   // (R, Hv), the sum of exp(score - maximum) · value
 };
 
-// Scores become weights: capped, hidden and raised to powers of e.
-void Softmax(float* scores, const uint8_t* mask, int64_t count, float soft_cap,
-             float* maximum, float* total) {
+// Scores become weights: scaled, capped, hidden and raised to powers of e.
+void Softmax(float* scores, const float* key_scales, const float* value_scales,
+             const uint8_t* mask, int64_t count, float soft_cap, float* maximum,
+             float* total) {
   float largest = kHidden;
   for (int64_t slot = 0; slot < count; ++slot) {
+    if (key_scales != nullptr) scores[slot] *= key_scales[slot];
     if (soft_cap > 0) scores[slot] = soft_cap * std::tanh(scores[slot] / soft_cap);
     if (!mask[slot]) scores[slot] = kHidden;
     largest = std::max(largest, scores[slot]);
@@ -232,17 +275,21 @@ void Softmax(float* scores, const uint8_t* mask, int64_t count, float soft_cap,
   });
   *total = 0;
   for (int lane = 0; lane < kLanes; ++lane) *total += sums[lane];
+  if (value_scales == nullptr) return;
+  for (int64_t slot = 0; slot < count; ++slot) scores[slot] *= value_scales[slot];
 }
 
-void AttendPiece(const Sizes& sizes, const Piece& piece, float* scores,
+template <typename T>
+void AttendPiece(const Sizes& sizes, const Piece<T>& piece, float* scores,
                  const Partial& partial) {
   ForRows(sizes.rows, [&](int64_t row, auto rows) {
     Score<rows>(piece.query + row * sizes.head_dim, sizes.head_dim, piece.keys,
                 piece.keys_stride, piece.count, scores + row * kPiece);
   });
   for (int64_t row = 0; row < sizes.rows; ++row) {
-    Softmax(scores + row * kPiece, piece.mask.Of(sizes, piece.head, row), piece.count,
-            sizes.soft_cap, partial.maximum + row, partial.total + row);
+    Softmax(scores + row * kPiece, piece.key_scales, piece.value_scales,
+            piece.mask.Of(sizes, piece.head, row), piece.count, sizes.soft_cap,
+            partial.maximum + row, partial.total + row);
   }
   ForRows(sizes.rows, [&](int64_t row, auto rows) {
     Mix<rows>(scores + row * kPiece, piece.values, sizes.value_dim, piece.count,
@@ -251,9 +298,10 @@ void AttendPiece(const Sizes& sizes, const Piece& piece, float* scores,
 }
 
 // Pieces that threads take one after another until none is left.
+template <typename T>
 class Work {
  public:
-  Work(Sizes sizes, std::vector<Piece> pieces)
+  Work(Sizes sizes, std::vector<Piece<T>> pieces)
       : sizes_(sizes),
         pieces_(std::move(pieces)),
         partials_(pieces_.size() * sizes.rows * (2 + sizes.value_dim)) {}
@@ -315,7 +363,7 @@ class Work {
   }
 
   const Sizes sizes_;
-  const std::vector<Piece> pieces_;
+  const std::vector<Piece<T>> pieces_;
   std::vector<float> partials_;
   std::atomic<int64_t> next_{0}, done_{0};
 };
@@ -338,45 +386,71 @@ std::pair<int64_t, int64_t> SeenSlots(const Sizes& sizes, const Mask& mask,
   return {std::min(begin, end), end};
 }
 
-ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query,
-                  ffi::RemainingArgs segments, ffi::ResultBuffer<ffi::F32> output,
-                  int64_t length, float soft_cap) {
+// The buffers of a segment, in the order in which the handler gets them.
+template <typename T>
+struct Segment {
+  const T* keys;              // (B, K, H, n)
+  const float* key_scales;    // (B, K, 1, n), of codes only
+  const T* values;            // (B, K, n, Hv)
+  const float* value_scales;  // (B, K, n, 1), of codes only
+  ffi::AnyBuffer mask;        // (1 | B, 1 | N, 1 | T, n)
+};
+
+// Adds what is attended of a segment, a piece at a time.
+template <typename T>
+void AddPieces(const Segment<T>& segment, const float* query, int64_t batch,
+               int64_t heads, const Sizes& sizes, std::vector<Piece<T>>* pieces) {
+  const auto axes = segment.mask.dimensions();
+  const int64_t slots = axes[3];
+  const int64_t token_stride = axes[2] == 1 ? 0 : slots;
+  const int64_t head_stride = axes[1] == 1 ? 0 : axes[2] * slots;
+  const int64_t row_stride = axes[0] == 1 ? 0 : axes[1] * axes[2] * slots;
+  const auto* seen = static_cast<const uint8_t*>(segment.mask.untyped_data());
+  for (int64_t group = 0; group < batch * heads; ++group) {
+    const int64_t head = group % heads;
+    for (int64_t first = 0; first < slots; first += kPiece) {
+      Mask mask = {seen + group / heads * row_stride + first, head_stride,
+                   token_stride};
+      const int64_t count = std::min(kPiece, slots - first);
+      const auto [begin, end] = SeenSlots(sizes, mask, head, count);
+      if (begin == end) continue;
+      mask.data += begin;
+      const int64_t slot = first + begin;
+      const auto scales_from = [&](const float* scales) {
+        return scales == nullptr ? nullptr : scales + group * slots + slot;
+      };
+      pieces->push_back({group, head, query + group * sizes.rows * sizes.head_dim,
+                         segment.keys + group * sizes.head_dim * slots + slot, slots,
+                         scales_from(segment.key_scales),
+                         segment.values + (group * slots + slot) * sizes.value_dim,
+                         scales_from(segment.value_scales), mask, end - begin});
+    }
+  }
+}
+
+template <typename T>
+void AttendAll(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query,
+               ffi::RemainingArgs operands, ffi::ResultBuffer<ffi::F32> output,
+               int64_t length, float soft_cap) {
   const auto shape = query.dimensions();
   const int64_t batch = shape[0], heads = shape[1];
   const Sizes sizes = {shape[2], length, shape[3], output->dimensions()[3], soft_cap};
-  std::vector<Piece> pieces;
-  for (size_t number = 0; number < segments.size(); number += 3) {
-    const auto keys = segments.get<ffi::Buffer<ffi::F32>>(number);
-    const auto values = segments.get<ffi::Buffer<ffi::F32>>(number + 1);
-    const auto masks = segments.get<ffi::Buffer<ffi::PRED>>(number + 2);
-    if (!keys.has_value()) return keys.error();
-    if (!values.has_value()) return values.error();
-    if (!masks.has_value()) return masks.error();
-    const int64_t slots = keys->dimensions()[3];
-    const auto axes = masks->dimensions();
-    const int64_t token_stride = axes[2] == 1 ? 0 : slots;
-    const int64_t head_stride = axes[1] == 1 ? 0 : axes[2] * slots;
-    const int64_t row_stride = axes[0] == 1 ? 0 : axes[1] * axes[2] * slots;
-    const auto* seen = static_cast<const uint8_t*>(masks->untyped_data());
-    for (int64_t group = 0; group < batch * heads; ++group) {
-      const int64_t head = group % heads;
-      for (int64_t first = 0; first < slots; first += kPiece) {
-        Mask mask = {seen + group / heads * row_stride + first, head_stride,
-                     token_stride};
-        const int64_t count = std::min(kPiece, slots - first);
-        const auto [begin, end] = SeenSlots(sizes, mask, head, count);
-        if (begin == end) continue;
-        mask.data += begin;
-        pieces.push_back(
-            {group, head, query.typed_data() + group * sizes.rows * sizes.head_dim,
-             keys->typed_data() + group * sizes.head_dim * slots + first + begin, slots,
-             values->typed_data() + (group * slots + first + begin) * sizes.value_dim,
-             mask, end - begin});
-      }
-    }
+  size_t next = 0;
+  const auto take = [&] { return *operands.get<ffi::AnyBuffer>(next++); };
+  const auto take_entries = [&] { return static_cast<const T*>(take().untyped_data()); };
+  const auto take_scales = [&]() -> const float* {
+    if (!std::is_same_v<T, int8_t>) return nullptr;
+    return static_cast<const float*>(take().untyped_data());
+  };
+  std::vector<Piece<T>> pieces;
+  while (next < operands.size()) {
+    // Braces, unlike parentheses, take these in their order.
+    const Segment<T> segment{take_entries(), take_scales(), take_entries(),
+                             take_scales(), take()};
+    AddPieces(segment, query.typed_data(), batch, heads, sizes, &pieces);
   }
   // Threads that come late find nothing to do, but must find that out.
-  const auto work = std::make_shared<Work>(sizes, std::move(pieces));
+  const auto work = std::make_shared<Work<T>>(sizes, std::move(pieces));
   const int64_t threads = std::min<int64_t>(pool.num_threads(), work->size());
   for (int64_t thread = 1; thread < threads; ++thread) {
     pool.Schedule([work] { work->Run(); });
@@ -384,7 +458,27 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query,
   work->Run();
   work->Wait();
   work->Merge(batch * heads, output->typed_data());
-  return ffi::Error::Success();
+}
+
+ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query,
+                  ffi::RemainingArgs operands, ffi::ResultBuffer<ffi::F32> output,
+                  int64_t length, float soft_cap) {
+  const auto keys = operands.get<ffi::AnyBuffer>(0);
+  if (!keys.has_value()) return keys.error();
+  const auto attend = [&](auto zero) {
+    AttendAll<decltype(zero)>(pool, query, operands, output, length, soft_cap);
+    return ffi::Error::Success();
+  };
+  switch (keys->element_type()) {
+    case ffi::F32:
+      return attend(float());
+    case ffi::BF16:
+      return attend(BFloat16());
+    case ffi::S8:
+      return attend(int8_t());
+    default:
+      return ffi::Error::InvalidArgument("keys must be float32, bfloat16 or int8");
+  }
 }
 
 }  // namespace
@@ -393,10 +487,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DecodeAttention, Attend,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()  // query, (B, K, R, H)
-                                  .RemainingArgs()  // keys (B, K, H, n), values
-                                                    // (B, K, n, Hv) and mask
-                                                    // (1 | B, 1 | N, 1 | T, n) of
-                                                    // each segment
+                                  .RemainingArgs()  // `Segment` after `Segment`
                                   .Ret<ffi::Buffer<ffi::F32>>()  // (B, K, R, Hv)
                                   .Attr<int64_t>("length")       // T
                                   .Attr<float>("soft_cap"));     // 0 for none

@@ -1,10 +1,11 @@
-"""Attention of few queries over exact head-major slots, by a kernel for CPUs.
+"""Attention of few queries over head-major slots, by a kernel for CPUs.
 
-XLA's CPU backend reads keys and values at memory speed only where each key/value
-head has one query, and only whole buffers. The kernel, `decode_attention.cc`, reads
-them so for any number of queries and stops where the filled slots end. To JAX it's a
-primitive: where a program is lowered for something else, or to be exported, or where
-it's differentiated, `attend_segments` stands in its place.
+XLA's CPU backend reads keys and values at memory speed only where these are float32
+and each key/value head has one query, and it reads whole buffers. The kernel,
+`decode_attention.cc`, reads them so for a few queries of any number, float32, bfloat16
+or int8 with a scale for each slot, and only where something is attended. To JAX it's
+a primitive: where a program is lowered for something else, or to be exported, or
+where it's differentiated, `attend_segments` stands in its place.
 """
 
 import functools
@@ -19,9 +20,14 @@ from jax.interpreters import ad, batching, mlir
 from keras_kvcache.ops.native import load_library
 from keras_kvcache.ops.online_softmax import attend_segments
 from keras_kvcache.ops.platform import is_jax_on_cpu
-from keras_kvcache.ops.products import head_major_segment, is_few, reader
+from keras_kvcache.ops.products import Read, head_major_segment, is_few, slots_of
 
 NAME = "keras_kvcache_decode_attention"
+
+# What queries and slots may be. Codes have scales, and these are float32.
+QUERIES = ("float32", "bfloat16", "float16")
+CODES = "int8"
+SLOTS = ("float32", "bfloat16", CODES)
 
 
 def has_decode_kernel(query, segments):
@@ -33,24 +39,23 @@ def has_decode_kernel(query, segments):
     """
     if not is_jax_on_cpu() or keras.distribution.distribution() is not None:
         return False
-    if not is_few(query) or any(segment.arrays is None for segment in segments):
+    if not is_few(query) or query.dtype not in QUERIES:
         return False
-    arrays = [query, *(array for segment in segments for array in segment.arrays)]
+    if any(segment.arrays is None for segment in segments):
+        return False
+    arrays = [array for segment in segments for array in segment.arrays]
     # Sizes that are symbols, as in an export, aren't integers.
-    fits = all(
-        array.dtype == "float32" and all(isinstance(n, int) for n in array.shape)
-        for array in arrays
-    )
-    return fits and _is_registered()
+    known = all(isinstance(n, int) for array in (query, *arrays) for n in array.shape)
+    return known and arrays[0].dtype in SLOTS and _is_registered()
 
 
 def decode_attention(query, segments, masks, value_dim, length, soft_cap=None):
     """Attention as by `attend_segments`, whose arguments these are.
 
     Args:
-        query: float32 `(B, K, R, H)`, scaled; on JAX, as is all else.
-        segments: Tuple of `Segment` with `arrays` of float32. No slot before the
-            first or past the last that is attended is read.
+        query: `(B, K, R, H)`, scaled, of one of `QUERIES`; on JAX, as is all else.
+        segments: Tuple of `Segment` with `arrays` of one of `SLOTS`. No slot before
+            the first or past the last of 512 that is attended is read.
         masks: One boolean mask `(1 | B, 1 | N, 1 | T, 1 | n)` or `None` a segment.
         value_dim: `Hv`.
         length: `T`.
@@ -59,40 +64,61 @@ def decode_attention(query, segments, masks, value_dim, length, soft_cap=None):
     Returns:
         float32 `(B, K, R, Hv)`; zero for a query with nothing to attend.
     """
-    operands = []
+    operands = [query.astype("float32")]
     for segment, mask in zip(segments, masks, strict=True):
         slots = segment.arrays[0].shape[3]
         if mask is None:
             mask = jax.numpy.ones((1, 1, 1, 1), bool)
         mask = jax.numpy.broadcast_to(mask, (*mask.shape[:3], slots))
         operands += [*segment.arrays, mask]
-    return _run(query, *operands, value_dim=value_dim, length=length, soft_cap=soft_cap)
+    parameters = dict(value_dim=value_dim, length=length, soft_cap=soft_cap)
+    return _run(*operands, block=segments[0].block, **parameters)
 
 
 # Outside of a program, too, it's compiled: a primitive alone could not be run.
 @functools.partial(
-    jax.jit, static_argnames=("value_dim", "length", "soft_cap"), inline=True
+    jax.jit, static_argnames=("value_dim", "length", "soft_cap", "block"), inline=True
 )
 def _run(*operands, **parameters):
     return _primitive.bind(*operands, **parameters)
 
 
-def _stand_in(query, *operands, value_dim, length, soft_cap):
+def _stand_in(query, *operands, value_dim, length, soft_cap, block):
     """The same by the backend's operations."""
-    segments, masks = [], operands[2::3]
-    for keys, values in zip(operands[::3], operands[1::3], strict=True):
-        positions = jax.numpy.arange(keys.shape[3])[None]
-        read_keys, read_values = reader(keys, axis=3), reader(values, axis=2)
-        segments.append(head_major_segment(read_keys, read_values, positions))
+    count = 5 if operands[0].dtype == CODES else 3
+    segments, masks = [], operands[count - 1 :: count]
+    for first in range(0, len(operands), count):
+        arrays = operands[first : first + count - 1]
+        half = len(arrays) // 2
+        segments.append(
+            head_major_segment(
+                _reader(*arrays[:half], axis=3),
+                _reader(*arrays[half:], axis=2),
+                jax.numpy.arange(arrays[0].shape[3])[None],
+                block,
+            )
+        )
     return attend_segments(query, segments, masks, value_dim, length, soft_cap)
 
 
-def _output_shape(query, *operands, value_dim, length, soft_cap):
+def _reader(entries, scales=None, *, axis):
+    """A function that reads slots on an axis, as `head_major_segment` takes it."""
+
+    def read(first, count):
+        matrix = slots_of(entries, first, count, axis).astype("float32")
+        if scales is None:
+            return Read(matrix)
+        return Read(matrix, slots_of(scales, first, count, axis))
+
+    return read
+
+
+def _output_shape(query, *operands, value_dim, **parameters):
     return query.update(shape=(*query.shape[:3], value_dim))
 
 
 def _differentiate(primals, tangents, **parameters):
-    tangents = [ad.instantiate_zeros(tangent) for tangent in tangents]
+    tangents = tuple(map(ad.instantiate_zeros, tangents))
     return jax.jvp(functools.partial(_stand_in, **parameters), primals, tangents)
 
 
@@ -104,11 +130,11 @@ def _map(operands, axes, **parameters):
 _lower_stand_in = mlir.lower_fun(_stand_in, multiple_results=False)
 
 
-def _lower(context, *operands, value_dim, length, soft_cap):
+def _lower(context, *operands, **parameters):
     if context.module_context.lowering_parameters.for_export:
         # A program that others load may call nothing that they don't have.
-        parameters = dict(value_dim=value_dim, length=length, soft_cap=soft_cap)
         return _lower_stand_in(context, *operands, **parameters)
+    length, soft_cap = parameters["length"], parameters["soft_cap"]
     attributes = dict(length=np.int64(length), soft_cap=np.float32(soft_cap or 0))
     return jax.ffi.ffi_lowering(NAME)(context, *operands, **attributes)
 

@@ -33,7 +33,7 @@ def load_library(source):
         `g++` or `clang++`). `None`, too, with a warning, if the compiler fails or the
         library can't be kept or loaded.
     """
-    compiler = _compiler()
+    compiler = find_compiler()
     if compiler is None:
         return None
     library = cache_folder() / "kernels" / f"{source.stem}-{_digest(source)}.so"
@@ -51,10 +51,10 @@ def load_library(source):
         return None
 
 
-def _compiler():
-    """The command that runs a C++ compiler, or `None`."""
+def find_compiler():
+    """The command that runs a C++ compiler, or `None`; an empty `CXX` says none."""
     if "CXX" in os.environ:
-        return shlex.split(os.environ["CXX"])
+        return shlex.split(os.environ["CXX"]) or None
     found = filter(None, map(shutil.which, ("c++", "g++", "clang++")))
     return next(([command] for command in found), None)
 

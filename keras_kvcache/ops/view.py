@@ -21,8 +21,9 @@ class Segment(NamedTuple):
         block: The most slots for a product with few queries; `None` for all.
         first: Position of the first slot if the others follow it one by one, so
             that masks over positions can be cut instead of looked up; else `None`.
-        arrays: Keys `(B, K, H, n)` and values `(B, K, n, Hv)` if just these are what
-            lies in memory; else `None`.
+        arrays: Keys `(B, K, H, n)` and values `(B, K, n, Hv)` if these lie in memory
+            as they are, or codes of them, each followed by a scale for every slot,
+            `(B, K, 1, n)` and `(B, K, n, 1)`. `None` if something else does.
     """
 
     scores: Callable[..., Any]
@@ -30,7 +31,7 @@ class Segment(NamedTuple):
     positions: Any
     block: int | None = None
     first: int | None = None
-    arrays: tuple[Any, Any] | None = None
+    arrays: tuple[Any, ...] | None = None
 
 
 class View(NamedTuple):

@@ -1,0 +1,343 @@
+"""The kernel for few queries on a CPU: its numbers, and where it has a part."""
+
+import concurrent.futures
+import warnings
+
+import attention_cases as cases
+import jax
+import numpy as np
+import pytest
+import reference
+from conftest import make_lm
+
+from keras_kvcache.caches import CacheSpec
+from keras_kvcache.ops import View, attend, head_major_segment, native, view_masks
+from keras_kvcache.ops.decode_attention import NAME, has_decode_kernel
+from keras_kvcache.ops.products import reader
+
+pytestmark = [
+    pytest.mark.jax_only,
+    pytest.mark.skipif(
+        native.find_compiler() is None, reason="the kernel needs a C++ compiler"
+    ),
+]
+
+SCALE = 0.3
+# Segments shorter and longer than the 512 slots of a piece, and no multiple of them.
+SIZES = (3, 1031, 67)
+S = sum(SIZES)
+
+
+def make_view(keys, values):
+    """Segments of `SIZES` slots of keys `(B, S, K, H)` and values `(B, S, K, Hv)`."""
+    segments, first = [], 0
+    for size in SIZES:
+        part = slice(first, first + size)
+        arrays = (
+            jax.numpy.asarray(keys[:, part].transpose(0, 2, 3, 1)),
+            jax.numpy.asarray(values[:, part].transpose(0, 2, 1, 3)),
+        )
+        read = reader(arrays[0], axis=3), reader(arrays[1], axis=2)
+        positions = cases.int32(np.arange(first, first + size)[None])
+        segments.append(head_major_segment(*read, positions, arrays=arrays))
+        first += size
+    return View(tuple(segments), keys.shape[2], values.shape[3])
+
+
+def cut(mask):
+    """A mask `(…, S)` as one for each segment."""
+    ends = np.cumsum(SIZES)[:-1]
+    return tuple(map(jax.numpy.asarray, np.split(mask, ends, axis=-1)))
+
+
+def make_case(batch=2, length=1, heads=(6, 2), sizes=(7, 11)):
+    """A query, keys and values, `heads` being `(N, K)` and `sizes` `(H, Hv)`."""
+    (query_heads, kv_heads), (head_dim, value_dim) = heads, sizes
+    return (
+        cases.noise(batch, length, query_heads, head_dim),
+        cases.noise(batch, S, kv_heads, head_dim, seed=1),
+        cases.noise(batch, S, kv_heads, value_dim, seed=2),
+    )
+
+
+def expect(query, keys, values, mask, soft_cap=None):
+    """By NumPy, with a mask that broadcasts to `(B, N, T, S)`."""
+    batch, length, heads, _ = query.shape
+    mask = np.broadcast_to(mask, (batch, heads, length, S))
+    rows = zip(*map(np.float64, (query, keys, values)), mask, strict=True)
+    attended = (
+        reference.attend(*row[:3], SCALE, soft_cap=soft_cap, mask=row[3])[0]
+        for row in rows
+    )
+    return np.stack(list(attended))
+
+
+def check(got, expected):
+    np.testing.assert_allclose(cases.numpy(got), expected, rtol=0, atol=1e-5)
+
+
+def uses_kernel(function, *arguments):
+    """Whether a function's compiled program calls the kernel."""
+    return NAME in jax.jit(function).lower(*arguments).compile().as_text()
+
+
+# Four queries of a head go through the kernel at once, and lanes of 4, 8 or 16.
+@pytest.mark.parametrize("sizes", [(7, 11), (64, 64), (5, 83), (131, 3)])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1), (5, 1), (14, 2)])
+def test_equals_attention_in_numpy(heads, sizes):
+    query, keys, values = make_case(heads=heads, sizes=sizes)
+    mask = np.arange(S) < np.reshape([S, 601], (2, 1, 1, 1))
+    output = attend(query, make_view(keys, values), cut(mask), SCALE)
+    check(output, expect(query, keys, values, mask))
+
+
+@pytest.mark.parametrize("codec", ["bfloat16", "int8"])
+@pytest.mark.parametrize("sizes", [(7, 11), (64, 64), (131, 3)])
+def test_narrow_slots_are_what_they_stand_for(codec, sizes):
+    query, keys, values = make_case(heads=(5, 1), sizes=sizes)
+    # Scales that differ from slot to slot.
+    keys *= np.linspace(0.5, 2, S, dtype="float32")[:, None, None]
+    values *= np.linspace(2, 0.5, S, dtype="float32")[:, None, None]
+    cache = CacheSpec(2, S, 1, *sizes, codec=codec).allocate()
+    cache, _ = cache.update(*map(jax.numpy.asarray, (keys, values)), 0)
+    mask = np.arange(S) < np.reshape([S, 601], (2, 1, 1, 1))
+    view = cache.view(cases.int32([S, 601]))
+    masks = view_masks(view, cases.int32([[S]]))
+    assert uses_kernel(lambda query: attend(query, view, masks, SCALE), query)
+    output = attend(query, view, masks, SCALE)
+    keys, values = (cases.numpy(entries)[:, :S] for entries in cache.storage.decode())
+    check(output, expect(query, keys, values, mask))
+
+
+@pytest.mark.parametrize("soft_cap", [None, 1.5])
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_masks_of_all_shapes(per_token, per_head, per_row, length, soft_cap):
+    query, keys, values = make_case(batch=3, length=length)
+    axes = (3 if per_row else 1, 6 if per_head else 1, length if per_token else 1)
+    mask = np.random.default_rng(3).random((*axes, S)) < 0.3
+    mask[..., :5] = mask[..., 700:] = False  # a whole segment, and most of another
+    output = attend(query, make_view(keys, values), cut(mask), SCALE, soft_cap)
+    check(output, expect(query, keys, values, mask, soft_cap))
+
+
+def test_no_mask():
+    query, keys, values = make_case()
+    output = attend(query, make_view(keys, values), (None,) * 3, SCALE)
+    check(output, expect(query, keys, values, True))
+
+
+def test_a_query_with_nothing_to_attend_gives_zeros():
+    query, keys, values = make_case(batch=3)
+    mask = np.ones((3, 1, 1, S), bool)
+    mask[1] = False
+    output = attend(query, make_view(keys, values), cut(mask), SCALE)
+    check(output, expect(query, keys, values, mask))
+    assert not cases.numpy(output)[1].any()
+
+
+def test_slots_outside_of_what_is_attended_are_not_read():
+    query, keys, values = make_case()
+    mask = (np.arange(S) >= 37) & (np.arange(S) < 1013)
+    expected = expect(query, keys, values, mask)
+    keys[:, ~mask] = values[:, ~mask] = np.nan
+    output = attend(query, make_view(keys, values), cut(mask[None, None, None]), SCALE)
+    check(output, expected)
+
+
+def test_large_scores_do_not_overflow():
+    query, keys, values = make_case()
+    query[:] = keys[:] = 0
+    query[..., 0] = 1 / SCALE
+    keys[:, 3, :, 0], keys[:, 1090, :, 0] = 1e5, 3e5
+    output = attend(query, make_view(keys, values), (None,) * 3, SCALE)
+    expected = np.repeat(values[:, 1090:1091], 3, axis=2)
+    np.testing.assert_array_equal(cases.numpy(output), expected)
+
+
+def test_calls_at_once_do_not_meet():
+    """Threads share the pool; late helpers find work done and forgotten."""
+    query, keys, values = make_case()
+    view, masks = make_view(keys, values), (None,) * 3
+    queries = [query * (1 + number / 7) for number in range(7)]
+    run = jax.jit(lambda query: attend(query, view, masks, SCALE))
+    expected = [cases.numpy(run(query)) for query in queries]
+    with concurrent.futures.ThreadPoolExecutor(5) as pool:
+        for got, wanted in zip(pool.map(run, queries * 40), expected * 40, strict=True):
+            np.testing.assert_array_equal(cases.numpy(got), wanted)
+
+
+def test_gradients():
+    query, keys, values = make_case()
+
+    def loss(query, keys, values, arrays):
+        view = make_view(keys, values)
+        if not arrays:
+            segments = (segment._replace(arrays=None) for segment in view.segments)
+            view = view._replace(segments=tuple(segments))
+        return (attend(query, view, (None,) * 3, SCALE) ** 2).sum()
+
+    gradient = jax.grad(loss, argnums=(0, 1, 2))
+    with_kernel = gradient(query, keys, values, True)
+    without = gradient(query, keys, values, False)
+    assert all(np.abs(part).max() > 1e-3 for part in without)
+    for got, expected in zip(with_kernel, without, strict=True):
+        check(got, cases.numpy(expected))
+
+
+def test_vmap():
+    query, keys, values = make_case()
+    view, queries = make_view(keys, values), np.stack([query, -query, 2 * query])
+    mapped = jax.vmap(lambda query: attend(query, view, (None,) * 3, SCALE))(queries)
+    for got, query in zip(mapped, queries, strict=True):
+        check(got, expect(query, keys, values, True))
+
+
+def step_of(layer):
+    def step(x, cache, index):
+        return layer(x, x, cache=cache, cache_update_index=index, use_causal_mask=True)
+
+    return step
+
+
+@pytest.mark.parametrize(
+    "layout, dtype, length, expected",
+    [
+        ("head_major", "float32", 1, True),
+        ("head_major", "float32", 5, True),
+        ("head_major", "float32", 65, False),  # bound by computing
+        ("head_major", "bfloat16", 1, True),
+        ("head_major", "float16", 1, False),
+        ("dense", "float32", 1, False),
+    ],
+)
+def test_which_programs_call_it(layout, dtype, length, expected):
+    layer = cases.make_layer(num_heads=2)
+    cache = cases.make_cache(layer, 1, 103, layout, dtype)
+    x = cases.noise(1, length, cases.D)
+    assert uses_kernel(step_of(layer), x, cache, cases.int32(5)) == expected
+
+
+def test_an_exported_program_calls_nothing_of_ours():
+    layer = cases.make_layer(num_heads=2)
+    cache = cases.make_cache(layer, 1, 103, "head_major", filler=0.5)
+    step = jax.jit(step_of(layer))
+    arguments = (cases.noise(1, 1, cases.D), cache, cases.int32(5))
+    output, _ = step(*arguments)
+    leaves, tree = jax.tree_util.tree_flatten(arguments)
+
+    @jax.jit
+    def of_leaves(*leaves):
+        return step(*jax.tree_util.tree_unflatten(tree, leaves))[0]
+
+    assert f"@{NAME}(" in of_leaves.lower(*leaves).as_text()
+    exported = jax.export.export(of_leaves)(*leaves)
+    assert f"@{NAME}(" not in exported.mlir_module()
+    check(exported.call(*leaves), cases.numpy(output))
+
+
+def test_tokens_are_the_same_without_it(without_kernel):
+    prompts = [[1, 2, 3, 5, 8], [13]]
+    plain = make_lm().generate(prompts, max_new_tokens=29)
+    without_kernel.undo()
+    assert make_lm().generate(prompts, max_new_tokens=29) == plain
+
+
+@pytest.mark.parametrize("codec", ["bfloat16", "int8"])
+def test_narrow_slots_without_it(codec):
+    """An export has the stand-in, which is told from the dtype how slots are coded."""
+    cache = CacheSpec(2, 1031, 2, 7, codec=codec).allocate()
+    entries = cases.noise(2, 1031, 2, 7)
+    cache, _ = cache.update(*map(jax.numpy.asarray, (entries, -entries)), 0)
+    leaves, tree = jax.tree_util.tree_flatten(cache)
+
+    @jax.jit
+    def run(query, *leaves):
+        view = jax.tree_util.tree_unflatten(tree, leaves).view()
+        return attend(query, view, (None,) * len(view.segments), SCALE)
+
+    query = cases.noise(2, 1, 6, 7, seed=1)
+    output = run(query, *leaves)
+    assert np.abs(output).max() > 0.1
+    check(jax.export.export(run)(query, *leaves).call(query, *leaves), output)
+
+
+def test_symbolic_sizes_have_no_kernel():
+    def uses(keys):
+        values = jax.numpy.swapaxes(keys, 2, 3)
+        segment = head_major_segment(None, None, None, arrays=(keys, values))
+        return jax.numpy.asarray(has_decode_kernel(keys[:, :, :1, :7], (segment,)))
+
+    shape = jax.export.symbolic_shape("b, 2, 7, n")
+    known = jax.ShapeDtypeStruct((3, 2, 7, 11), "float32")
+    unknown = jax.ShapeDtypeStruct(shape, "float32")
+    exported = [jax.export.export(jax.jit(uses))(size) for size in (known, unknown)]
+    zeros = np.zeros((3, 2, 7, 11), "float32")
+    assert [bool(program.call(zeros)) for program in exported] == [True, False]
+
+
+SOURCE = '#include "xla/ffi/api/c_api.h"\nextern "C" int Answer() { return %s; }\n'
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    monkeypatch.setenv("KERAS_KVCACHE_HOME", str(tmp_path / "home"))
+    path = tmp_path / "answer.cc"
+    path.write_text(SOURCE % 42)
+    return path
+
+
+def kept(tmp_path):
+    return sorted(path.name for path in (tmp_path / "home" / "kernels").iterdir())
+
+
+def test_a_library_is_compiled_once(source, tmp_path, monkeypatch):
+    assert native.load_library(source).Answer() == 42
+    libraries = kept(tmp_path)
+    assert len(libraries) == 1
+    monkeypatch.setattr(native, "_compile", None)  # what would fail if called
+    assert native.load_library(source).Answer() == 42
+    assert kept(tmp_path) == libraries
+
+
+def test_a_changed_source_is_compiled_anew(source, tmp_path):
+    native.load_library(source)
+    source.write_text(SOURCE % 43)
+    assert native.load_library(source).Answer() == 43
+    assert len(kept(tmp_path)) == 2
+
+
+def test_another_processor_has_a_library_of_its_own(source, tmp_path, monkeypatch):
+    native.load_library(source)
+    monkeypatch.setattr(native, "_features", lambda: "flags : none of these")
+    native.load_library(source)
+    assert len(kept(tmp_path)) == 2
+
+
+def test_a_compiler_that_fails_is_told_about(source, tmp_path):
+    source.write_text(SOURCE % "nonsense")
+    with pytest.warns(UserWarning, match="answer.cc could not be compiled.*slower"):
+        assert native.load_library(source) is None
+    assert kept(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_written_is_told_about(source, tmp_path):
+    (tmp_path / "home").write_text("a file where the folder should be")
+    with pytest.warns(UserWarning, match="slower: .*Not a directory"):
+        assert native.load_library(source) is None
+
+
+def test_a_compiler_by_name(source, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler -O0")
+    with pytest.warns(UserWarning, match="slower: .*no-such-compiler"):
+        assert native.load_library(source) is None
+
+
+def test_no_compiler_is_no_reason_to_complain(source, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert native.load_library(source) is None
