@@ -67,6 +67,8 @@ class Codec(abc.ABC):
     group = 1
     # The most slots that few queries are multiplied with at a time; `None` for all.
     block = CODED_BLOCK
+    # Whether a head-major cache's arrays may be the `arrays` of a `Segment`.
+    kernels_read = False
 
     def __post_init__(self):
         if self.dtype not in (*DTYPES, WIDE):
@@ -124,6 +126,11 @@ class Exact(Codec):
         is_wide = self.dtype in ("float32", WIDE) or is_accelerator()
         return None if is_wide else CODED_BLOCK
 
+    @property
+    def kernels_read(self):
+        """See `Codec`: what a kernel reads, narrow or not, but float16."""
+        return self.dtype in ("float32", "bfloat16")
+
     def key_parts(self, head_dim):
         """See `Codec.key_parts`."""
         return (Part(head_dim, 1, self.dtype),)
@@ -148,6 +155,7 @@ class Int8(Codec):
     """8 bits a number, one scale for each token and head."""
 
     name = "int8"
+    kernels_read = True
 
     def key_parts(self, head_dim):
         """See `Codec.key_parts`."""
@@ -236,6 +244,7 @@ class ExactKeys(_Int4Values, Exact):
     """Keys whose group of `Int4` isn't full yet, as they are."""
 
     name = "int4 in the making"
+    kernels_read = False
 
 
 CODECS = {"int8": Int8, "int4": Int4}

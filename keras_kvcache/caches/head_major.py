@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 import jax
 from keras import ops
 
-from keras_kvcache.caches.codecs import Exact, Int8
 from keras_kvcache.caches.sizes import segment_sizes
 from keras_kvcache.caches.storage import Field, Storage, decoded, read_slots
 from keras_kvcache.ops import head_major_segment, slots_of
@@ -95,7 +94,7 @@ class HeadMajorStorage(Storage):
             positions,
             self.codec.block,
             first_position,
-            arrays if type(self.codec) in (Exact, Int8) else None,
+            arrays if self.codec.kernels_read else None,
         )
 
     def merge(self):

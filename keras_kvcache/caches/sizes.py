@@ -9,9 +9,10 @@ def segment_sizes(capacity):
     """How `capacity` slots are cut: 256, 768, 1024, 2048, …, the last cut short.
 
     From the third on each doubles what was there, so past 1024 a text is read at most
-    twice as far as it reaches, in a number of segments that grows with the
-    logarithm. The second quadruples it: XLA's CPU backend gives products with 512
-    slots of 64 numbers or fewer to one core, which reads half as fast as two.
+    twice as far as it reaches, in a number of segments that grows with the logarithm;
+    a kernel stops even before. The second quadruples it: XLA's CPU backend gives
+    products with 512 slots of 64 numbers or fewer to one core, which reads half as
+    fast as two.
     """
     sizes, total, end = [], 0, FIRST_SEGMENT
     while total < capacity:

@@ -228,20 +228,26 @@ struct Mask {
   }
 };
 
-// Slots of one key/value head that some query attends. Scales, one for each slot, are
-// null where numbers are what they are.
-template <typename T>
+// The buffers of a segment. What entries are is known by `dtype` alone.
+struct Segment {
+  ffi::DataType dtype;
+  const void* keys;           // (B, K, H, n)
+  const float* key_scales;    // (B, K, 1, n); null where entries aren't codes
+  const void* values;         // (B, K, n, Hv)
+  const float* value_scales;  // (B, K, n, 1), or null
+  ffi::AnyBuffer mask;        // (1 | B, 1 | N, 1 | T, n)
+
+  int64_t slots() const { return mask.dimensions()[3]; }
+};
+
+// Slots of one key/value head that some query attends.
 struct Piece {
+  const Segment* segment;
   int64_t group;  // which of the B·K heads
   int64_t head;   // which of the K
-  const float* query;
-  const T* keys;
-  int64_t keys_stride;
-  const float* key_scales;
-  const T* values;
-  const float* value_scales;
-  Mask mask;
+  int64_t slot;   // the first in the segment
   int64_t count;
+  Mask mask;
 };
 
 // The attention of one piece, not yet divided by the sum of weights.
@@ -280,29 +286,50 @@ void Softmax(float* scores, const float* key_scales, const float* value_scales,
 }
 
 template <typename T>
-void AttendPiece(const Sizes& sizes, const Piece<T>& piece, float* scores,
-                 const Partial& partial) {
+void AttendPieceOf(const Sizes& sizes, const float* query, const Piece& piece,
+                   float* scores, const Partial& partial) {
+  const Segment& segment = *piece.segment;
+  const int64_t slots = segment.slots();
+  const int64_t slot = piece.group * slots + piece.slot;  // among those of all heads
+  const T* keys = static_cast<const T*>(segment.keys) +
+                  piece.group * sizes.head_dim * slots + piece.slot;
+  const T* values = static_cast<const T*>(segment.values) + slot * sizes.value_dim;
+  const bool coded = segment.key_scales != nullptr;
   ForRows(sizes.rows, [&](int64_t row, auto rows) {
-    Score<rows>(piece.query + row * sizes.head_dim, sizes.head_dim, piece.keys,
-                piece.keys_stride, piece.count, scores + row * kPiece);
+    Score<rows>(query + row * sizes.head_dim, sizes.head_dim, keys, slots, piece.count,
+                scores + row * kPiece);
   });
   for (int64_t row = 0; row < sizes.rows; ++row) {
-    Softmax(scores + row * kPiece, piece.key_scales, piece.value_scales,
+    Softmax(scores + row * kPiece, coded ? segment.key_scales + slot : nullptr,
+            coded ? segment.value_scales + slot : nullptr,
             piece.mask.Of(sizes, piece.head, row), piece.count, sizes.soft_cap,
             partial.maximum + row, partial.total + row);
   }
   ForRows(sizes.rows, [&](int64_t row, auto rows) {
-    Mix<rows>(scores + row * kPiece, piece.values, sizes.value_dim, piece.count,
+    Mix<rows>(scores + row * kPiece, values, sizes.value_dim, piece.count,
               partial.output + row * sizes.value_dim);
   });
 }
 
+void AttendPiece(const Sizes& sizes, const float* queries, const Piece& piece,
+                 float* scores, const Partial& partial) {
+  const float* query = queries + piece.group * sizes.rows * sizes.head_dim;
+  switch (piece.segment->dtype) {
+    case ffi::F32:
+      return AttendPieceOf<float>(sizes, query, piece, scores, partial);
+    case ffi::S8:
+      return AttendPieceOf<int8_t>(sizes, query, piece, scores, partial);
+    default:
+      return AttendPieceOf<BFloat16>(sizes, query, piece, scores, partial);
+  }
+}
+
 // Pieces that threads take one after another until none is left.
-template <typename T>
 class Work {
  public:
-  Work(Sizes sizes, std::vector<Piece<T>> pieces)
+  Work(Sizes sizes, const float* queries, std::vector<Piece> pieces)
       : sizes_(sizes),
+        queries_(queries),
         pieces_(std::move(pieces)),
         partials_(pieces_.size() * sizes.rows * (2 + sizes.value_dim)) {}
 
@@ -312,7 +339,7 @@ class Work {
     std::vector<float> scores;
     for (int64_t number; (number = next_.fetch_add(1)) < size();) {
       scores.resize(sizes_.rows * kPiece);
-      AttendPiece(sizes_, pieces_[number], scores.data(), PartialOf(number));
+      AttendPiece(sizes_, queries_, pieces_[number], scores.data(), PartialOf(number));
       done_.fetch_add(1, std::memory_order_release);
     }
   }
@@ -363,7 +390,8 @@ class Work {
   }
 
   const Sizes sizes_;
-  const std::vector<Piece<T>> pieces_;
+  const float* const queries_;  // (groups, R, H)
+  const std::vector<Piece> pieces_;
   std::vector<float> partials_;
   std::atomic<int64_t> next_{0}, done_{0};
 };
@@ -386,22 +414,43 @@ std::pair<int64_t, int64_t> SeenSlots(const Sizes& sizes, const Mask& mask,
   return {std::min(begin, end), end};
 }
 
-// The buffers of a segment, in the order in which the handler gets them.
-template <typename T>
-struct Segment {
-  const T* keys;              // (B, K, H, n)
-  const float* key_scales;    // (B, K, 1, n), of codes only
-  const T* values;            // (B, K, n, Hv)
-  const float* value_scales;  // (B, K, n, 1), of codes only
-  ffi::AnyBuffer mask;        // (1 | B, 1 | N, 1 | T, n)
-};
+// The segments of which an operation has the buffers: keys, values and the mask, or
+// keys, their scales, values, their scales and the mask where entries are codes.
+ffi::ErrorOr<std::vector<Segment>> TakeSegments(ffi::RemainingArgs operands) {
+  std::vector<Segment> segments;
+  size_t next = 0;
+  while (next < operands.size()) {
+    const auto keys = operands.get<ffi::AnyBuffer>(next);
+    if (!keys.has_value()) return ffi::Unexpected(keys.error());
+    const auto dtype = keys->element_type();
+    // Some hold bfloat16 as whole numbers of its bits.
+    if (dtype != ffi::F32 && dtype != ffi::S8 && dtype != ffi::BF16 &&
+        dtype != ffi::S16) {
+      return ffi::Unexpected(
+          ffi::Error::InvalidArgument("keys must be float32, bfloat16 or int8"));
+    }
+    const size_t count = dtype == ffi::S8 ? 5 : 3;
+    if (next + count > operands.size()) {
+      return ffi::Unexpected(ffi::Error::InvalidArgument("a segment isn't whole"));
+    }
+    const auto data = [&](size_t number) {
+      return operands.get<ffi::AnyBuffer>(next + number)->untyped_data();
+    };
+    const auto scales = [&](size_t number) {
+      return count == 5 ? static_cast<const float*>(data(number)) : nullptr;
+    };
+    segments.push_back({dtype, data(0), scales(1), data(count / 2), scales(3),
+                        *operands.get<ffi::AnyBuffer>(next + count - 1)});
+    next += count;
+  }
+  return segments;
+}
 
 // Adds what is attended of a segment, a piece at a time.
-template <typename T>
-void AddPieces(const Segment<T>& segment, const float* query, int64_t batch,
-               int64_t heads, const Sizes& sizes, std::vector<Piece<T>>* pieces) {
+void AddPieces(const Segment& segment, int64_t batch, int64_t heads,
+               const Sizes& sizes, std::vector<Piece>* pieces) {
   const auto axes = segment.mask.dimensions();
-  const int64_t slots = axes[3];
+  const int64_t slots = segment.slots();
   const int64_t token_stride = axes[2] == 1 ? 0 : slots;
   const int64_t head_stride = axes[1] == 1 ? 0 : axes[2] * slots;
   const int64_t row_stride = axes[0] == 1 ? 0 : axes[1] * axes[2] * slots;
@@ -415,42 +464,26 @@ void AddPieces(const Segment<T>& segment, const float* query, int64_t batch,
       const auto [begin, end] = SeenSlots(sizes, mask, head, count);
       if (begin == end) continue;
       mask.data += begin;
-      const int64_t slot = first + begin;
-      const auto scales_from = [&](const float* scales) {
-        return scales == nullptr ? nullptr : scales + group * slots + slot;
-      };
-      pieces->push_back({group, head, query + group * sizes.rows * sizes.head_dim,
-                         segment.keys + group * sizes.head_dim * slots + slot, slots,
-                         scales_from(segment.key_scales),
-                         segment.values + (group * slots + slot) * sizes.value_dim,
-                         scales_from(segment.value_scales), mask, end - begin});
+      pieces->push_back({&segment, group, head, first + begin, end - begin, mask});
     }
   }
 }
 
-template <typename T>
-void AttendAll(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query,
-               ffi::RemainingArgs operands, ffi::ResultBuffer<ffi::F32> output,
-               int64_t length, float soft_cap) {
+ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query,
+                  ffi::RemainingArgs operands, ffi::ResultBuffer<ffi::F32> output,
+                  int64_t length, float soft_cap) {
   const auto shape = query.dimensions();
   const int64_t batch = shape[0], heads = shape[1];
   const Sizes sizes = {shape[2], length, shape[3], output->dimensions()[3], soft_cap};
-  size_t next = 0;
-  const auto take = [&] { return *operands.get<ffi::AnyBuffer>(next++); };
-  const auto take_entries = [&] { return static_cast<const T*>(take().untyped_data()); };
-  const auto take_scales = [&]() -> const float* {
-    if (!std::is_same_v<T, int8_t>) return nullptr;
-    return static_cast<const float*>(take().untyped_data());
-  };
-  std::vector<Piece<T>> pieces;
-  while (next < operands.size()) {
-    // Braces, unlike parentheses, take these in their order.
-    const Segment<T> segment{take_entries(), take_scales(), take_entries(),
-                             take_scales(), take()};
-    AddPieces(segment, query.typed_data(), batch, heads, sizes, &pieces);
+  const auto segments = TakeSegments(operands);
+  if (!segments.has_value()) return segments.error();
+  std::vector<Piece> pieces;
+  for (const Segment& segment : *segments) {
+    AddPieces(segment, batch, heads, sizes, &pieces);
   }
   // Threads that come late find nothing to do, but must find that out.
-  const auto work = std::make_shared<Work<T>>(sizes, std::move(pieces));
+  const auto work =
+      std::make_shared<Work>(sizes, query.typed_data(), std::move(pieces));
   const int64_t threads = std::min<int64_t>(pool.num_threads(), work->size());
   for (int64_t thread = 1; thread < threads; ++thread) {
     pool.Schedule([work] { work->Run(); });
@@ -458,27 +491,7 @@ void AttendAll(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query,
   work->Run();
   work->Wait();
   work->Merge(batch * heads, output->typed_data());
-}
-
-ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query,
-                  ffi::RemainingArgs operands, ffi::ResultBuffer<ffi::F32> output,
-                  int64_t length, float soft_cap) {
-  const auto keys = operands.get<ffi::AnyBuffer>(0);
-  if (!keys.has_value()) return keys.error();
-  const auto attend = [&](auto zero) {
-    AttendAll<decltype(zero)>(pool, query, operands, output, length, soft_cap);
-    return ffi::Error::Success();
-  };
-  switch (keys->element_type()) {
-    case ffi::F32:
-      return attend(float());
-    case ffi::BF16:
-      return attend(BFloat16());
-    case ffi::S8:
-      return attend(int8_t());
-    default:
-      return ffi::Error::InvalidArgument("keys must be float32, bfloat16 or int8");
-  }
+  return ffi::Error::Success();
 }
 
 }  // namespace

@@ -20,14 +20,15 @@ from jax.interpreters import ad, batching, mlir
 from keras_kvcache.ops.native import load_library
 from keras_kvcache.ops.online_softmax import attend_segments
 from keras_kvcache.ops.platform import is_jax_on_cpu
-from keras_kvcache.ops.products import Read, head_major_segment, is_few, slots_of
+from keras_kvcache.ops.products import (
+    Read,
+    head_major_segment,
+    is_few,
+    slots_of,
+    sum_dtype,
+)
 
 NAME = "keras_kvcache_decode_attention"
-
-# What queries and slots may be. Codes have scales, and these are float32.
-QUERIES = ("float32", "bfloat16", "float16")
-CODES = "int8"
-SLOTS = ("float32", "bfloat16", CODES)
 
 
 def has_decode_kernel(query, segments):
@@ -39,23 +40,23 @@ def has_decode_kernel(query, segments):
     """
     if not is_jax_on_cpu() or keras.distribution.distribution() is not None:
         return False
-    if not is_few(query) or query.dtype not in QUERIES:
+    if not is_few(query) or sum_dtype(query) != "float32":
         return False
     if any(segment.arrays is None for segment in segments):
         return False
     arrays = [array for segment in segments for array in segment.arrays]
     # Sizes that are symbols, as in an export, aren't integers.
     known = all(isinstance(n, int) for array in (query, *arrays) for n in array.shape)
-    return known and arrays[0].dtype in SLOTS and _is_registered()
+    return known and _is_registered()
 
 
 def decode_attention(query, segments, masks, value_dim, length, soft_cap=None):
     """Attention as by `attend_segments`, whose arguments these are.
 
     Args:
-        query: `(B, K, R, H)`, scaled, of one of `QUERIES`; on JAX, as is all else.
-        segments: Tuple of `Segment` with `arrays` of one of `SLOTS`. No slot before
-            the first or past the last of 512 that is attended is read.
+        query: `(B, K, R, H)`, scaled, no wider than float32; on JAX, as is all else.
+        segments: Tuple of `Segment` with `arrays`. Of 512 slots none before the first
+            or past the last that is attended is read.
         masks: One boolean mask `(1 | B, 1 | N, 1 | T, 1 | n)` or `None` a segment.
         value_dim: `Hv`.
         length: `T`.
@@ -85,19 +86,15 @@ def _run(*operands, **parameters):
 
 def _stand_in(query, *operands, value_dim, length, soft_cap, block):
     """The same by the backend's operations."""
-    count = 5 if operands[0].dtype == CODES else 3
-    segments, masks = [], operands[count - 1 :: count]
-    for first in range(0, len(operands), count):
-        arrays = operands[first : first + count - 1]
-        half = len(arrays) // 2
-        segments.append(
-            head_major_segment(
-                _reader(*arrays[:half], axis=3),
-                _reader(*arrays[half:], axis=2),
-                jax.numpy.arange(arrays[0].shape[3])[None],
-                block,
-            )
-        )
+    operands, segments, masks = list(operands), [], []
+    while operands:
+        half = 2 if operands[0].dtype == "int8" else 1
+        keys, values = operands[:half], operands[half : 2 * half]
+        positions = jax.numpy.arange(keys[0].shape[3])[None]
+        reads = _reader(*keys, axis=3), _reader(*values, axis=2)
+        segments.append(head_major_segment(*reads, positions, block))
+        masks.append(operands[2 * half])
+        operands = operands[2 * half + 1 :]
     return attend_segments(query, segments, masks, value_dim, length, soft_cap)
 
 
@@ -105,7 +102,10 @@ def _reader(entries, scales=None, *, axis):
     """A function that reads slots on an axis, as `head_major_segment` takes it."""
 
     def read(first, count):
-        matrix = slots_of(entries, first, count, axis).astype("float32")
+        matrix = slots_of(entries, first, count, axis)
+        if matrix.dtype == "int16":
+            matrix = matrix.view("bfloat16")
+        matrix = matrix.astype("float32")
         if scales is None:
             return Read(matrix)
         return Read(matrix, slots_of(scales, first, count, axis))

@@ -21,9 +21,10 @@ class Segment(NamedTuple):
         block: The most slots for a product with few queries; `None` for all.
         first: Position of the first slot if the others follow it one by one, so
             that masks over positions can be cut instead of looked up; else `None`.
-        arrays: Keys `(B, K, H, n)` and values `(B, K, n, Hv)` if these lie in memory
-            as they are, or codes of them, each followed by a scale for every slot,
-            `(B, K, 1, n)` and `(B, K, n, 1)`. `None` if something else does.
+        arrays: What a kernel may read in the place of the products: keys `(B, K, H,
+            n)` and values `(B, K, n, Hv)`, float32, bfloat16 or int16 for the bits of
+            bfloat16; or int8 codes of them, each followed by a float32 scale for every
+            slot, `(B, K, 1, n)` and `(B, K, n, 1)`. `None` if something else is held.
     """
 
     scores: Callable[..., Any]
