@@ -39,11 +39,12 @@ def forget_programs():
 
 
 @pytest.fixture
-def without_kernel(monkeypatch):
-    """Leaves attention to XLA alone, as on a machine without a C++ compiler."""
-    target = "keras_kvcache.ops.decode_attention._is_registered"
-    monkeypatch.setattr(target, lambda: False)
-    return monkeypatch
+def without_kernel():
+    """Leaves attention to XLA, as where no C++ compiler is; called, it ends that."""
+    with pytest.MonkeyPatch.context() as patch:
+        target = "keras_kvcache.ops.decode_attention._is_registered"
+        patch.setattr(target, lambda: False)
+        yield patch.undo
 
 
 @pytest.fixture(scope="session")

@@ -93,20 +93,23 @@ def test_equals_attention_in_numpy(heads, sizes):
 
 @pytest.mark.parametrize("codec", ["bfloat16", "int8"])
 @pytest.mark.parametrize("sizes", [(7, 11), (64, 64), (131, 3)])
-def test_narrow_slots_are_what_they_stand_for(codec, sizes):
+@pytest.mark.parametrize("soft_cap", [None, 1.5])
+def test_narrow_slots_are_what_they_stand_for(codec, sizes, soft_cap):
     query, keys, values = make_case(heads=(5, 1), sizes=sizes)
     # Scales that differ from slot to slot.
     keys *= np.linspace(0.5, 2, S, dtype="float32")[:, None, None]
     values *= np.linspace(2, 0.5, S, dtype="float32")[:, None, None]
     cache = CacheSpec(2, S, 1, *sizes, codec=codec).allocate()
     cache, _ = cache.update(*map(jax.numpy.asarray, (keys, values)), 0)
-    mask = np.arange(S) < np.reshape([S, 601], (2, 1, 1, 1))
+    # A window that begins and ends within pieces.
+    fill = np.reshape([S, 601], (2, 1, 1, 1))
+    mask = (np.arange(S) < fill) & (np.arange(S) > 337)
     view = cache.view(cases.int32([S, 601]))
-    masks = view_masks(view, cases.int32([[S]]))
+    masks = view_masks(view, cases.int32([[S + 2]]), sliding_window=S + 2 - 337)
     assert uses_kernel(lambda query: attend(query, view, masks, SCALE), query)
-    output = attend(query, view, masks, SCALE)
+    output = attend(query, view, masks, SCALE, soft_cap)
     keys, values = (cases.numpy(entries)[:, :S] for entries in cache.storage.decode())
-    check(output, expect(query, keys, values, mask))
+    check(output, expect(query, keys, values, mask, soft_cap))
 
 
 @pytest.mark.parametrize("soft_cap", [None, 1.5])
@@ -157,6 +160,30 @@ def test_large_scores_do_not_overflow():
     np.testing.assert_array_equal(cases.numpy(output), expected)
 
 
+@pytest.mark.parametrize("where", ["query", "keys"])
+def test_nan_stays_nan(where):
+    query, keys, values = make_case()
+    mask = np.ones((1, 1, 1, S), bool)
+    if where == "query":
+        query[0] = np.nan
+    else:  # a whole piece, of which nothing else could be left
+        keys[0, 3:515] = np.nan
+    output = attend(query, make_view(keys, values), cut(mask), SCALE)
+    assert np.isnan(output[0]).all() and not np.isnan(output[1]).any()
+    mask[..., 3:515] = False  # What is hidden does no harm.
+    if where == "keys":
+        output = attend(query, make_view(keys, values), cut(mask), SCALE)
+        check(output, expect(query, np.nan_to_num(keys), values, mask))
+
+
+def test_any_byte_but_zero_is_true():
+    """As JAX has it, which takes NumPy's booleans as they are."""
+    query, keys, values = make_case()
+    mask = np.full((1, 1, 1, S), 255, "uint8").view(bool)
+    output = attend(query, make_view(keys, values), cut(mask), SCALE)
+    check(output, expect(query, keys, values, True))
+
+
 def test_calls_at_once_do_not_meet():
     """Threads share the pool; late helpers find work done and forgotten."""
     query, keys, values = make_case()
@@ -169,15 +196,21 @@ def test_calls_at_once_do_not_meet():
             np.testing.assert_array_equal(cases.numpy(got), wanted)
 
 
+def plain(view):
+    """A view that has no part for the kernel."""
+    segments = (segment._replace(arrays=None) for segment in view.segments)
+    return view._replace(segments=tuple(segments))
+
+
 def test_gradients():
-    query, keys, values = make_case()
+    """By what stands in for the kernel: masks a token and the soft cap included."""
+    query, keys, values = make_case(length=5)
+    masks = cut(np.random.default_rng(3).random((1, 1, 5, S)) < 0.3)
 
     def loss(query, keys, values, arrays):
         view = make_view(keys, values)
-        if not arrays:
-            segments = (segment._replace(arrays=None) for segment in view.segments)
-            view = view._replace(segments=tuple(segments))
-        return (attend(query, view, (None,) * 3, SCALE) ** 2).sum()
+        view = view if arrays else plain(view)
+        return (attend(query, view, masks, SCALE, soft_cap=1.5) ** 2).sum()
 
     gradient = jax.grad(loss, argnums=(0, 1, 2))
     with_kernel = gradient(query, keys, values, True)
@@ -190,9 +223,77 @@ def test_gradients():
 def test_vmap():
     query, keys, values = make_case()
     view, queries = make_view(keys, values), np.stack([query, -query, 2 * query])
-    mapped = jax.vmap(lambda query: attend(query, view, (None,) * 3, SCALE))(queries)
-    for got, query in zip(mapped, queries, strict=True):
-        check(got, expect(query, keys, values, True))
+    run = jax.vmap(lambda query: attend(query, view, (None,) * 3, SCALE, 1.5))
+    for got, query in zip(run(queries), queries, strict=True):
+        check(got, expect(query, keys, values, True, soft_cap=1.5))
+
+
+def test_where_jax_runs_operation_by_operation():
+    query, keys, values = make_case()
+    view = make_view(keys, values)
+
+    def run(query):
+        return attend(query, view, (None,) * 3, SCALE)
+
+    expected = expect(query, keys, values, True)
+    check(jax.checkpoint(run)(query), expected)
+    with jax.disable_jit():
+        check(run(query), expected)
+
+
+def test_queries_of_other_dtypes():
+    query, keys, values = make_case()
+    view = make_view(keys, values)
+    for dtype in ("bfloat16", "float16"):
+        narrow = jax.numpy.asarray(query, dtype)
+        assert uses_kernel(lambda q: attend(q, view, (None,) * 3, 0.5), narrow)
+        output = attend(narrow, view, (None,) * 3, 1.0)
+        assert output.dtype == "float32"
+        exact = cases.numpy(narrow.astype("float32")) / SCALE
+        check(output, expect(exact, keys, values, True))
+
+
+def test_other_platforms_and_several_devices_do_without_it(monkeypatch):
+    query, keys, values = make_case()
+    view = make_view(keys, values)
+    run = jax.jit(lambda query: attend(query, view, (None,) * 3, SCALE))
+    assert f"@{NAME}(" in run.trace(query).lower().as_text()
+    for_tpu = run.trace(query).lower(lowering_platforms=("tpu",)).as_text()
+    assert f"@{NAME}(" not in for_tpu
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    grouped = jax.numpy.zeros((2, 2, 3, 7))
+    assert not has_decode_kernel(grouped, view.segments)
+    monkeypatch.undo()
+    assert has_decode_kernel(grouped, view.segments)
+
+
+def wrong_arguments():
+    query, keys, values = make_case()
+    other = make_case(batch=3, sizes=(13, 11))
+    yield "segments", (other[0][:2], make_view(keys, values), (None,) * 3)
+    yield "segments", (query[:1], make_view(keys, values), (None,) * 3)
+    yield "masks", (query, make_view(keys, values), cut(np.ones((3, 1, 1, S), bool)))
+    yield "masks", (query, make_view(keys, values), cut(np.ones((1, 1, 5, S), bool)))
+    narrow = make_view(keys, values)
+    segment = narrow.segments[0]
+    arrays = (segment.arrays[0], segment.arrays[1].astype("bfloat16"))
+    segments = (segment._replace(arrays=arrays), *narrow.segments[1:])
+    yield "segments", (query, narrow._replace(segments=segments), (None,) * 3)
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_what_does_not_fit_is_refused(number):
+    name, arguments = list(wrong_arguments())[number]
+    with pytest.raises(ValueError, match=f"`{name}` must .* Received"):
+        attend(*arguments, SCALE)
+
+
+def test_a_mask_of_numbers():
+    query, keys, values = make_case()
+    mask = np.arange(S) % 3 == 1
+    masks = cut(np.float32(mask[None, None, None]))
+    output = attend(query, make_view(keys, values), masks, SCALE)
+    check(output, expect(query, keys, values, mask))
 
 
 def step_of(layer):
@@ -238,11 +339,18 @@ def test_an_exported_program_calls_nothing_of_ours():
     check(exported.call(*leaves), cases.numpy(output))
 
 
-def test_tokens_are_the_same_without_it(without_kernel):
+def test_tokens_are_the_same_without_it(without_kernel, monkeypatch):
+    lowered = []
+    lowering = jax.ffi.ffi_lowering
+    monkeypatch.setattr(
+        jax.ffi, "ffi_lowering", lambda name: lowered.append(name) or lowering(name)
+    )
     prompts = [[1, 2, 3, 5, 8], [13]]
-    plain = make_lm().generate(prompts, max_new_tokens=29)
-    without_kernel.undo()
-    assert make_lm().generate(prompts, max_new_tokens=29) == plain
+    by_xla = make_lm().generate(prompts, max_new_tokens=29)
+    assert not lowered
+    without_kernel()
+    assert make_lm().generate(prompts, max_new_tokens=29) == by_xla
+    assert lowered
 
 
 @pytest.mark.parametrize("codec", ["bfloat16", "int8"])
@@ -311,14 +419,34 @@ def test_a_changed_source_is_compiled_anew(source, tmp_path):
 
 def test_another_processor_has_a_library_of_its_own(source, tmp_path, monkeypatch):
     native.load_library(source)
-    monkeypatch.setattr(native, "_features", lambda: "flags : none of these")
+    monkeypatch.setattr(native, "_processor", lambda: ("another",))
     native.load_library(source)
     assert len(kept(tmp_path)) == 2
 
 
+def test_a_damaged_library_is_made_anew(source, tmp_path):
+    native.load_library(source)
+    (name,) = kept(tmp_path)
+    (tmp_path / "home" / "kernels" / name).unlink()
+    (tmp_path / "home" / "kernels" / name).write_bytes(b"")
+    assert native.load_library(source).Answer() == 42
+    assert kept(tmp_path) == [name]
+
+
+def test_a_new_jaxlib_and_other_flags_have_libraries_of_their_own(
+    source, tmp_path, monkeypatch
+):
+    native.load_library(source)
+    monkeypatch.setattr(native.jaxlib, "__version__", "7.11.13")
+    native.load_library(source)
+    monkeypatch.setattr(native, "FLAGS", ("-O1", "-fPIC", "-shared"))
+    native.load_library(source)
+    assert len(kept(tmp_path)) == 3
+
+
 def test_a_compiler_that_fails_is_told_about(source, tmp_path):
     source.write_text(SOURCE % "nonsense")
-    with pytest.warns(UserWarning, match="answer.cc could not be compiled.*slower"):
+    with pytest.warns(UserWarning, match="answer.cc .* slower: .*error.*nonsense"):
         assert native.load_library(source) is None
     assert kept(tmp_path) == []
 
@@ -329,10 +457,16 @@ def test_a_folder_that_cannot_be_written_is_told_about(source, tmp_path):
         assert native.load_library(source) is None
 
 
-def test_a_compiler_by_name(source, monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler -O0")
-    with pytest.warns(UserWarning, match="slower: .*no-such-compiler"):
+@pytest.mark.parametrize("command", ["no-such-compiler -O0", "'unbalanced", "false"])
+def test_a_compiler_that_is_none(source, monkeypatch, command):
+    monkeypatch.setenv("CXX", command)
+    with pytest.warns(UserWarning, match="slower: .+"):
         assert native.load_library(source) is None
+
+
+def test_an_empty_name_of_the_compiler_means_none(monkeypatch):
+    monkeypatch.setenv("CXX", "")
+    assert native.find_compiler() is None
 
 
 def test_no_compiler_is_no_reason_to_complain(source, monkeypatch):

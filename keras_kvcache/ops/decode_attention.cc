@@ -34,6 +34,7 @@ constexpr int64_t kPiece = 512;
 
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 
+// Floats of a vector as wide as the processor's, as far as the flags tell.
 #if defined(__AVX512F__)
 constexpr int64_t kLanes = 16;
 #elif defined(__AVX__)
@@ -134,6 +135,12 @@ inline Vector Exp(Vector x) {
   return ends ? Vector{} : power * two_to_whole;
 }
 
+inline Vector Tanh(Vector x) {
+  const Vector power = Exp(-2.0f * (x < 0.0f ? -x : x));
+  const Vector tanh = (1.0f - power) / (1.0f + power);
+  return x < 0.0f ? -tanh : tanh;
+}
+
 // Scores (Rows, count), kPiece apart, of queries (Rows, H) with keys (H, count),
 // `stride` apart. Keys are read four rows side by side, which makes four long runs
 // in memory, and the sums are loaded and stored for every fourth row only.
@@ -217,7 +224,7 @@ struct Sizes {
   float soft_cap;     // 0 for none
 };
 
-// A mask (1 | N, 1 | T, n) of one row of the batch: not 0 where a query may attend.
+// A mask (1 | N, 1 | T, n) of one row of the batch, not 0 where a query may attend.
 struct Mask {
   const uint8_t* data;
   int64_t head_stride, token_stride;  // 0 where the axis is 1
@@ -257,23 +264,29 @@ struct Partial {
   float* output;   // (R, Hv), the sum of exp(score - maximum) · value
 };
 
-// Scores become weights: scaled, capped, hidden and raised to powers of e.
+// Scores become weights: scaled, capped, hidden and raised to powers of e. NaN among
+// them is left in the total.
 void Softmax(float* scores, const float* key_scales, const float* value_scales,
              const uint8_t* mask, int64_t count, float soft_cap, float* maximum,
              float* total) {
-  float largest = kHidden;
-  for (int64_t slot = 0; slot < count; ++slot) {
-    if (key_scales != nullptr) scores[slot] *= key_scales[slot];
-    if (soft_cap > 0) scores[slot] = soft_cap * std::tanh(scores[slot] / soft_cap);
-    if (!mask[slot]) scores[slot] = kHidden;
-    largest = std::max(largest, scores[slot]);
-  }
-  *maximum = largest;
-  // Where all is hidden any number does: no weight is left.
-  const float origin = largest == kHidden ? 0.0f : largest;
-  Vector sums = {};
+  const Vector hidden = Vector{} + kHidden;
+  Vector maxima = hidden, sums = {};
   ForVectors(count, [&](int64_t slot, int64_t lanes) {
-    Vector score = Vector{} + kHidden;
+    Vector score = Load(scores + slot, lanes);
+    if (key_scales != nullptr) score *= Load(key_scales + slot, lanes);
+    if (soft_cap > 0) score = soft_cap * Tanh(score / soft_cap);
+    // Not 0 where seen, 0 in lanes past the last slot.
+    const Vector seen = Load(reinterpret_cast<const int8_t*>(mask) + slot, lanes);
+    score = seen != 0.0f ? score : hidden;
+    maxima = score > maxima ? score : maxima;
+    Store(scores + slot, score, lanes);
+  });
+  *maximum = kHidden;
+  for (int lane = 0; lane < kLanes; ++lane) *maximum = std::max(*maximum, maxima[lane]);
+  // Where all is hidden any number does: no weight is left.
+  const float origin = *maximum == kHidden ? 0.0f : *maximum;
+  ForVectors(count, [&](int64_t slot, int64_t lanes) {
+    Vector score = hidden;
     std::memcpy(&score, scores + slot, lanes * sizeof(float));
     const Vector weight = Exp(score - origin);
     Store(scores + slot, weight, lanes);
@@ -282,7 +295,10 @@ void Softmax(float* scores, const float* key_scales, const float* value_scales,
   *total = 0;
   for (int lane = 0; lane < kLanes; ++lane) *total += sums[lane];
   if (value_scales == nullptr) return;
-  for (int64_t slot = 0; slot < count; ++slot) scores[slot] *= value_scales[slot];
+  ForVectors(count, [&](int64_t slot, int64_t lanes) {
+    const Vector scale = Load(value_scales + slot, lanes);
+    Store(scores + slot, Load(scores + slot, lanes) * scale, lanes);
+  });
 }
 
 template <typename T>
@@ -319,7 +335,7 @@ void AttendPiece(const Sizes& sizes, const float* queries, const Piece& piece,
       return AttendPieceOf<float>(sizes, query, piece, scores, partial);
     case ffi::S8:
       return AttendPieceOf<int8_t>(sizes, query, piece, scores, partial);
-    default:
+    default:  // BF16, or S16 for the bits of it
       return AttendPieceOf<BFloat16>(sizes, query, piece, scores, partial);
   }
 }
@@ -359,7 +375,7 @@ class Work {
       maxima[query] = std::max(maxima[query], partial.maximum[row]);
     });
     ForPartials([&](const Partial& partial, int64_t row, int64_t query) {
-      if (partial.maximum[row] == kHidden) return;
+      if (partial.total[row] == 0) return;
       const float factor = std::exp(partial.maximum[row] - maxima[query]);
       totals[query] += factor * partial.total[row];
       for (int64_t column = 0; column < width; ++column) {
@@ -404,12 +420,11 @@ std::pair<int64_t, int64_t> SeenSlots(const Sizes& sizes, const Mask& mask,
   const bool same = mask.head_stride == 0 && mask.token_stride == 0;
   for (int64_t row = 0; row < (same ? 1 : sizes.rows); ++row) {
     const uint8_t* seen = mask.Of(sizes, head, row);
-    const void* first = std::memchr(seen, 1, count);
-    if (first == nullptr) continue;
-    begin = std::min<int64_t>(begin, static_cast<const uint8_t*>(first) - seen);
-    int64_t last = count - 1;
-    while (!seen[last]) --last;
-    end = std::max(end, last + 1);
+    int64_t first = 0, last = count;
+    while (first < count && !seen[first]) ++first;
+    while (last > first && !seen[last - 1]) --last;
+    begin = std::min(begin, first);
+    end = std::max(end, first < last ? last : 0);
   }
   return {std::min(begin, end), end};
 }
@@ -481,7 +496,8 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query,
   for (const Segment& segment : *segments) {
     AddPieces(segment, batch, heads, sizes, &pieces);
   }
-  // Threads that come late find nothing to do, but must find that out.
+  // A thread that comes late may find this call returned and its buffers gone: it
+  // touches what `Run` needs to see that no piece is left, and no more.
   const auto work =
       std::make_shared<Work>(sizes, query.typed_data(), std::move(pieces));
   const int64_t threads = std::min<int64_t>(pool.num_threads(), work->size());

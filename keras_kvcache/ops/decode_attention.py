@@ -12,7 +12,6 @@ import functools
 from pathlib import Path
 
 import jax
-import keras
 import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -38,7 +37,8 @@ def has_decode_kernel(query, segments):
         query: Tensor `(B, K, R, H)`.
         segments: Tuple of `Segment`.
     """
-    if not is_jax_on_cpu() or keras.distribution.distribution() is not None:
+    # XLA can't cut the call into parts for several devices.
+    if not is_jax_on_cpu() or jax.device_count() > 1:
         return False
     if not is_few(query) or sum_dtype(query) != "float32":
         return False
@@ -70,13 +70,13 @@ def decode_attention(query, segments, masks, value_dim, length, soft_cap=None):
         slots = segment.arrays[0].shape[3]
         if mask is None:
             mask = jax.numpy.ones((1, 1, 1, 1), bool)
-        mask = jax.numpy.broadcast_to(mask, (*mask.shape[:3], slots))
+        mask = jax.numpy.broadcast_to(mask.astype(bool), (*mask.shape[:3], slots))
         operands += [*segment.arrays, mask]
     parameters = dict(value_dim=value_dim, length=length, soft_cap=soft_cap)
     return _run(*operands, block=segments[0].block, **parameters)
 
 
-# Outside of a program, too, it's compiled: a primitive alone could not be run.
+# Compiled when it's called outside of a program, too.
 @functools.partial(
     jax.jit, static_argnames=("value_dim", "length", "soft_cap", "block"), inline=True
 )
@@ -84,17 +84,23 @@ def _run(*operands, **parameters):
     return _primitive.bind(*operands, **parameters)
 
 
-def _stand_in(query, *operands, value_dim, length, soft_cap, block):
-    """The same by the backend's operations."""
-    operands, segments, masks = list(operands), [], []
+def _of_segments(operands):
+    """The arrays of keys, those of values and the mask of each segment."""
+    operands = list(operands)
     while operands:
         half = 2 if operands[0].dtype == "int8" else 1
-        keys, values = operands[:half], operands[half : 2 * half]
+        yield operands[:half], operands[half : 2 * half], operands[2 * half]
+        operands = operands[2 * half + 1 :]
+
+
+def _stand_in(query, *operands, value_dim, length, soft_cap, block):
+    """The same by the backend's operations."""
+    segments, masks = [], []
+    for keys, values, mask in _of_segments(operands):
         positions = jax.numpy.arange(keys[0].shape[3])[None]
         reads = _reader(*keys, axis=3), _reader(*values, axis=2)
         segments.append(head_major_segment(*reads, positions, block))
-        masks.append(operands[2 * half])
-        operands = operands[2 * half + 1 :]
+        masks.append(mask)
     return attend_segments(query, segments, masks, value_dim, length, soft_cap)
 
 
@@ -113,8 +119,36 @@ def _reader(entries, scales=None, *, axis):
     return read
 
 
-def _output_shape(query, *operands, value_dim, **parameters):
-    return query.update(shape=(*query.shape[:3], value_dim))
+def _output_shape(query, *operands, value_dim, length, **parameters):
+    """What comes out; the kernel, which has bare addresses, relies on the checks."""
+    batch, heads, rows, head_dim = query.shape
+    for keys, values, mask in _of_segments(operands):
+        slots, dtypes = keys[0].shape[-1], (str(keys[0].dtype), "float32")
+        expected = [
+            *zip(
+                [(batch, heads, n, slots) for n in (head_dim, 1)], dtypes, strict=True
+            ),
+            *zip(
+                [(batch, heads, slots, n) for n in (value_dim, 1)], dtypes, strict=True
+            ),
+        ]
+        expected = expected[:: 2 // len(keys)]  # Scales come second, if at all.
+        received = [(array.shape, str(array.dtype)) for array in (*keys, *values)]
+        if received != expected:
+            raise ValueError(
+                f"`segments` must have arrays of {expected} for a query of shape "
+                f"{query.shape}. Received: {received}"
+            )
+        shape = (batch, rows // length * heads, length, slots)
+        fits = all(
+            n in (1, wanted) for n, wanted in zip(mask.shape, shape, strict=True)
+        )
+        if not fits or mask.shape[3] != slots or mask.dtype != bool:
+            raise ValueError(
+                f"`masks` must be boolean and broadcast to (B, N, T, n) = {shape}. "
+                f"Received: {mask.dtype}, {mask.shape}"
+            )
+    return query.update(shape=(batch, heads, rows, value_dim))
 
 
 def _differentiate(primals, tangents, **parameters):
@@ -152,6 +186,7 @@ def _is_registered():
 
 _primitive = Primitive(NAME)
 _primitive.def_abstract_eval(_output_shape)
+_primitive.def_impl(_stand_in)  # for `jax.disable_jit` and `jax.checkpoint`
 ad.primitive_jvps[_primitive] = _differentiate
 batching.primitive_batchers[_primitive] = _map
 mlir.register_lowering(_primitive, _lower_stand_in)

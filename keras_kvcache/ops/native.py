@@ -23,7 +23,7 @@ def load_library(source):
     """The shared library made of a C++ file.
 
     It's compiled once and kept in the cache folder, one for each version of the file
-    and of jaxlib and for each kind of processor.
+    and of jaxlib, for each compiler and each kind of processor.
 
     Args:
         source: Path of the file, which may include XLA's foreign function interface.
@@ -33,22 +33,19 @@ def load_library(source):
         `g++` or `clang++`). `None`, too, with a warning, if the compiler fails or the
         library can't be kept or loaded.
     """
-    compiler = find_compiler()
-    if compiler is None:
-        return None
-    library = cache_folder() / "kernels" / f"{source.stem}-{_digest(source)}.so"
     try:
-        if not library.exists():
-            _compile(compiler, source, library)
-        return ctypes.CDLL(str(library))
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", None) or str(error)
-        warnings.warn(
-            f"{source.name} could not be compiled for this machine, so that decoding "
-            f"is slower: {reason.strip().splitlines()[-1]}",
-            stacklevel=2,
-        )
-        return None
+        compiler = find_compiler()
+        return None if compiler is None else _load(compiler, source)
+    except subprocess.CalledProcessError as error:
+        reason = _first_error(error.stderr) or str(error)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error)
+    warnings.warn(
+        f"{source.name} could not be made a library for this machine, so that decoding "
+        f"is slower: {reason}",
+        stacklevel=2,
+    )
+    return None
 
 
 def find_compiler():
@@ -59,32 +56,51 @@ def find_compiler():
     return next(([command] for command in found), None)
 
 
-def _digest(source):
-    """A name for what is compiled, from what and for which machine."""
-    made_of = (source.read_text(), FLAGS, jaxlib.__version__, platform.machine())
-    return hashlib.sha256(repr((*made_of, _features())).encode()).hexdigest()[:16]
+def _load(compiler, source):
+    made_of = (source.read_bytes(), compiler, FLAGS, jaxlib.__version__, _processor())
+    digest = hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
+    library = cache_folder() / "kernels" / f"{source.stem}-{digest}.so"
+    if library.exists():
+        try:
+            return ctypes.CDLL(str(library))
+        except OSError:
+            pass  # Damaged, or of a system that isn't this one: it's made anew.
+    _compile(compiler, source, library)
+    return ctypes.CDLL(str(library))
 
 
-def _features():
+def _processor():
     """What `-march=native` looks at, as far as the system tells."""
+    kind = (platform.system(), platform.machine(), platform.processor())
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:
-        return platform.processor()
-    return next((line for line in lines if line[:5] in ("flags", "Featu")), "")
+        return kind
+    features = (line for line in lines if line.startswith(("flags", "Features")))
+    return (*kind, next(features, ""))
 
 
 def _compile(compiler, source, library):
     """Makes a library; it's there whole or not at all."""
     library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        unfinished = Path(folder) / library.name
+    # A process that is killed leaves nothing but in the system's temporary folder.
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / library.name
         command = [*compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", str(source)]
         subprocess.run(
-            [*command, "-o", str(unfinished)],
+            [*command, "-o", str(made)],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
+            errors="replace",
             check=True,
         )
-        os.replace(unfinished, library)
+        copy = library.with_suffix(f".{os.getpid()}")
+        shutil.copyfile(made, copy)
+        os.replace(copy, library)
+
+
+def _first_error(output):
+    """The line of a compiler's output that says what is wrong; empty if none is."""
+    lines = output.splitlines()
+    return next((line for line in lines if "error" in line), " ".join(lines[:1]))
