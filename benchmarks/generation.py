@@ -17,7 +17,6 @@ One row of each model is `stream`, which hands over every token, against `genera
 
 import collections
 import functools
-import math
 import statistics
 from typing import NamedTuple
 
@@ -104,21 +103,11 @@ def measure(report, subject, contenders, case, rounds, bandwidth):
             **{"times ours": per_token[name] / ours},
         )
         if name == peers.Ours.name:
-            nbytes = bytes_read(subject.lm, case.fill + case.new_tokens // 2)
+            filled = subject.lm.cache_bytes(1, case.fill + case.new_tokens // 2)
+            nbytes = harness.weight_bytes(subject.lm) + filled.total
             row["GB/s"] = nbytes / ours / 1e9
             row["of bandwidth"] = nbytes / ours / bandwidth
         report.add(**row)
-
-
-def bytes_read(lm, fill):
-    """Bytes that a step can't do without: weights, and what the cache holds.
-
-    Of a learned position table a step reads one row; the embedding is read whole, as
-    the logits are made with it.
-    """
-    weights = (weight for weight in lm.weights if "position" not in weight.path)
-    weight_bytes = sum(4 * math.prod(weight.shape) for weight in weights)
-    return weight_bytes + lm.cache_bytes(1, fill).total
 
 
 def measure_stream(report, subject, new_tokens, rounds):

@@ -4,6 +4,7 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
@@ -100,6 +101,24 @@ def read_bandwidth(nbytes=2**30, repeats=7):
     total = jax.jit(jnp.sum)
     functions = {"sum": lambda: total(buffer).block_until_ready()}
     return nbytes / median_seconds(functions, repeats)["sum"]
+
+
+def weight_bytes(lm):
+    """Bytes of float32 weights that a step of one row can't do without.
+
+    Of a position table it needs a single row, as it does of an embedding that the
+    logits aren't made with, and of experts those that it chose.
+    """
+    config, total = lm.get_config(), 0
+    is_tied = not any("reverse_embeddings" in weight.path for weight in lm.weights)
+    for weight in lm.weights:
+        nbytes = 4 * math.prod(weight.shape)
+        if "/experts/" in weight.path:
+            nbytes = nbytes * config["num_experts_per_token"] // config["num_experts"]
+        is_table = weight.path.endswith("token_embedding/embeddings")
+        if "position" not in weight.path and (is_tied or not is_table):
+            total += nbytes
+    return total
 
 
 class Report:

@@ -7,6 +7,8 @@ import keras
 import numpy as np
 import pytest
 
+from keras_kvcache.ops import native
+
 pytestmark = pytest.mark.jax_only
 
 S, H = 1031, 37
@@ -57,8 +59,22 @@ def test_head_major_cache_is_read_where_it_lies(
     assert not made(program, COPIES, half_of_256)
 
 
+@pytest.mark.skipif(native.find_compiler() is None, reason="no C++ compiler")
 @pytest.mark.parametrize("groups, batch_size, per_row", STEPS)
-def test_dense_cache_is_copied_a_block_at_a_time(groups, batch_size, per_row):
+def test_dense_cache_is_read_where_it_lies(groups, batch_size, per_row):
+    layer = cases.make_layer(6, H, num_key_value_heads=6 // groups)
+    cache = cases.make_cache(layer, batch_size, S, "dense")
+    program = compiled_step(layer, cache, batch_size, per_row)
+    memory = program.memory_analysis()
+    assert memory.alias_size_in_bytes == cache.nbytes
+    assert memory.temp_size_in_bytes < 0.08 * cache.nbytes
+    assert not made(program, COPIES, batch_size * 6 // groups * 64 * H)
+
+
+@pytest.mark.parametrize("groups, batch_size, per_row", STEPS)
+def test_dense_cache_is_copied_a_block_at_a_time_without_the_kernel(
+    groups, batch_size, per_row, without_kernel
+):
     capacity, heads = 8209, 6 // groups
     layer = cases.make_layer(6, H, num_key_value_heads=heads)
     cache = cases.make_cache(layer, batch_size, capacity, "dense")

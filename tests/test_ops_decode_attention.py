@@ -1,7 +1,6 @@
 """The kernel for few queries on a CPU: its numbers, and where it has a part."""
 
 import concurrent.futures
-import warnings
 
 import attention_cases as cases
 import jax
@@ -11,7 +10,14 @@ import reference
 from conftest import make_lm
 
 from keras_kvcache.caches import CacheSpec
-from keras_kvcache.ops import View, attend, head_major_segment, native, view_masks
+from keras_kvcache.ops import (
+    View,
+    attend,
+    dense_segment,
+    head_major_segment,
+    native,
+    view_masks,
+)
 from keras_kvcache.ops.decode_attention import NAME, has_decode_kernel
 from keras_kvcache.ops.products import reader
 
@@ -28,18 +34,30 @@ SIZES = (3, 1031, 67)
 S = sum(SIZES)
 
 
-def make_view(keys, values):
+LAYOUTS = pytest.mark.parametrize("layout", ["head_major", "dense"])
+
+
+def make_view(keys, values, layout="head_major"):
     """Segments of `SIZES` slots of keys `(B, S, K, H)` and values `(B, S, K, Hv)`."""
+    tensor = None
+    if layout == "dense":
+        tensor = jax.numpy.stack([keys, values], axis=1)
     segments, first = [], 0
     for size in SIZES:
         part = slice(first, first + size)
-        arrays = (
-            jax.numpy.asarray(keys[:, part].transpose(0, 2, 3, 1)),
-            jax.numpy.asarray(values[:, part].transpose(0, 2, 1, 3)),
-        )
-        read = reader(arrays[0], axis=3), reader(arrays[1], axis=2)
         positions = cases.int32(np.arange(first, first + size)[None])
-        segments.append(head_major_segment(*read, positions, arrays=arrays))
+        if layout == "dense":
+            read = (reader(tensor[:, half, part], axis=1) for half in (0, 1))
+            heads = keys.shape[2]
+            segment = dense_segment(*read, positions, heads, None, (tensor,), first)
+        else:
+            arrays = (
+                jax.numpy.asarray(keys[:, part].transpose(0, 2, 3, 1)),
+                jax.numpy.asarray(values[:, part].transpose(0, 2, 1, 3)),
+            )
+            read = reader(arrays[0], axis=3), reader(arrays[1], axis=2)
+            segment = head_major_segment(*read, positions, arrays=arrays)
+        segments.append(segment)
         first += size
     return View(tuple(segments), keys.shape[2], values.shape[3])
 
@@ -82,24 +100,37 @@ def uses_kernel(function, *arguments):
 
 
 # Four queries of a head go through the kernel at once, and lanes of 4, 8 or 16.
-@pytest.mark.parametrize("sizes", [(7, 11), (64, 64), (5, 83), (131, 3)])
+@pytest.mark.parametrize(
+    "layout, sizes",
+    [
+        *(("head_major", sizes) for sizes in [(7, 11), (64, 64), (5, 83), (131, 3)]),
+        *(("dense", (size, size)) for size in (3, 7, 64, 131)),
+    ],
+)
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1), (5, 1), (14, 2)])
-def test_equals_attention_in_numpy(heads, sizes):
+def test_equals_attention_in_numpy(heads, layout, sizes):
     query, keys, values = make_case(heads=heads, sizes=sizes)
     mask = np.arange(S) < np.reshape([S, 601], (2, 1, 1, 1))
-    output = attend(query, make_view(keys, values), cut(mask), SCALE)
-    check(output, expect(query, keys, values, mask))
+    view, masks = make_view(keys, values, layout), cut(mask)
+    assert uses_kernel(lambda query: attend(query, view, masks, SCALE), query)
+    check(attend(query, view, masks, SCALE), expect(query, keys, values, mask))
 
 
 @pytest.mark.parametrize("codec", ["bfloat16", "int8"])
-@pytest.mark.parametrize("sizes", [(7, 11), (64, 64), (131, 3)])
+@pytest.mark.parametrize(
+    "layout, sizes",
+    [
+        *(("head_major", sizes) for sizes in [(7, 11), (64, 64), (131, 3)]),
+        *(("dense", (size, size)) for size in (7, 64)),
+    ],
+)
 @pytest.mark.parametrize("soft_cap", [None, 1.5])
-def test_narrow_slots_are_what_they_stand_for(codec, sizes, soft_cap):
-    query, keys, values = make_case(heads=(5, 1), sizes=sizes)
+def test_narrow_slots_are_what_they_stand_for(codec, layout, sizes, soft_cap):
+    query, keys, values = make_case(heads=(6, 2), sizes=sizes)
     # Scales that differ from slot to slot.
     keys *= np.linspace(0.5, 2, S, dtype="float32")[:, None, None]
     values *= np.linspace(2, 0.5, S, dtype="float32")[:, None, None]
-    cache = CacheSpec(2, S, 1, *sizes, codec=codec).allocate()
+    cache = CacheSpec(2, S, 2, *sizes, layout=layout, codec=codec).allocate()
     cache, _ = cache.update(*map(jax.numpy.asarray, (keys, values)), 0)
     # A window that begins and ends within pieces.
     fill = np.reshape([S, 601], (2, 1, 1, 1))
@@ -117,37 +148,42 @@ def test_narrow_slots_are_what_they_stand_for(codec, sizes, soft_cap):
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize("per_token", [False, True])
-def test_masks_of_all_shapes(per_token, per_head, per_row, length, soft_cap):
-    query, keys, values = make_case(batch=3, length=length)
+@LAYOUTS
+def test_masks_of_all_shapes(layout, per_token, per_head, per_row, length, soft_cap):
+    query, keys, values = make_case(batch=3, length=length, sizes=(11, 11))
     axes = (3 if per_row else 1, 6 if per_head else 1, length if per_token else 1)
     mask = np.random.default_rng(3).random((*axes, S)) < 0.3
     mask[..., :5] = mask[..., 700:] = False  # a whole segment, and most of another
-    output = attend(query, make_view(keys, values), cut(mask), SCALE, soft_cap)
+    view = make_view(keys, values, layout)
+    output = attend(query, view, cut(mask), SCALE, soft_cap)
     check(output, expect(query, keys, values, mask, soft_cap))
 
 
-def test_no_mask():
-    query, keys, values = make_case()
-    output = attend(query, make_view(keys, values), (None,) * 3, SCALE)
+@LAYOUTS
+def test_no_mask(layout):
+    query, keys, values = make_case(sizes=(11, 11))
+    output = attend(query, make_view(keys, values, layout), (None,) * 3, SCALE)
     check(output, expect(query, keys, values, True))
 
 
-def test_a_query_with_nothing_to_attend_gives_zeros():
-    query, keys, values = make_case(batch=3)
+@LAYOUTS
+def test_a_query_with_nothing_to_attend_gives_zeros(layout):
+    query, keys, values = make_case(batch=3, sizes=(11, 11))
     mask = np.ones((3, 1, 1, S), bool)
     mask[1] = False
-    output = attend(query, make_view(keys, values), cut(mask), SCALE)
+    output = attend(query, make_view(keys, values, layout), cut(mask), SCALE)
     check(output, expect(query, keys, values, mask))
     assert not cases.numpy(output)[1].any()
 
 
-def test_slots_outside_of_what_is_attended_are_not_read():
-    query, keys, values = make_case()
+@LAYOUTS
+def test_slots_outside_of_what_is_attended_are_not_read(layout):
+    query, keys, values = make_case(sizes=(11, 11))
     mask = (np.arange(S) >= 37) & (np.arange(S) < 1013)
     expected = expect(query, keys, values, mask)
     keys[:, ~mask] = values[:, ~mask] = np.nan
-    output = attend(query, make_view(keys, values), cut(mask[None, None, None]), SCALE)
-    check(output, expected)
+    view = make_view(keys, values, layout)
+    check(attend(query, view, cut(mask[None, None, None]), SCALE), expected)
 
 
 def test_large_scores_do_not_overflow():
@@ -161,18 +197,19 @@ def test_large_scores_do_not_overflow():
 
 
 @pytest.mark.parametrize("where", ["query", "keys"])
-def test_nan_stays_nan(where):
-    query, keys, values = make_case()
+@LAYOUTS
+def test_nan_stays_nan(layout, where):
+    query, keys, values = make_case(sizes=(11, 11))
     mask = np.ones((1, 1, 1, S), bool)
     if where == "query":
         query[0] = np.nan
     else:  # a whole piece, of which nothing else could be left
         keys[0, 3:515] = np.nan
-    output = attend(query, make_view(keys, values), cut(mask), SCALE)
+    output = attend(query, make_view(keys, values, layout), cut(mask), SCALE)
     assert np.isnan(output[0]).all() and not np.isnan(output[1]).any()
     mask[..., 3:515] = False  # What is hidden does no harm.
     if where == "keys":
-        output = attend(query, make_view(keys, values), cut(mask), SCALE)
+        output = attend(query, make_view(keys, values, layout), cut(mask), SCALE)
         check(output, expect(query, np.nan_to_num(keys), values, mask))
 
 
@@ -202,13 +239,14 @@ def plain(view):
     return view._replace(segments=tuple(segments))
 
 
-def test_gradients():
+@LAYOUTS
+def test_gradients(layout):
     """By what stands in for the kernel: masks a token and the soft cap included."""
-    query, keys, values = make_case(length=5)
+    query, keys, values = make_case(length=5, sizes=(11, 11))
     masks = cut(np.random.default_rng(3).random((1, 1, 5, S)) < 0.3)
 
     def loss(query, keys, values, arrays):
-        view = make_view(keys, values)
+        view = make_view(keys, values, layout)
         view = view if arrays else plain(view)
         return (attend(query, view, masks, SCALE, soft_cap=1.5) ** 2).sum()
 
@@ -220,17 +258,22 @@ def test_gradients():
         check(got, cases.numpy(expected))
 
 
-def test_vmap():
-    query, keys, values = make_case()
-    view, queries = make_view(keys, values), np.stack([query, -query, 2 * query])
+@LAYOUTS
+def test_vmap(layout):
+    query, keys, values = make_case(sizes=(11, 11))
+    view, queries = (
+        make_view(keys, values, layout),
+        np.stack([query, -query, 2 * query]),
+    )
     run = jax.vmap(lambda query: attend(query, view, (None,) * 3, SCALE, 1.5))
     for got, query in zip(run(queries), queries, strict=True):
         check(got, expect(query, keys, values, True, soft_cap=1.5))
 
 
-def test_where_jax_runs_operation_by_operation():
-    query, keys, values = make_case()
-    view = make_view(keys, values)
+@LAYOUTS
+def test_where_jax_runs_operation_by_operation(layout):
+    query, keys, values = make_case(sizes=(11, 11))
+    view = make_view(keys, values, layout)
 
     def run(query):
         return attend(query, view, (None,) * 3, SCALE)
@@ -279,9 +322,14 @@ def wrong_arguments():
     arrays = (segment.arrays[0], segment.arrays[1].astype("bfloat16"))
     segments = (segment._replace(arrays=arrays), *narrow.segments[1:])
     yield "segments", (query, narrow._replace(segments=segments), (None,) * 3)
+    query, keys, values = make_case(sizes=(7, 7))
+    dense = make_view(keys, values, "dense")
+    yield "segments", (query, dense._replace(value_dim=11), (None,) * 3)
+    late = (segment._replace(start=segment.start + 1) for segment in dense.segments)
+    yield "masks", (query, dense._replace(segments=tuple(late)), (None,) * 3)
 
 
-@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("number", range(7))
 def test_what_does_not_fit_is_refused(number):
     name, arguments = list(wrong_arguments())[number]
     with pytest.raises(ValueError, match=f"`{name}` must .* Received"):
@@ -311,7 +359,9 @@ def step_of(layer):
         ("head_major", "float32", 65, False),  # bound by computing
         ("head_major", "bfloat16", 1, True),
         ("head_major", "float16", 1, False),
-        ("dense", "float32", 1, False),
+        ("dense", "float32", 1, True),
+        ("dense", "bfloat16", 1, True),
+        ("dense", "float32", 65, False),
     ],
 )
 def test_which_programs_call_it(layout, dtype, length, expected):
@@ -321,9 +371,17 @@ def test_which_programs_call_it(layout, dtype, length, expected):
     assert uses_kernel(step_of(layer), x, cache, cases.int32(5)) == expected
 
 
-def test_an_exported_program_calls_nothing_of_ours():
+def test_keys_and_values_of_different_sizes_have_no_kernel_if_dense():
+    """They have two tensors, which it doesn't know."""
+    cache = CacheSpec(2, 103, 2, 7, 11, layout="dense").allocate()
+    query, view = cases.noise(2, 1, 6, 7), cache.view()
+    assert not uses_kernel(lambda q: attend(q, view, (None,), SCALE), query)
+
+
+@LAYOUTS
+def test_an_exported_program_calls_nothing_of_ours(layout):
     layer = cases.make_layer(num_heads=2)
-    cache = cases.make_cache(layer, 1, 103, "head_major", filler=0.5)
+    cache = cases.make_cache(layer, 1, 103, layout, filler=0.5)
     step = jax.jit(step_of(layer))
     arguments = (cases.noise(1, 1, cases.D), cache, cases.int32(5))
     output, _ = step(*arguments)
@@ -354,9 +412,10 @@ def test_tokens_are_the_same_without_it(without_kernel, monkeypatch):
 
 
 @pytest.mark.parametrize("codec", ["bfloat16", "int8"])
-def test_narrow_slots_without_it(codec):
+@LAYOUTS
+def test_narrow_slots_without_it(layout, codec):
     """An export has the stand-in, which is told from the dtype how slots are coded."""
-    cache = CacheSpec(2, 1031, 2, 7, codec=codec).allocate()
+    cache = CacheSpec(2, 1031, 2, 7, layout=layout, codec=codec).allocate()
     entries = cases.noise(2, 1031, 2, 7)
     cache, _ = cache.update(*map(jax.numpy.asarray, (entries, -entries)), 0)
     leaves, tree = jax.tree_util.tree_flatten(cache)
@@ -384,94 +443,3 @@ def test_symbolic_sizes_have_no_kernel():
     exported = [jax.export.export(jax.jit(uses))(size) for size in (known, unknown)]
     zeros = np.zeros((3, 2, 7, 11), "float32")
     assert [bool(program.call(zeros)) for program in exported] == [True, False]
-
-
-SOURCE = '#include "xla/ffi/api/c_api.h"\nextern "C" int Answer() { return %s; }\n'
-
-
-@pytest.fixture
-def source(tmp_path, monkeypatch):
-    monkeypatch.setenv("KERAS_KVCACHE_HOME", str(tmp_path / "home"))
-    path = tmp_path / "answer.cc"
-    path.write_text(SOURCE % 42)
-    return path
-
-
-def kept(tmp_path):
-    return sorted(path.name for path in (tmp_path / "home" / "kernels").iterdir())
-
-
-def test_a_library_is_compiled_once(source, tmp_path, monkeypatch):
-    assert native.load_library(source).Answer() == 42
-    libraries = kept(tmp_path)
-    assert len(libraries) == 1
-    monkeypatch.setattr(native, "_compile", None)  # what would fail if called
-    assert native.load_library(source).Answer() == 42
-    assert kept(tmp_path) == libraries
-
-
-def test_a_changed_source_is_compiled_anew(source, tmp_path):
-    native.load_library(source)
-    source.write_text(SOURCE % 43)
-    assert native.load_library(source).Answer() == 43
-    assert len(kept(tmp_path)) == 2
-
-
-def test_another_processor_has_a_library_of_its_own(source, tmp_path, monkeypatch):
-    native.load_library(source)
-    monkeypatch.setattr(native, "_processor", lambda: ("another",))
-    native.load_library(source)
-    assert len(kept(tmp_path)) == 2
-
-
-def test_a_damaged_library_is_made_anew(source, tmp_path):
-    native.load_library(source)
-    (name,) = kept(tmp_path)
-    (tmp_path / "home" / "kernels" / name).unlink()
-    (tmp_path / "home" / "kernels" / name).write_bytes(b"")
-    assert native.load_library(source).Answer() == 42
-    assert kept(tmp_path) == [name]
-
-
-def test_a_new_jaxlib_and_other_flags_have_libraries_of_their_own(
-    source, tmp_path, monkeypatch
-):
-    native.load_library(source)
-    monkeypatch.setattr(native.jaxlib, "__version__", "7.11.13")
-    native.load_library(source)
-    monkeypatch.setattr(native, "FLAGS", ("-O1", "-fPIC", "-shared"))
-    native.load_library(source)
-    assert len(kept(tmp_path)) == 3
-
-
-def test_a_compiler_that_fails_is_told_about(source, tmp_path):
-    source.write_text(SOURCE % "nonsense")
-    with pytest.warns(UserWarning, match="answer.cc .* slower: .*error.*nonsense"):
-        assert native.load_library(source) is None
-    assert kept(tmp_path) == []
-
-
-def test_a_folder_that_cannot_be_written_is_told_about(source, tmp_path):
-    (tmp_path / "home").write_text("a file where the folder should be")
-    with pytest.warns(UserWarning, match="slower: .*Not a directory"):
-        assert native.load_library(source) is None
-
-
-@pytest.mark.parametrize("command", ["no-such-compiler -O0", "'unbalanced", "false"])
-def test_a_compiler_that_is_none(source, monkeypatch, command):
-    monkeypatch.setenv("CXX", command)
-    with pytest.warns(UserWarning, match="slower: .+"):
-        assert native.load_library(source) is None
-
-
-def test_an_empty_name_of_the_compiler_means_none(monkeypatch):
-    monkeypatch.setenv("CXX", "")
-    assert native.find_compiler() is None
-
-
-def test_no_compiler_is_no_reason_to_complain(source, monkeypatch):
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setenv("PATH", "")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert native.load_library(source) is None

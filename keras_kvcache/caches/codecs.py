@@ -67,7 +67,7 @@ class Codec(abc.ABC):
     group = 1
     # The most slots that few queries are multiplied with at a time; `None` for all.
     block = CODED_BLOCK
-    # Whether a head-major cache's arrays may be the `arrays` of a `Segment`.
+    # Whether a cache's arrays may be the `arrays` of a `Segment`.
     kernels_read = False
 
     def __post_init__(self):

@@ -23,7 +23,8 @@ class DenseStorage(Storage):
     Its arrays are `(B, 2, S, K, H)`, keys at 0 and values at 1 of axis 1. Where the
     codec or the head size differ between the two they have arrays of their own,
     `(B, S, K, H)` and `(B, S, K, Hv)`. It's updated in place when compiled and
-    donated, and read as it lies, though not as fast as head-major storage.
+    donated, and read as it lies, though as fast as head-major storage by the kernel
+    for CPUs only.
     """
 
     @classmethod
@@ -117,12 +118,15 @@ class DenseStorage(Storage):
 
     def segment(self, first, size, positions, first_position=None):
         """See `Storage.segment`."""
+        (arrays,) = self.segments
         return dense_segment(
             lambda start, count: self._read(0, first + start, count),
             lambda start, count: self._read(1, first + start, count),
             positions,
             self.heads,
             first_position,
+            arrays if self.is_shared and self.codec.kernels_read else None,
+            first,
         )
 
     def merge(self):

@@ -1,4 +1,4 @@
-// Attention of few queries over the slots of a head-major cache, on a CPU.
+// Attention of few queries over the slots of a cache, on a CPU.
 //
 // A decode step reads every filled slot once and computes little with it. So all
 // cores should read, in long runs, and nothing but what is attended. The slots are
@@ -30,7 +30,11 @@ namespace {
 
 // Slots of a piece: small enough that its scores stay in a core's cache and that all
 // cores find work early, large enough that handing it out costs nothing beside it.
+// Fewer where these are slots of all heads, as in a dense tensor. Of them some are
+// taken at a time, a head after another, while the next are on their way.
 constexpr int64_t kPiece = 512;
+constexpr int64_t kDensePiece = 64;
+constexpr int64_t kDenseBlock = 8;
 
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 
@@ -91,6 +95,21 @@ inline Vector Load(const T* from, int64_t lanes = kLanes) {
 
 inline void Store(float* to, Vector vector, int64_t lanes = kLanes) {
   std::memcpy(to, &vector, lanes * sizeof(float));
+}
+
+// The sum of a vector's lanes. Not inlined: GCC would keep what is summed in memory
+// from the start, as only there it finds halves of vectors.
+__attribute__((noinline)) float Sum(Vector vector) {
+  typedef float Quarter __attribute__((vector_size(16)));
+  Quarter quarters[kLanes / 4];
+  std::memcpy(quarters, &vector, sizeof vector);
+  for (int64_t half = kLanes / 8; half > 0; half /= 2) {
+    for (int64_t quarter = 0; quarter < half; ++quarter) {
+      quarters[quarter] += quarters[quarter + half];
+    }
+  }
+  const Quarter sums = quarters[0];
+  return (sums[0] + sums[2]) + (sums[1] + sums[3]);
 }
 
 // Calls `body(first, lanes)` for all of `width` numbers, a vector at a time.
@@ -178,16 +197,34 @@ void Score(const float* query, int64_t head_dim, const T* keys, int64_t stride,
   }
 }
 
-// Columns of the sums (Rows, Hv) of values (count, Hv) with weights (Rows, count),
-// kPiece apart. The sums stay in registers until all slots are added.
+// Scores (Rows, count), kPiece apart, of queries (Rows, H) with keys (count, H),
+// `stride` apart.
+template <int Rows, typename T>
+void ScoreDense(const float* query, int64_t head_dim, const T* keys, int64_t stride,
+                int64_t count, float* scores) {
+  for (int64_t slot = 0; slot < count; ++slot) {
+    const T* key = keys + slot * stride;
+    Vector sums[Rows] = {};
+    ForVectors(head_dim, [&](int64_t h, int64_t lanes) {
+      const Vector entries = Load(key + h, lanes);
+      for (int row = 0; row < Rows; ++row) {
+        sums[row] += Load(query + row * head_dim + h, lanes) * entries;
+      }
+    });
+    for (int row = 0; row < Rows; ++row) scores[row * kPiece + slot] = Sum(sums[row]);
+  }
+}
+
+// Adds to columns of the sums (Rows, Hv) values (count, Hv), `stride` apart, with
+// weights (Rows, count), kPiece apart. The sums stay in registers meanwhile.
 template <int Rows, int Vectors, typename T>
-void MixColumns(const float* weights, const T* values, int64_t value_dim,
-                int64_t count, float* output, int64_t lanes) {
+void MixColumns(const float* weights, const T* values, int64_t stride, int64_t count,
+                float* output, int64_t value_dim, int64_t lanes) {
   Vector sums[Rows][Vectors] = {};
   for (int64_t slot = 0; slot < count; ++slot) {
     Vector value[Vectors];
     for (int v = 0; v < Vectors; ++v) {
-      value[v] = Load(values + slot * value_dim + v * kLanes, lanes);
+      value[v] = Load(values + slot * stride + v * kLanes, lanes);
     }
     for (int row = 0; row < Rows; ++row) {
       const float weight = weights[row * kPiece + slot];
@@ -196,22 +233,23 @@ void MixColumns(const float* weights, const T* values, int64_t value_dim,
   }
   for (int row = 0; row < Rows; ++row) {
     for (int v = 0; v < Vectors; ++v) {
-      Store(output + row * value_dim + v * kLanes, sums[row][v], lanes);
+      float* sum = output + row * value_dim + v * kLanes;
+      Store(sum, Load(sum, lanes) + sums[row][v], lanes);
     }
   }
 }
 
 template <int Rows, typename T>
-void Mix(const float* weights, const T* values, int64_t value_dim, int64_t count,
-         float* output) {
+void Mix(const float* weights, const T* values, int64_t stride, int64_t count,
+         float* output, int64_t value_dim) {
   int64_t column = 0;
   for (; column + 4 * kLanes <= value_dim; column += 4 * kLanes) {
-    MixColumns<Rows, 4>(weights, values + column, value_dim, count, output + column,
-                        kLanes);
+    MixColumns<Rows, 4>(weights, values + column, stride, count, output + column,
+                        value_dim, kLanes);
   }
   ForVectors(value_dim - column, [&](int64_t first, int64_t lanes) {
-    MixColumns<Rows, 1>(weights, values + column + first, value_dim, count,
-                        output + column + first, lanes);
+    MixColumns<Rows, 1>(weights, values + column + first, stride, count,
+                        output + column + first, value_dim, lanes);
   });
 }
 
@@ -235,45 +273,64 @@ struct Mask {
   }
 };
 
-// The buffers of a segment. What entries are is known by `dtype` alone.
+// The buffers of a segment. What entries are is known by `dtype` alone. A dense one
+// is some slots of a tensor that has the keys and the values of all heads, H = Hv.
 struct Segment {
   ffi::DataType dtype;
-  const void* keys;           // (B, K, H, n)
-  const float* key_scales;    // (B, K, 1, n); null where entries aren't codes
-  const void* values;         // (B, K, n, Hv)
-  const float* value_scales;  // (B, K, n, 1), or null
+  bool is_dense;
+  const void* keys;           // (B, K, H, n), or all of (B, 2, S, K, H)
+  const float* key_scales;    // (B, K, 1, n) or (B, 2, S, K, 1); null without codes
+  const void* values;         // (B, K, n, Hv); unused if dense
+  const float* value_scales;  // (B, K, n, 1); unused if dense or without codes
+  int64_t tensor_slots;       // n or S
+  int64_t start;              // of the n among the S slots
   ffi::AnyBuffer mask;        // (1 | B, 1 | N, 1 | T, n)
-
-  int64_t slots() const { return mask.dimensions()[3]; }
 };
 
-// Slots of one key/value head that some query attends.
+// Slots of one key/value head, or of all K, that some query attends.
 struct Piece {
   const Segment* segment;
-  int64_t group;  // which of the B·K heads
-  int64_t head;   // which of the K
+  int64_t heads;  // 1 or K
+  int64_t group;  // the first of them among the B·K
+  int64_t head;   // the first of them among the K
   int64_t slot;   // the first in the segment
   int64_t count;
   Mask mask;
 };
 
-// The attention of one piece, not yet divided by the sum of weights.
+// The attention of one piece, not yet divided by the sum of weights, a row for each
+// of the R queries of its heads.
 struct Partial {
-  float* maximum;  // (R,), the largest score
-  float* total;    // (R,), the sum of exp(score - maximum)
-  float* output;   // (R, Hv), the sum of exp(score - maximum) · value
+  float* maximum;  // (rows,), the largest score
+  float* total;    // (rows,), the sum of exp(score - maximum)
+  float* output;   // (rows, Hv), the sum of exp(score - maximum) · value
+};
+
+// One number a slot, `stride` apart; null for none.
+struct Scales {
+  const float* data;
+  int64_t stride;
+
+  Vector Of(int64_t slot, int64_t lanes) const {
+    if (stride == 1) return Load(data + slot, lanes);
+    Vector scales = {};
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      scales[lane] = data[(slot + lane) * stride];
+    }
+    return scales;
+  }
 };
 
 // Scores become weights: scaled, capped, hidden and raised to powers of e. NaN among
 // them is left in the total.
-void Softmax(float* scores, const float* key_scales, const float* value_scales,
+void Softmax(float* scores, Scales key_scales, Scales value_scales,
              const uint8_t* mask, int64_t count, float soft_cap, float* maximum,
              float* total) {
   const Vector hidden = Vector{} + kHidden;
   Vector maxima = hidden, sums = {};
   ForVectors(count, [&](int64_t slot, int64_t lanes) {
     Vector score = Load(scores + slot, lanes);
-    if (key_scales != nullptr) score *= Load(key_scales + slot, lanes);
+    if (key_scales.data != nullptr) score *= key_scales.Of(slot, lanes);
     if (soft_cap > 0) score = soft_cap * Tanh(score / soft_cap);
     // Not 0 where seen, 0 in lanes past the last slot.
     const Vector seen = Load(reinterpret_cast<const int8_t*>(mask) + slot, lanes);
@@ -292,20 +349,19 @@ void Softmax(float* scores, const float* key_scales, const float* value_scales,
     Store(scores + slot, weight, lanes);
     sums += weight;
   });
-  *total = 0;
-  for (int lane = 0; lane < kLanes; ++lane) *total += sums[lane];
-  if (value_scales == nullptr) return;
+  *total = Sum(sums);
+  if (value_scales.data == nullptr) return;
   ForVectors(count, [&](int64_t slot, int64_t lanes) {
-    const Vector scale = Load(value_scales + slot, lanes);
-    Store(scores + slot, Load(scores + slot, lanes) * scale, lanes);
+    const Vector weight = Load(scores + slot, lanes) * value_scales.Of(slot, lanes);
+    Store(scores + slot, weight, lanes);
   });
 }
 
 template <typename T>
-void AttendPieceOf(const Sizes& sizes, const float* query, const Piece& piece,
-                   float* scores, const Partial& partial) {
+void AttendHeadMajor(const Sizes& sizes, const float* query, const Piece& piece,
+                     float* scores, const Partial& partial) {
   const Segment& segment = *piece.segment;
-  const int64_t slots = segment.slots();
+  const int64_t slots = segment.tensor_slots;
   const int64_t slot = piece.group * slots + piece.slot;  // among those of all heads
   const T* keys = static_cast<const T*>(segment.keys) +
                   piece.group * sizes.head_dim * slots + piece.slot;
@@ -316,15 +372,83 @@ void AttendPieceOf(const Sizes& sizes, const float* query, const Piece& piece,
                 scores + row * kPiece);
   });
   for (int64_t row = 0; row < sizes.rows; ++row) {
-    Softmax(scores + row * kPiece, coded ? segment.key_scales + slot : nullptr,
-            coded ? segment.value_scales + slot : nullptr,
+    Softmax(scores + row * kPiece,
+            {coded ? segment.key_scales + slot : nullptr, 1},
+            {coded ? segment.value_scales + slot : nullptr, 1},
             piece.mask.Of(sizes, piece.head, row), piece.count, sizes.soft_cap,
             partial.maximum + row, partial.total + row);
   }
+  std::fill_n(partial.output, sizes.rows * sizes.value_dim, 0.0f);
   ForRows(sizes.rows, [&](int64_t row, auto rows) {
     Mix<rows>(scores + row * kPiece, values, sizes.value_dim, piece.count,
-              partial.output + row * sizes.value_dim);
+              partial.output + row * sizes.value_dim, sizes.value_dim);
   });
+}
+
+// Calls `body(entries, slot, slots)` for some slots at a time, `width` entries each.
+template <typename T, typename Body>
+void ForBlocks(const T* entries, int64_t width, int64_t count, Body body) {
+  constexpr int64_t kLine = 64 / sizeof(T);  // of a processor's cache
+  for (int64_t slot = 0; slot < count; slot += kDenseBlock) {
+    const T* next = entries + kDenseBlock * width;
+    for (const T* line = next; line < next + kDenseBlock * width; line += kLine) {
+      __builtin_prefetch(line);
+    }
+    body(entries, slot, std::min(kDenseBlock, count - slot));
+    entries = next;
+  }
+}
+
+template <typename T>
+void AttendDense(const Sizes& sizes, const float* query, const Piece& piece,
+                 float* scores, const Partial& partial) {
+  const Segment& segment = *piece.segment;
+  const int64_t heads = piece.heads, head_dim = sizes.head_dim;
+  const int64_t width = heads * head_dim;
+  const int64_t key_slot = piece.group / heads * 2 * segment.tensor_slots +
+                           segment.start + piece.slot;
+  const int64_t value_slot = key_slot + segment.tensor_slots;
+  const T* keys = static_cast<const T*>(segment.keys) + key_slot * width;
+  const T* values = static_cast<const T*>(segment.keys) + value_slot * width;
+  ForBlocks(keys, width, piece.count, [&](const T* key, int64_t slot, int64_t slots) {
+    for (int64_t head = 0; head < heads; ++head) {
+      ForRows(sizes.rows, [&](int64_t first, auto rows) {
+        const int64_t row = head * sizes.rows + first;
+        ScoreDense<rows>(query + row * head_dim, head_dim, key + head * head_dim,
+                         width, slots, scores + row * kPiece + slot);
+      });
+    }
+  });
+  for (int64_t row = 0; row < heads * sizes.rows; ++row) {
+    const int64_t head = row / sizes.rows;
+    const auto scales = [&](int64_t slot) -> Scales {
+      if (segment.key_scales == nullptr) return {nullptr, heads};
+      return {segment.key_scales + slot * heads + head, heads};
+    };
+    Softmax(scores + row * kPiece, scales(key_slot), scales(value_slot),
+            piece.mask.Of(sizes, head, row % sizes.rows), piece.count, sizes.soft_cap,
+            partial.maximum + row, partial.total + row);
+  }
+  std::fill_n(partial.output, heads * sizes.rows * head_dim, 0.0f);
+  ForBlocks(values, width, piece.count,
+            [&](const T* value, int64_t slot, int64_t slots) {
+    for (int64_t head = 0; head < heads; ++head) {
+      ForRows(sizes.rows, [&](int64_t first, auto rows) {
+        const int64_t row = head * sizes.rows + first;
+        Mix<rows>(scores + row * kPiece + slot, value + head * head_dim, width, slots,
+                  partial.output + row * head_dim, head_dim);
+      });
+    }
+  });
+}
+
+template <typename T>
+void AttendPieceOf(const Sizes& sizes, const float* query, const Piece& piece,
+                   float* scores, const Partial& partial) {
+  if (piece.segment->is_dense) {
+    return AttendDense<T>(sizes, query, piece, scores, partial);
+  }
+  AttendHeadMajor<T>(sizes, query, piece, scores, partial);
 }
 
 void AttendPiece(const Sizes& sizes, const float* queries, const Piece& piece,
@@ -347,14 +471,15 @@ class Work {
       : sizes_(sizes),
         queries_(queries),
         pieces_(std::move(pieces)),
-        partials_(pieces_.size() * sizes.rows * (2 + sizes.value_dim)) {}
+        rows_(sizes.rows * MostHeads(pieces_)),
+        partials_(pieces_.size() * rows_ * (2 + sizes.value_dim)) {}
 
   int64_t size() const { return pieces_.size(); }
 
   void Run() {
     std::vector<float> scores;
     for (int64_t number; (number = next_.fetch_add(1)) < size();) {
-      scores.resize(sizes_.rows * kPiece);
+      scores.resize(rows_ * kPiece);
       AttendPiece(sizes_, queries_, pieces_[number], scores.data(), PartialOf(number));
       done_.fetch_add(1, std::memory_order_release);
     }
@@ -391,16 +516,23 @@ class Work {
   }
 
  private:
+  static int64_t MostHeads(const std::vector<Piece>& pieces) {
+    int64_t most = 0;
+    for (const Piece& piece : pieces) most = std::max(most, piece.heads);
+    return most;
+  }
+
   Partial PartialOf(int64_t number) {
-    float* data = partials_.data() + number * sizes_.rows * (2 + sizes_.value_dim);
-    return {data, data + sizes_.rows, data + 2 * sizes_.rows};
+    float* data = partials_.data() + number * rows_ * (2 + sizes_.value_dim);
+    return {data, data + rows_, data + 2 * rows_};
   }
 
   template <typename Body>
   void ForPartials(Body body) {
     for (int64_t number = 0; number < size(); ++number) {
-      for (int64_t row = 0; row < sizes_.rows; ++row) {
-        body(PartialOf(number), row, pieces_[number].group * sizes_.rows + row);
+      const Piece& piece = pieces_[number];
+      for (int64_t row = 0; row < piece.heads * sizes_.rows; ++row) {
+        body(PartialOf(number), row, piece.group * sizes_.rows + row);
       }
     }
   }
@@ -408,18 +540,21 @@ class Work {
   const Sizes sizes_;
   const float* const queries_;  // (groups, R, H)
   const std::vector<Piece> pieces_;
+  const int64_t rows_;  // of the largest partial
   std::vector<float> partials_;
   std::atomic<int64_t> next_{0}, done_{0};
 };
 
-// Which of `count` slots any query of a head may attend, from the first to past the
-// last; both equal if there is none.
+// Which of `count` slots any query of some heads may attend, from the first to past
+// the last; both equal if there is none.
 std::pair<int64_t, int64_t> SeenSlots(const Sizes& sizes, const Mask& mask,
-                                      int64_t head, int64_t count) {
+                                      int64_t first_head, int64_t heads,
+                                      int64_t count) {
   int64_t begin = count, end = 0;
   const bool same = mask.head_stride == 0 && mask.token_stride == 0;
-  for (int64_t row = 0; row < (same ? 1 : sizes.rows); ++row) {
-    const uint8_t* seen = mask.Of(sizes, head, row);
+  for (int64_t row = 0; row < (same ? 1 : heads * sizes.rows); ++row) {
+    const uint8_t* seen =
+        mask.Of(sizes, first_head + row / sizes.rows, row % sizes.rows);
     int64_t first = 0, last = count;
     while (first < count && !seen[first]) ++first;
     while (last > first && !seen[last - 1]) --last;
@@ -430,11 +565,12 @@ std::pair<int64_t, int64_t> SeenSlots(const Sizes& sizes, const Mask& mask,
 }
 
 // The segments of which an operation has the buffers: keys, values and the mask, or
-// keys, their scales, values, their scales and the mask where entries are codes.
-ffi::ErrorOr<std::vector<Segment>> TakeSegments(ffi::RemainingArgs operands) {
+// the tensor of both and the mask. Codes are each followed by their scales.
+ffi::ErrorOr<std::vector<Segment>> TakeSegments(ffi::RemainingArgs operands,
+                                                ffi::Span<const int64_t> starts) {
   std::vector<Segment> segments;
   size_t next = 0;
-  while (next < operands.size()) {
+  for (const int64_t start : starts) {
     const auto keys = operands.get<ffi::AnyBuffer>(next);
     if (!keys.has_value()) return ffi::Unexpected(keys.error());
     const auto dtype = keys->element_type();
@@ -444,19 +580,23 @@ ffi::ErrorOr<std::vector<Segment>> TakeSegments(ffi::RemainingArgs operands) {
       return ffi::Unexpected(
           ffi::Error::InvalidArgument("keys must be float32, bfloat16 or int8"));
     }
-    const size_t count = dtype == ffi::S8 ? 5 : 3;
-    if (next + count > operands.size()) {
+    const auto axes = keys->dimensions();
+    const bool is_dense = axes.size() == 5, is_coded = dtype == ffi::S8;
+    const size_t half = is_coded ? 2 : 1, arrays = is_dense ? half : 2 * half;
+    if (next + arrays >= operands.size()) {
       return ffi::Unexpected(ffi::Error::InvalidArgument("a segment isn't whole"));
     }
     const auto data = [&](size_t number) {
       return operands.get<ffi::AnyBuffer>(next + number)->untyped_data();
     };
     const auto scales = [&](size_t number) {
-      return count == 5 ? static_cast<const float*>(data(number)) : nullptr;
+      return is_coded ? static_cast<const float*>(data(number)) : nullptr;
     };
-    segments.push_back({dtype, data(0), scales(1), data(count / 2), scales(3),
-                        *operands.get<ffi::AnyBuffer>(next + count - 1)});
-    next += count;
+    segments.push_back({dtype, is_dense, data(0), scales(1),
+                        is_dense ? nullptr : data(half),
+                        is_dense ? nullptr : scales(half + 1), axes[is_dense ? 2 : 3],
+                        start, *operands.get<ffi::AnyBuffer>(next + arrays)});
+    next += arrays + 1;
   }
   return segments;
 }
@@ -465,32 +605,36 @@ ffi::ErrorOr<std::vector<Segment>> TakeSegments(ffi::RemainingArgs operands) {
 void AddPieces(const Segment& segment, int64_t batch, int64_t heads,
                const Sizes& sizes, std::vector<Piece>* pieces) {
   const auto axes = segment.mask.dimensions();
-  const int64_t slots = segment.slots();
+  const int64_t slots = axes[3];
   const int64_t token_stride = axes[2] == 1 ? 0 : slots;
   const int64_t head_stride = axes[1] == 1 ? 0 : axes[2] * slots;
   const int64_t row_stride = axes[0] == 1 ? 0 : axes[1] * axes[2] * slots;
   const auto* seen = static_cast<const uint8_t*>(segment.mask.untyped_data());
-  for (int64_t group = 0; group < batch * heads; ++group) {
+  const int64_t together = segment.is_dense ? heads : 1;
+  const int64_t most = segment.is_dense ? kDensePiece : kPiece;
+  for (int64_t group = 0; group < batch * heads; group += together) {
     const int64_t head = group % heads;
-    for (int64_t first = 0; first < slots; first += kPiece) {
+    for (int64_t first = 0; first < slots; first += most) {
       Mask mask = {seen + group / heads * row_stride + first, head_stride,
                    token_stride};
-      const int64_t count = std::min(kPiece, slots - first);
-      const auto [begin, end] = SeenSlots(sizes, mask, head, count);
+      const int64_t count = std::min(most, slots - first);
+      const auto [begin, end] = SeenSlots(sizes, mask, head, together, count);
       if (begin == end) continue;
       mask.data += begin;
-      pieces->push_back({&segment, group, head, first + begin, end - begin, mask});
+      pieces->push_back(
+          {&segment, together, group, head, first + begin, end - begin, mask});
     }
   }
 }
 
 ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query,
                   ffi::RemainingArgs operands, ffi::ResultBuffer<ffi::F32> output,
-                  int64_t length, float soft_cap) {
+                  ffi::Span<const int64_t> starts, int64_t length,
+                  float soft_cap) {
   const auto shape = query.dimensions();
   const int64_t batch = shape[0], heads = shape[1];
   const Sizes sizes = {shape[2], length, shape[3], output->dimensions()[3], soft_cap};
-  const auto segments = TakeSegments(operands);
+  const auto segments = TakeSegments(operands, starts);
   if (!segments.has_value()) return segments.error();
   std::vector<Piece> pieces;
   for (const Segment& segment : *segments) {
@@ -512,11 +656,13 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query,
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(DecodeAttention, Attend,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()  // query, (B, K, R, H)
-                                  .RemainingArgs()  // `Segment` after `Segment`
-                                  .Ret<ffi::Buffer<ffi::F32>>()  // (B, K, R, Hv)
-                                  .Attr<int64_t>("length")       // T
-                                  .Attr<float>("soft_cap"));     // 0 for none
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    DecodeAttention, Attend,
+    ffi::Ffi::Bind()
+        .Ctx<ffi::ThreadPool>()
+        .Arg<ffi::Buffer<ffi::F32>>()               // query, (B, K, R, H)
+        .RemainingArgs()                            // `Segment` after `Segment`
+        .Ret<ffi::Buffer<ffi::F32>>()               // (B, K, R, Hv)
+        .Attr<ffi::Span<const int64_t>>("starts")   // one a segment
+        .Attr<int64_t>("length")                    // T
+        .Attr<float>("soft_cap"));                  // 0 for none

@@ -1,15 +1,17 @@
-"""Attention of few queries over head-major slots, by a kernel for CPUs.
+"""Attention of few queries over the slots of caches, by a kernel for CPUs.
 
-XLA's CPU backend reads keys and values at memory speed only where these are float32
-and each key/value head has one query, and it reads whole buffers. The kernel,
-`decode_attention.cc`, reads them so for a few queries of any number, float32, bfloat16
-or int8 with a scale for each slot, and only where something is attended. To JAX it's
+XLA's CPU backend reads keys and values at memory speed only where these are
+head-major and float32 and each key/value head has one query, and it reads whole
+buffers. The kernel, `decode_attention.cc`, reads them so for a few queries of any
+number, head-major or dense, float32, bfloat16 or int8 with a scale for each slot, and
+only where something is attended. To JAX it's
 a primitive: where a program is lowered for something else, or to be exported, or
 where it's differentiated, `attend_segments` stands in its place.
 """
 
 import functools
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,6 +23,7 @@ from keras_kvcache.ops.online_softmax import attend_segments
 from keras_kvcache.ops.platform import is_jax_on_cpu
 from keras_kvcache.ops.products import (
     Read,
+    dense_segment,
     head_major_segment,
     is_few,
     slots_of,
@@ -55,8 +58,8 @@ def decode_attention(query, segments, masks, value_dim, length, soft_cap=None):
 
     Args:
         query: `(B, K, R, H)`, scaled, no wider than float32; on JAX, as is all else.
-        segments: Tuple of `Segment` with `arrays`. Of 512 slots none before the first
-            or past the last that is attended is read.
+        segments: Tuple of `Segment` with `arrays`. Of up to 512 slots at a time none
+            before the first or past the last that is attended is read.
         masks: One boolean mask `(1 | B, 1 | N, 1 | T, 1 | n)` or `None` a segment.
         value_dim: `Hv`.
         length: `T`.
@@ -67,83 +70,138 @@ def decode_attention(query, segments, masks, value_dim, length, soft_cap=None):
     """
     operands = [query.astype("float32")]
     for segment, mask in zip(segments, masks, strict=True):
-        slots = segment.arrays[0].shape[3]
+        slots = segment.positions.shape[1]
         if mask is None:
             mask = jax.numpy.ones((1, 1, 1, 1), bool)
         mask = jax.numpy.broadcast_to(mask.astype(bool), (*mask.shape[:3], slots))
         operands += [*segment.arrays, mask]
-    parameters = dict(value_dim=value_dim, length=length, soft_cap=soft_cap)
-    return _run(*operands, block=segments[0].block, **parameters)
+    return _run(
+        *operands,
+        starts=tuple(segment.start for segment in segments),
+        value_dim=value_dim,
+        length=length,
+        soft_cap=soft_cap,
+        block=segments[0].block,
+    )
 
 
 # Compiled when it's called outside of a program, too.
 @functools.partial(
-    jax.jit, static_argnames=("value_dim", "length", "soft_cap", "block"), inline=True
+    jax.jit,
+    static_argnames=("starts", "value_dim", "length", "soft_cap", "block"),
+    inline=True,
 )
 def _run(*operands, **parameters):
     return _primitive.bind(*operands, **parameters)
 
 
-def _of_segments(operands):
-    """The arrays of keys, those of values and the mask of each segment."""
+class _Operands(NamedTuple):
+    """What the kernel gets of a segment."""
+
+    arrays: tuple  # as in `Segment`
+    mask: Any
+    start: int
+
+    @property
+    def is_dense(self):
+        """Whether keys and values are in one tensor."""
+        return self.arrays[0].ndim == 5
+
+    def halves(self):
+        """The arrays of keys and those of values, if each have their own."""
+        half = len(self.arrays) // 2
+        return self.arrays[:half], self.arrays[half:]
+
+    def expected(self, query, value_dim):
+        """Shapes and dtypes that the arrays must have."""
+        batch, heads, _, head_dim = query.shape
+        if self.is_dense:
+            tensor_slots = self.arrays[0].shape[2]
+            shapes = [(batch, 2, tensor_slots, heads, n) for n in (head_dim, 1)]
+        else:
+            slots = self.mask.shape[3]
+            shapes = [
+                *((batch, heads, n, slots) for n in (head_dim, 1)),
+                *((batch, heads, slots, n) for n in (value_dim, 1)),
+            ]
+        dtype = str(self.arrays[0].dtype)
+        if dtype == "int8":
+            return list(zip(shapes, [dtype, "float32"] * 2, strict=False))
+        return [(shape, dtype) for shape in shapes[::2]]
+
+    def segment(self, block):
+        """A segment whose products the backend's operations make."""
+        count = self.mask.shape[3]
+        positions = jax.numpy.arange(count)[None]
+        if not self.is_dense:
+            keys, values = self.halves()
+            reads = _reader(keys, axis=3), _reader(values, axis=2)
+            return head_major_segment(*reads, positions, block)
+        slots = slice(self.start, self.start + count)
+        keys, values = (
+            _reader([array[:, half, slots] for array in self.arrays], axis=1)
+            for half in (0, 1)
+        )
+        return dense_segment(keys, values, positions, self.arrays[0].shape[3])
+
+
+def _of_segments(operands, starts):
+    """The `_Operands` of each segment."""
     operands = list(operands)
-    while operands:
-        half = 2 if operands[0].dtype == "int8" else 1
-        yield operands[:half], operands[half : 2 * half], operands[2 * half]
-        operands = operands[2 * half + 1 :]
+    for start in starts:
+        count = (2 if operands[0].dtype == "int8" else 1) * (
+            1 if operands[0].ndim == 5 else 2
+        )
+        yield _Operands(tuple(operands[:count]), operands[count], start)
+        operands = operands[count + 1 :]
 
 
-def _stand_in(query, *operands, value_dim, length, soft_cap, block):
+def _stand_in(query, *operands, starts, value_dim, length, soft_cap, block):
     """The same by the backend's operations."""
     segments, masks = [], []
-    for keys, values, mask in _of_segments(operands):
-        positions = jax.numpy.arange(keys[0].shape[3])[None]
-        reads = _reader(*keys, axis=3), _reader(*values, axis=2)
-        segments.append(head_major_segment(*reads, positions, block))
-        masks.append(mask)
+    for operand in _of_segments(operands, starts):
+        segments.append(operand.segment(block))
+        masks.append(operand.mask)
     return attend_segments(query, segments, masks, value_dim, length, soft_cap)
 
 
-def _reader(entries, scales=None, *, axis):
-    """A function that reads slots on an axis, as `head_major_segment` takes it."""
+def _reader(arrays, axis):
+    """A function that reads slots on an axis, as segments are made of."""
+    entries, *scales = arrays
 
     def read(first, count):
         matrix = slots_of(entries, first, count, axis)
         if matrix.dtype == "int16":
             matrix = matrix.view("bfloat16")
         matrix = matrix.astype("float32")
-        if scales is None:
-            return Read(matrix)
-        return Read(matrix, slots_of(scales, first, count, axis))
+        return Read(matrix, *(slots_of(scale, first, count, axis) for scale in scales))
 
     return read
 
 
-def _output_shape(query, *operands, value_dim, length, **parameters):
+def _output_shape(query, *operands, starts, value_dim, length, **parameters):
     """What comes out; the kernel, which has bare addresses, relies on the checks."""
     batch, heads, rows, head_dim = query.shape
-    for keys, values, mask in _of_segments(operands):
-        slots, dtypes = keys[0].shape[-1], (str(keys[0].dtype), "float32")
-        expected = [
-            *zip(
-                [(batch, heads, n, slots) for n in (head_dim, 1)], dtypes, strict=True
-            ),
-            *zip(
-                [(batch, heads, slots, n) for n in (value_dim, 1)], dtypes, strict=True
-            ),
-        ]
-        expected = expected[:: 2 // len(keys)]  # Scales come second, if at all.
-        received = [(array.shape, str(array.dtype)) for array in (*keys, *values)]
-        if received != expected:
+    for segment in _of_segments(operands, starts):
+        expected = segment.expected(query, value_dim)
+        received = [(array.shape, str(array.dtype)) for array in segment.arrays]
+        if received != expected or (segment.is_dense and value_dim != head_dim):
             raise ValueError(
                 f"`segments` must have arrays of {expected} for a query of shape "
-                f"{query.shape}. Received: {received}"
+                f"{query.shape} and values of size {value_dim}. Received: {received}"
             )
+        mask, slots = segment.mask, segment.mask.shape[3]
         shape = (batch, rows // length * heads, length, slots)
         fits = all(
             n in (1, wanted) for n, wanted in zip(mask.shape, shape, strict=True)
         )
-        if not fits or mask.shape[3] != slots or mask.dtype != bool:
+        last = segment.arrays[0].shape[2] - slots if segment.is_dense else 0
+        if not 0 <= segment.start <= last:
+            raise ValueError(
+                f"`segments` must start between slots 0 and {last} of their arrays. "
+                f"Received: {segment.start}"
+            )
+        if not fits or mask.dtype != bool:
             raise ValueError(
                 f"`masks` must be boolean and broadcast to (B, N, T, n) = {shape}. "
                 f"Received: {mask.dtype}, {mask.shape}"
@@ -168,8 +226,11 @@ def _lower(context, *operands, **parameters):
     if context.module_context.lowering_parameters.for_export:
         # A program that others load may call nothing that they don't have.
         return _lower_stand_in(context, *operands, **parameters)
-    length, soft_cap = parameters["length"], parameters["soft_cap"]
-    attributes = dict(length=np.int64(length), soft_cap=np.float32(soft_cap or 0))
+    attributes = dict(
+        starts=np.array(parameters["starts"], np.int64),
+        length=np.int64(parameters["length"]),
+        soft_cap=np.float32(parameters["soft_cap"] or 0),
+    )
     return jax.ffi.ffi_lowering(NAME)(context, *operands, **attributes)
 
 

@@ -92,7 +92,9 @@ def sequence_view(keys, values):
     return View((segment,), keys.shape[2], values.shape[3])
 
 
-def dense_segment(read_keys, read_values, positions, heads, first=None):
+def dense_segment(
+    read_keys, read_values, positions, heads, first=None, arrays=None, start=0
+):
     """A segment whose heads lie within its slots.
 
     A product head by head has to copy them to another order. Few queries are
@@ -105,8 +107,8 @@ def dense_segment(read_keys, read_values, positions, heads, first=None):
             H)`.
         read_values: Function of `first` and `count`: a `Read` of values `(B, count,
             K, Hv)`.
-        positions, first: As in `Segment`.
         heads: `K`.
+        positions, first, arrays, start: As in `Segment`.
 
     Returns:
         A `Segment`.
@@ -138,7 +140,7 @@ def dense_segment(read_keys, read_values, positions, heads, first=None):
         values = ops.transpose(values, (0, 2, 1, 3))
         return turn_back(_by_head(_mix, "rn,nh->rh", weights, values), rotation)
 
-    return Segment(scores, mix, positions, DENSE_BLOCK, first)
+    return Segment(scores, mix, positions, DENSE_BLOCK, first, arrays, start)
 
 
 def reader(tensor, axis):

@@ -24,7 +24,10 @@ class Segment(NamedTuple):
         arrays: What a kernel may read in the place of the products: keys `(B, K, H,
             n)` and values `(B, K, n, Hv)`, float32, bfloat16 or int16 for the bits of
             bfloat16; or int8 codes of them, each followed by a float32 scale for every
-            slot, `(B, K, 1, n)` and `(B, K, n, 1)`. `None` if something else is held.
+            slot, `(B, K, 1, n)` and `(B, K, n, 1)`. Or one tensor of both, `(B, 2, S,
+            K, H)`, and its scales `(B, 2, S, K, 1)`, of whose slots the segment has
+            some. `None` if something else is held.
+        start: The first of its slots among those of `arrays`.
     """
 
     scores: Callable[..., Any]
@@ -33,6 +36,7 @@ class Segment(NamedTuple):
     block: int | None = None
     first: int | None = None
     arrays: tuple[Any, ...] | None = None
+    start: int = 0
 
 
 class View(NamedTuple):

@@ -1,0 +1,104 @@
+"""Libraries that are compiled on first use, and what keeps one from being made."""
+
+import warnings
+
+import pytest
+
+from keras_kvcache.ops import native
+
+pytestmark = [
+    pytest.mark.jax_only,
+    pytest.mark.skipif(
+        native.find_compiler() is None, reason="libraries need a C++ compiler"
+    ),
+]
+
+SOURCE = '#include "xla/ffi/api/c_api.h"\nextern "C" int Answer() { return %s; }\n'
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    monkeypatch.setenv("KERAS_KVCACHE_HOME", str(tmp_path / "home"))
+    path = tmp_path / "answer.cc"
+    path.write_text(SOURCE % 42)
+    return path
+
+
+def kept(tmp_path):
+    return sorted(path.name for path in (tmp_path / "home" / "kernels").iterdir())
+
+
+def test_a_library_is_compiled_once(source, tmp_path, monkeypatch):
+    assert native.load_library(source).Answer() == 42
+    libraries = kept(tmp_path)
+    assert len(libraries) == 1
+    monkeypatch.setattr(native, "_compile", None)  # what would fail if called
+    assert native.load_library(source).Answer() == 42
+    assert kept(tmp_path) == libraries
+
+
+def test_a_changed_source_is_compiled_anew(source, tmp_path):
+    native.load_library(source)
+    source.write_text(SOURCE % 43)
+    assert native.load_library(source).Answer() == 43
+    assert len(kept(tmp_path)) == 2
+
+
+def test_another_processor_has_a_library_of_its_own(source, tmp_path, monkeypatch):
+    native.load_library(source)
+    monkeypatch.setattr(native, "_processor", lambda: ("another",))
+    native.load_library(source)
+    assert len(kept(tmp_path)) == 2
+
+
+def test_a_damaged_library_is_made_anew(source, tmp_path):
+    native.load_library(source)
+    (name,) = kept(tmp_path)
+    (tmp_path / "home" / "kernels" / name).unlink()
+    (tmp_path / "home" / "kernels" / name).write_bytes(b"")
+    assert native.load_library(source).Answer() == 42
+    assert kept(tmp_path) == [name]
+
+
+def test_a_new_jaxlib_and_other_flags_have_libraries_of_their_own(
+    source, tmp_path, monkeypatch
+):
+    native.load_library(source)
+    monkeypatch.setattr(native.jaxlib, "__version__", "7.11.13")
+    native.load_library(source)
+    monkeypatch.setattr(native, "FLAGS", ("-O1", "-fPIC", "-shared"))
+    native.load_library(source)
+    assert len(kept(tmp_path)) == 3
+
+
+def test_a_compiler_that_fails_is_told_about(source, tmp_path):
+    source.write_text(SOURCE % "nonsense")
+    with pytest.warns(UserWarning, match="answer.cc .* slower: .*error.*nonsense"):
+        assert native.load_library(source) is None
+    assert kept(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_written_is_told_about(source, tmp_path):
+    (tmp_path / "home").write_text("a file where the folder should be")
+    with pytest.warns(UserWarning, match="slower: .*Not a directory"):
+        assert native.load_library(source) is None
+
+
+@pytest.mark.parametrize("command", ["no-such-compiler -O0", "'unbalanced", "false"])
+def test_a_compiler_that_is_none(source, monkeypatch, command):
+    monkeypatch.setenv("CXX", command)
+    with pytest.warns(UserWarning, match="slower: .+"):
+        assert native.load_library(source) is None
+
+
+def test_an_empty_name_of_the_compiler_means_none(monkeypatch):
+    monkeypatch.setenv("CXX", "")
+    assert native.find_compiler() is None
+
+
+def test_no_compiler_is_no_reason_to_complain(source, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert native.load_library(source) is None
