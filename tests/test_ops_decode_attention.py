@@ -261,10 +261,8 @@ def test_gradients(layout):
 @LAYOUTS
 def test_vmap(layout):
     query, keys, values = make_case(sizes=(11, 11))
-    view, queries = (
-        make_view(keys, values, layout),
-        np.stack([query, -query, 2 * query]),
-    )
+    queries = np.stack([query, -query, 2 * query])
+    view = make_view(keys, values, layout)
     run = jax.vmap(lambda query: attend(query, view, (None,) * 3, SCALE, 1.5))
     for got, query in zip(run(queries), queries, strict=True):
         check(got, expect(query, keys, values, True, soft_cap=1.5))
@@ -326,7 +324,7 @@ def wrong_arguments():
     dense = make_view(keys, values, "dense")
     yield "segments", (query, dense._replace(value_dim=11), (None,) * 3)
     late = (segment._replace(start=segment.start + 1) for segment in dense.segments)
-    yield "masks", (query, dense._replace(segments=tuple(late)), (None,) * 3)
+    yield "segments", (query, dense._replace(segments=tuple(late)), (None,) * 3)
 
 
 @pytest.mark.parametrize("number", range(7))
