@@ -72,9 +72,9 @@ QUICK_RUNS = {
 def main():
     options = harness.read_arguments("Times one decode step of attention alone.")
     report = harness.Report("attention_step", options)
-    nbytes, repeats = (2**26, 3) if options.quick else (2**30, 5)
+    repeats = 3 if options.quick else 5
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    read_memory = make_reader(nbytes)
+    read_memory = harness.MemoryReader(options.quick)
     has_keras_hub = importlib.util.find_spec("keras_hub") is not None
     if not has_keras_hub:
         print("keras-hub is left out: no module keras_hub")
@@ -87,7 +87,7 @@ def main():
             for name, contender in contenders.items()
         }
         medians = harness.median_seconds({**functions, MEMORY: read_memory}, repeats)
-        bandwidth = nbytes / medians.pop(MEMORY)
+        bandwidth = read_memory.nbytes / medians.pop(MEMORY)
         filled = 2 * shape.B * fill * shape.K * shape.H * jnp.dtype(dtype).itemsize
         for name, seconds in medians.items():
             step = seconds / STEPS / shape.layers
@@ -234,13 +234,6 @@ def check_agreement(contenders, fill, dtype):
         difference = np.std(error) / np.std(expected)
         if not difference < tolerance:
             raise SystemExit(f"{name} and {DENSE} differ by {difference:.1e} of 1.")
-
-
-def make_reader(nbytes):
-    """A function that reads so many bytes of memory, as `harness.read_bandwidth`."""
-    buffer = jnp.ones(nbytes // 4, jnp.float32)
-    total = jax.jit(jnp.sum)
-    return lambda: total(buffer).block_until_ready()
 
 
 if __name__ == "__main__":

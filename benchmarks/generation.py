@@ -59,7 +59,7 @@ MOST_FOR_KERAS_HUB = 4608
 def main():
     options = harness.read_arguments("Times a token of generation at batch 1.")
     report = harness.Report("generation", options)
-    bandwidth = harness.read_bandwidth(2**26 if options.quick else 2**30)
+    bandwidth = harness.MemoryReader(options.quick).bandwidth()
     rounds = 2 if options.quick else 3
     runs = ((subjects.gpt2, GPT2_CASES), (subjects.smollm2, SMOLLM2_CASES))
     for make_subject, cases in runs:

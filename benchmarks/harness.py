@@ -87,20 +87,30 @@ class StreamClock:
         self._is_warm = True
 
 
-def read_bandwidth(nbytes=2**30, repeats=7):
-    """Bytes per second that all cores together read from memory.
+class MemoryReader:
+    """Reads memory with all cores together when called, by summing a buffer.
 
     Args:
-        nbytes: Size of the buffer that is summed; by default more than caches hold.
-        repeats: How many rounds to take the median of.
-    """
-    import jax
-    import jax.numpy as jnp
+        quick: Whether the buffer may be small; else no processor's cache holds it.
 
-    buffer = jnp.ones(nbytes // 4, jnp.float32)
-    total = jax.jit(jnp.sum)
-    functions = {"sum": lambda: total(buffer).block_until_ready()}
-    return nbytes / median_seconds(functions, repeats)["sum"]
+    Attributes:
+        nbytes: What a call reads.
+    """
+
+    def __init__(self, quick):
+        import jax
+        import jax.numpy as jnp
+
+        self.nbytes = 2**26 if quick else 2**30
+        self._buffer = jnp.ones(self.nbytes // 4, jnp.float32)
+        self._sum = jax.jit(jnp.sum)
+
+    def __call__(self):
+        self._sum(self._buffer).block_until_ready()
+
+    def bandwidth(self, repeats=7):
+        """Bytes per second, by the median of some calls."""
+        return self.nbytes / median_seconds({"sum": self}, repeats)["sum"]
 
 
 def weight_bytes(lm):
@@ -115,9 +125,10 @@ def weight_bytes(lm):
         nbytes = 4 * math.prod(weight.shape)
         if "/experts/" in weight.path:
             nbytes = nbytes * config["num_experts_per_token"] // config["num_experts"]
-        is_table = weight.path.endswith("token_embedding/embeddings")
-        if "position" not in weight.path and (is_tied or not is_table):
-            total += nbytes
+        is_looked_up = weight.path.endswith("position_embedding/embeddings") or (
+            weight.path.endswith("token_embedding/embeddings") and not is_tied
+        )
+        total += 0 if is_looked_up else nbytes
     return total
 
 

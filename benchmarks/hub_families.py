@@ -12,8 +12,8 @@ the time between the first token of a stream and its last. The first token is th
 a prompt of 32 tokens.
 
 `weights, ms` is what reading the weights takes at the memory's speed, measured in the
-same run: no decoder of float32 weights takes less, so `times at most` is all that can
-be gained.
+same rounds: no decoder of float32 weights takes less, so `times at most` is all that
+can be gained.
 """
 
 import functools
@@ -158,12 +158,11 @@ QUICK = (Sizes(capacity=96, new_tokens=8, rounds=2),)
 def main():
     options = harness.read_arguments("Times keras-hub's families, before and after.")
     report = harness.Report("hub_families", options)
-    buffer_bytes = 2**26 if options.quick else 2**30
+    read_memory = harness.MemoryReader(options.quick)
     for sizes in QUICK if options.quick else FULL:
         for name, (kind, arguments) in FAMILIES.items():
             causal_lm = make(kind, arguments, options.quick)
-            bandwidth = harness.read_bandwidth(buffer_bytes)
-            measure(report, name, causal_lm, sizes, bandwidth)
+            measure(report, name, causal_lm, sizes, read_memory)
     report.finish()
 
 
@@ -182,7 +181,7 @@ def make(kind, arguments, quick):
     return causal_lm
 
 
-def measure(report, name, causal_lm, sizes, bandwidth):
+def measure(report, name, causal_lm, sizes, read_memory):
     """Adds a row for one family and one capacity."""
     capacity = sizes.capacity
     rng = np.random.default_rng(0)
@@ -214,6 +213,7 @@ def measure(report, name, causal_lm, sizes, bandwidth):
             "hub one": functools.partial(by_hub, one),
             "hub many": functools.partial(by_hub, many),
             "first": lambda: next(stream(min(FIRST, capacity // 4))),
+            "memory": read_memory,
             **clocks,
         },
         sizes.rounds,
@@ -225,6 +225,7 @@ def measure(report, name, causal_lm, sizes, bandwidth):
         (many - one) / sizes.new_tokens
         for many, one in zip(seconds["hub many"], seconds["hub one"], strict=True)
     )
+    bandwidth = read_memory.nbytes / statistics.median(seconds["memory"])
     floor = harness.weight_bytes(lm) / bandwidth
     first_hub, first_ours = (
         statistics.median(seconds[key]) for key in ("hub one", "first")

@@ -16,16 +16,40 @@ STEPS = [(1, 1, False), (3, 1, True), (1, 3, True), (3, 3, False)]
 SHAPED = re.compile(r"= \w+\[([\d,]+)\]\S* ([\w-]+)\(")
 
 
-def compiled_step(layer, cache, batch_size, per_row):
-    """The program of a step that decodes one token a row."""
-    import jax
+def make_step(layer, cache, batch_size, per_row):
+    """A step that decodes one token a row, and its arguments."""
 
     def step(x, cache, index):
         return layer(x, x, cache=cache, cache_update_index=index, use_causal_mask=True)
 
     x = cases.noise(batch_size, 1, cases.D)
     index = cases.int32([5] * batch_size if per_row else 5)
-    return jax.jit(step, donate_argnums=1).lower(x, cache, index).compile()
+    return step, (x, cache, index)
+
+
+def compiled_step(*case):
+    """The program of `make_step`."""
+    import jax
+
+    step, arguments = make_step(*case)
+    return jax.jit(step, donate_argnums=1).lower(*arguments).compile()
+
+
+def exported_step(*case):
+    """The program of `make_step` that others load: nothing of ours is called there."""
+    import jax
+
+    step, (x, cache, index) = make_step(*case)
+    leaves, tree = jax.tree_util.tree_flatten(cache)
+
+    @jax.jit
+    def of_leaves(x, index, *leaves):
+        output, cache = step(x, jax.tree_util.tree_unflatten(tree, leaves), index)
+        return output, *jax.tree_util.tree_leaves(cache)
+
+    exported = jax.export.export(of_leaves)(x, index, *leaves)
+    loaded = jax.jit(exported.call, donate_argnums=range(2, 2 + len(leaves)))
+    return loaded.lower(x, index, *leaves).compile()
 
 
 def made(program, operations, at_least):
@@ -71,14 +95,19 @@ def test_dense_cache_is_read_where_it_lies(groups, batch_size, per_row):
     assert not made(program, COPIES, batch_size * 6 // groups * 64 * H)
 
 
+@pytest.mark.parametrize("exported", [False, True])
 @pytest.mark.parametrize("groups, batch_size, per_row", STEPS)
 def test_dense_cache_is_copied_a_block_at_a_time_without_the_kernel(
-    groups, batch_size, per_row, without_kernel
+    groups, batch_size, per_row, exported, request
 ):
     capacity, heads = 8209, 6 // groups
     layer = cases.make_layer(6, H, num_key_value_heads=heads)
     cache = cases.make_cache(layer, batch_size, capacity, "dense")
-    program = compiled_step(layer, cache, batch_size, per_row)
+    if exported:
+        program = exported_step(layer, cache, batch_size, per_row)
+    else:
+        request.getfixturevalue("without_kernel")
+        program = compiled_step(layer, cache, batch_size, per_row)
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes == cache.nbytes
     # Keys and values of a block are 2 · 1024 of 2 · 8209 slots.

@@ -10,6 +10,7 @@ import reference
 from conftest import make_lm
 
 from keras_kvcache.caches import CacheSpec
+from keras_kvcache.caches.bits import as_bits
 from keras_kvcache.ops import (
     View,
     attend,
@@ -124,13 +125,14 @@ def test_equals_attention_in_numpy(heads, layout, sizes):
         *(("dense", (size, size)) for size in (7, 64)),
     ],
 )
+@pytest.mark.parametrize("heads", [(6, 2), (5, 1)])
 @pytest.mark.parametrize("soft_cap", [None, 1.5])
-def test_narrow_slots_are_what_they_stand_for(codec, layout, sizes, soft_cap):
-    query, keys, values = make_case(heads=(6, 2), sizes=sizes)
+def test_narrow_slots_are_what_they_stand_for(codec, layout, sizes, heads, soft_cap):
+    query, keys, values = make_case(heads=heads, sizes=sizes)
     # Scales that differ from slot to slot.
     keys *= np.linspace(0.5, 2, S, dtype="float32")[:, None, None]
     values *= np.linspace(2, 0.5, S, dtype="float32")[:, None, None]
-    cache = CacheSpec(2, S, 2, *sizes, layout=layout, codec=codec).allocate()
+    cache = CacheSpec(2, S, heads[1], *sizes, layout=layout, codec=codec).allocate()
     cache, _ = cache.update(*map(jax.numpy.asarray, (keys, values)), 0)
     # A window that begins and ends within pieces.
     fill = np.reshape([S, 601], (2, 1, 1, 1))
@@ -184,6 +186,18 @@ def test_slots_outside_of_what_is_attended_are_not_read(layout):
     keys[:, ~mask] = values[:, ~mask] = np.nan
     view = make_view(keys, values, layout)
     check(attend(query, view, cut(mask[None, None, None]), SCALE), expected)
+
+
+def test_layouts_side_by_side():
+    """No cache is so, but each segment is told by itself how it lies."""
+    query, keys, values = make_case(sizes=(11, 11))
+    mask = np.arange(S) < np.reshape([S, 601], (2, 1, 1, 1))
+    first, *others = make_view(keys, values).segments
+    view = make_view(keys, values, "dense")
+    for segments in [(first, *view.segments[1:]), (view.segments[0], *others)]:
+        mixed = view._replace(segments=segments)
+        output = attend(query, mixed, cut(mask), SCALE)
+        check(output, expect(query, keys, values, mask))
 
 
 def test_large_scores_do_not_overflow():
@@ -269,6 +283,22 @@ def test_vmap(layout):
 
 
 @LAYOUTS
+def test_vmap_over_caches(layout):
+    query, keys, values = make_case(sizes=(11, 11))
+
+    @jax.vmap
+    def run(keys, values):
+        return attend(query, make_view(keys, values, layout), (None,) * 3, SCALE)
+
+    for got, sign in zip(run(*map(both_signs, (keys, values))), (1, -1), strict=True):
+        check(got, expect(query, sign * keys, sign * values, True))
+
+
+def both_signs(array):
+    return jax.numpy.stack([array, -array])
+
+
+@LAYOUTS
 def test_where_jax_runs_operation_by_operation(layout):
     query, keys, values = make_case(sizes=(11, 11))
     view = make_view(keys, values, layout)
@@ -323,11 +353,30 @@ def wrong_arguments():
     query, keys, values = make_case(sizes=(7, 7))
     dense = make_view(keys, values, "dense")
     yield "segments", (query, dense._replace(value_dim=11), (None,) * 3)
-    late = (segment._replace(start=segment.start + 1) for segment in dense.segments)
-    yield "segments", (query, dense._replace(segments=tuple(late)), (None,) * 3)
+    changes = [
+        *({"start": segment.start + 1} for segment in dense.segments[2:]),
+        {"start": -1},
+        *({"arrays": (array,)} for array in wrong_tensors(*dense.segments[2].arrays)),
+        {"arrays": coded(dense.segments[2].arrays[0], (2, 2, S, 1, 1))},
+        {"arrays": coded(dense.segments[2].arrays[0], (2, 2, S, 2))},
+    ]
+    for change in changes:
+        segments = (*dense.segments[:2], dense.segments[2]._replace(**change))
+        yield "segments", (query, dense._replace(segments=segments), (None,) * 3)
 
 
-@pytest.mark.parametrize("number", range(7))
+def wrong_tensors(tensor):
+    """One for each axis, as long as what's left after a step."""
+    for axis in range(tensor.ndim):
+        yield jax.lax.slice_in_dim(tensor, 1, tensor.shape[axis], axis=axis)
+    yield tensor.astype("float16")
+
+
+def coded(tensor, shape):
+    return tensor.astype("int8"), jax.numpy.ones(shape)
+
+
+@pytest.mark.parametrize("number", range(16))
 def test_what_does_not_fit_is_refused(number):
     name, arguments = list(wrong_arguments())[number]
     with pytest.raises(ValueError, match=f"`{name}` must .* Received"):
@@ -359,6 +408,7 @@ def step_of(layer):
         ("head_major", "float16", 1, False),
         ("dense", "float32", 1, True),
         ("dense", "bfloat16", 1, True),
+        ("dense", "float16", 1, False),
         ("dense", "float32", 65, False),
     ],
 )
@@ -409,11 +459,13 @@ def test_tokens_are_the_same_without_it(without_kernel, monkeypatch):
     assert lowered
 
 
+@pytest.mark.parametrize("bits", [False, True])
 @pytest.mark.parametrize("codec", ["bfloat16", "int8"])
 @LAYOUTS
-def test_narrow_slots_without_it(layout, codec):
+def test_narrow_slots_without_it(layout, codec, bits):
     """An export has the stand-in, which is told from the dtype how slots are coded."""
     cache = CacheSpec(2, 1031, 2, 7, layout=layout, codec=codec).allocate()
+    cache = as_bits(cache) if bits else cache
     entries = cases.noise(2, 1031, 2, 7)
     cache, _ = cache.update(*map(jax.numpy.asarray, (entries, -entries)), 0)
     leaves, tree = jax.tree_util.tree_flatten(cache)

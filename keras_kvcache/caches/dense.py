@@ -23,8 +23,8 @@ class DenseStorage(Storage):
     Its arrays are `(B, 2, S, K, H)`, keys at 0 and values at 1 of axis 1. Where the
     codec or the head size differ between the two they have arrays of their own,
     `(B, S, K, H)` and `(B, S, K, Hv)`. It's updated in place when compiled and
-    donated, and read as it lies, though as fast as head-major storage by the kernel
-    for CPUs only.
+    donated, and read as it lies: at memory speed by the kernel for CPUs, more slowly
+    by XLA.
     """
 
     @classmethod

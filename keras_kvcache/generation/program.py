@@ -5,6 +5,8 @@ import functools
 import keras
 import numpy as np
 
+from keras_kvcache.ops import compiler_options
+
 
 def make_program(function, model, donate=(), static=()):
     """A function that runs compiled on JAX, and as it is elsewhere.
@@ -29,7 +31,12 @@ def make_program(function, model, donate=(), static=()):
 
     import jax
 
-    @functools.partial(jax.jit, donate_argnames=donate, static_argnames=static)
+    @functools.partial(
+        jax.jit,
+        donate_argnames=donate,
+        static_argnames=static,
+        compiler_options=compiler_options(),
+    )
     def program(weights, **arguments):
         mapping = list(zip(model.variables, weights, strict=True))
         with keras.StatelessScope(state_mapping=mapping):

@@ -4,6 +4,7 @@ from keras_kvcache.ops.attention import attend, attend_fused, attend_with_scores
 from keras_kvcache.ops.known import is_integer, known_integers, known_value
 from keras_kvcache.ops.masks import align_mask, check_mask_shape, view_masks
 from keras_kvcache.ops.platform import (
+    compiler_options,
     is_accelerator,
     is_jax_on_cpu,
     preferred_dtype,
@@ -48,6 +49,7 @@ __all__ = [
     "attend_with_scores",
     "check_index",
     "check_mask_shape",
+    "compiler_options",
     "dense_segment",
     "dequantize_int4_groups",
     "distribute",

@@ -30,10 +30,11 @@ namespace {
 
 // Slots of a piece: small enough that its scores stay in a core's cache and that all
 // cores find work early, large enough that handing it out costs nothing beside it.
-// Fewer where these are slots of all heads, as in a dense tensor. Of them some are
-// taken at a time, a head after another, while the next are on their way.
 constexpr int64_t kPiece = 512;
+// Slots of a piece of a dense tensor, each with all heads.
 constexpr int64_t kDensePiece = 64;
+// Slots of a dense tensor that are gone through head by head, while the next are
+// fetched: as many as fit a core's nearest cache.
 constexpr int64_t kDenseBlock = 8;
 
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
@@ -197,7 +198,7 @@ void Score(const float* query, int64_t head_dim, const T* keys, int64_t stride,
   }
 }
 
-// Scores (Rows, count), kPiece apart, of queries (Rows, H) with keys (count, H),
+// Scores (Rows, count), kDensePiece apart, of queries (Rows, H) with keys (count, H),
 // `stride` apart.
 template <int Rows, typename T>
 void ScoreDense(const float* query, int64_t head_dim, const T* keys, int64_t stride,
@@ -211,13 +212,15 @@ void ScoreDense(const float* query, int64_t head_dim, const T* keys, int64_t str
         sums[row] += Load(query + row * head_dim + h, lanes) * entries;
       }
     });
-    for (int row = 0; row < Rows; ++row) scores[row * kPiece + slot] = Sum(sums[row]);
+    for (int row = 0; row < Rows; ++row) {
+      scores[row * kDensePiece + slot] = Sum(sums[row]);
+    }
   }
 }
 
 // Adds to columns of the sums (Rows, Hv) values (count, Hv), `stride` apart, with
-// weights (Rows, count), kPiece apart. The sums stay in registers meanwhile.
-template <int Rows, int Vectors, typename T>
+// weights (Rows, count), `Apart` apart. The sums stay in registers meanwhile.
+template <int Rows, int Vectors, int64_t Apart, typename T>
 void MixColumns(const float* weights, const T* values, int64_t stride, int64_t count,
                 float* output, int64_t value_dim, int64_t lanes) {
   Vector sums[Rows][Vectors] = {};
@@ -227,7 +230,7 @@ void MixColumns(const float* weights, const T* values, int64_t stride, int64_t c
       value[v] = Load(values + slot * stride + v * kLanes, lanes);
     }
     for (int row = 0; row < Rows; ++row) {
-      const float weight = weights[row * kPiece + slot];
+      const float weight = weights[row * Apart + slot];
       for (int v = 0; v < Vectors; ++v) sums[row][v] += weight * value[v];
     }
   }
@@ -239,17 +242,17 @@ void MixColumns(const float* weights, const T* values, int64_t stride, int64_t c
   }
 }
 
-template <int Rows, typename T>
+template <int Rows, int64_t Apart, typename T>
 void Mix(const float* weights, const T* values, int64_t stride, int64_t count,
          float* output, int64_t value_dim) {
   int64_t column = 0;
   for (; column + 4 * kLanes <= value_dim; column += 4 * kLanes) {
-    MixColumns<Rows, 4>(weights, values + column, stride, count, output + column,
-                        value_dim, kLanes);
+    MixColumns<Rows, 4, Apart>(weights, values + column, stride, count,
+                               output + column, value_dim, kLanes);
   }
   ForVectors(value_dim - column, [&](int64_t first, int64_t lanes) {
-    MixColumns<Rows, 1>(weights, values + column + first, stride, count,
-                        output + column + first, value_dim, lanes);
+    MixColumns<Rows, 1, Apart>(weights, values + column + first, stride, count,
+                               output + column + first, value_dim, lanes);
   });
 }
 
@@ -298,12 +301,12 @@ struct Piece {
   Mask mask;
 };
 
-// The attention of one piece, not yet divided by the sum of weights, a row for each
-// of the R queries of its heads.
+// The attention of one piece, not yet divided by the sum of weights, for the R
+// queries of each of its heads.
 struct Partial {
-  float* maximum;  // (rows,), the largest score
-  float* total;    // (rows,), the sum of exp(score - maximum)
-  float* output;   // (rows, Hv), the sum of exp(score - maximum) · value
+  float* maximum;  // (heads · R,), the largest score
+  float* total;    // (heads · R,), the sum of exp(score - maximum)
+  float* output;   // (heads · R, Hv), the sum of exp(score - maximum) · value
 };
 
 // One number a slot, `stride` apart; null for none.
@@ -380,22 +383,25 @@ void AttendHeadMajor(const Sizes& sizes, const float* query, const Piece& piece,
   }
   std::fill_n(partial.output, sizes.rows * sizes.value_dim, 0.0f);
   ForRows(sizes.rows, [&](int64_t row, auto rows) {
-    Mix<rows>(scores + row * kPiece, values, sizes.value_dim, piece.count,
-              partial.output + row * sizes.value_dim, sizes.value_dim);
+    Mix<rows, kPiece>(scores + row * kPiece, values, sizes.value_dim, piece.count,
+                      partial.output + row * sizes.value_dim, sizes.value_dim);
   });
 }
 
-// Calls `body(entries, slot, slots)` for some slots at a time, `width` entries each.
+// Calls `body(entries, slot, slots)` for blocks of slots, `width` entries each, while
+// the next block is fetched: heads are not gone through in the order of memory, which
+// alone a processor foresees.
 template <typename T, typename Body>
 void ForBlocks(const T* entries, int64_t width, int64_t count, Body body) {
   constexpr int64_t kLine = 64 / sizeof(T);  // of a processor's cache
   for (int64_t slot = 0; slot < count; slot += kDenseBlock) {
-    const T* next = entries + kDenseBlock * width;
-    for (const T* line = next; line < next + kDenseBlock * width; line += kLine) {
-      __builtin_prefetch(line);
+    const int64_t slots = std::min(kDenseBlock, count - slot);
+    const T* block = entries + slot * width;
+    const int64_t ahead = std::min(kDenseBlock, count - slot - slots) * width;
+    for (int64_t entry = 0; entry < ahead; entry += kLine) {
+      __builtin_prefetch(block + slots * width + entry);
     }
-    body(entries, slot, std::min(kDenseBlock, count - slot));
-    entries = next;
+    body(block, slot, slots);
   }
 }
 
@@ -415,7 +421,7 @@ void AttendDense(const Sizes& sizes, const float* query, const Piece& piece,
       ForRows(sizes.rows, [&](int64_t first, auto rows) {
         const int64_t row = head * sizes.rows + first;
         ScoreDense<rows>(query + row * head_dim, head_dim, key + head * head_dim,
-                         width, slots, scores + row * kPiece + slot);
+                         width, slots, scores + row * kDensePiece + slot);
       });
     }
   });
@@ -425,7 +431,7 @@ void AttendDense(const Sizes& sizes, const float* query, const Piece& piece,
       if (segment.key_scales == nullptr) return {nullptr, heads};
       return {segment.key_scales + slot * heads + head, heads};
     };
-    Softmax(scores + row * kPiece, scales(key_slot), scales(value_slot),
+    Softmax(scores + row * kDensePiece, scales(key_slot), scales(value_slot),
             piece.mask.Of(sizes, head, row % sizes.rows), piece.count, sizes.soft_cap,
             partial.maximum + row, partial.total + row);
   }
@@ -435,8 +441,9 @@ void AttendDense(const Sizes& sizes, const float* query, const Piece& piece,
     for (int64_t head = 0; head < heads; ++head) {
       ForRows(sizes.rows, [&](int64_t first, auto rows) {
         const int64_t row = head * sizes.rows + first;
-        Mix<rows>(scores + row * kPiece + slot, value + head * head_dim, width, slots,
-                  partial.output + row * head_dim, head_dim);
+        Mix<rows, kDensePiece>(scores + row * kDensePiece + slot,
+                               value + head * head_dim, width, slots,
+                               partial.output + row * head_dim, head_dim);
       });
     }
   });
@@ -472,7 +479,7 @@ class Work {
         queries_(queries),
         pieces_(std::move(pieces)),
         rows_(sizes.rows * MostHeads(pieces_)),
-        partials_(pieces_.size() * rows_ * (2 + sizes.value_dim)) {}
+        partials_(new float[pieces_.size() * rows_ * (2 + sizes.value_dim)]) {}
 
   int64_t size() const { return pieces_.size(); }
 
@@ -523,7 +530,7 @@ class Work {
   }
 
   Partial PartialOf(int64_t number) {
-    float* data = partials_.data() + number * rows_ * (2 + sizes_.value_dim);
+    float* data = partials_.get() + number * rows_ * (2 + sizes_.value_dim);
     return {data, data + rows_, data + 2 * rows_};
   }
 
@@ -541,7 +548,7 @@ class Work {
   const float* const queries_;  // (groups, R, H)
   const std::vector<Piece> pieces_;
   const int64_t rows_;  // of the largest partial
-  std::vector<float> partials_;
+  const std::unique_ptr<float[]> partials_;  // whole once all pieces are attended
   std::atomic<int64_t> next_{0}, done_{0};
 };
 

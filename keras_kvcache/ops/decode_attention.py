@@ -4,9 +4,9 @@ XLA's CPU backend reads keys and values at memory speed only where these are
 head-major and float32 and each key/value head has one query, and it reads whole
 buffers. The kernel, `decode_attention.cc`, reads them so for a few queries of any
 number, head-major or dense, float32, bfloat16 or int8 with a scale for each slot, and
-only where something is attended. To JAX it's
-a primitive: where a program is lowered for something else, or to be exported, or
-where it's differentiated, `attend_segments` stands in its place.
+only where something is attended. To JAX it's a primitive: where a program is lowered
+for something else, or to be exported, or where it's differentiated, `attend_segments`
+stands in its place.
 """
 
 import functools
@@ -31,6 +31,9 @@ from keras_kvcache.ops.products import (
 )
 
 NAME = "keras_kvcache_decode_attention"
+
+# Of what a slot holds; int16 for the bits of bfloat16.
+DTYPES = ("float32", "bfloat16", "int16", "int8")
 
 
 def has_decode_kernel(query, segments):
@@ -58,8 +61,8 @@ def decode_attention(query, segments, masks, value_dim, length, soft_cap=None):
 
     Args:
         query: `(B, K, R, H)`, scaled, no wider than float32; on JAX, as is all else.
-        segments: Tuple of `Segment` with `arrays`. Of up to 512 slots at a time none
-            before the first or past the last that is attended is read.
+        segments: Tuple of `Segment` with `arrays`. Of 512 slots, or 64 of a dense
+            tensor, none before the first or past the last that is attended is read.
         masks: One boolean mask `(1 | B, 1 | N, 1 | T, 1 | n)` or `None` a segment.
         value_dim: `Hv`.
         length: `T`.
@@ -125,6 +128,7 @@ class _Operands(NamedTuple):
                 *((batch, heads, slots, n) for n in (value_dim, 1)),
             ]
         dtype = str(self.arrays[0].dtype)
+        dtype = dtype if dtype in DTYPES else DTYPES[0]
         if dtype == "int8":
             return list(zip(shapes, [dtype, "float32"] * 2, strict=False))
         return [(shape, dtype) for shape in shapes[::2]]
@@ -137,12 +141,8 @@ class _Operands(NamedTuple):
             keys, values = self.halves()
             reads = _reader(keys, axis=3), _reader(values, axis=2)
             return head_major_segment(*reads, positions, block)
-        slots = slice(self.start, self.start + count)
-        keys, values = (
-            _reader([array[:, half, slots] for array in self.arrays], axis=1)
-            for half in (0, 1)
-        )
-        return dense_segment(keys, values, positions, self.arrays[0].shape[3])
+        reads = (_reader(self.arrays, 2, self.start, half) for half in (0, 1))
+        return dense_segment(*reads, positions, self.arrays[0].shape[3])
 
 
 def _of_segments(operands, starts):
@@ -165,16 +165,21 @@ def _stand_in(query, *operands, starts, value_dim, length, soft_cap, block):
     return attend_segments(query, segments, masks, value_dim, length, soft_cap)
 
 
-def _reader(arrays, axis):
-    """A function that reads slots on an axis, as segments are made of."""
-    entries, *scales = arrays
+def _reader(arrays, axis, start=0, half=None):
+    """A function that reads slots on an axis, of which segments are made.
+
+    It cuts what is asked for and no more, as it's traced where a hidden segment is
+    skipped.
+    """
 
     def read(first, count):
-        matrix = slots_of(entries, first, count, axis)
+        parts = (slots_of(array, start + first, count, axis) for array in arrays)
+        if half is not None:
+            parts = (part[:, half] for part in parts)
+        matrix, *scales = parts
         if matrix.dtype == "int16":
             matrix = matrix.view("bfloat16")
-        matrix = matrix.astype("float32")
-        return Read(matrix, *(slots_of(scale, first, count, axis) for scale in scales))
+        return Read(matrix.astype("float32"), *scales)
 
     return read
 
@@ -195,11 +200,12 @@ def _output_shape(query, *operands, starts, value_dim, length, **parameters):
         fits = all(
             n in (1, wanted) for n, wanted in zip(mask.shape, shape, strict=True)
         )
-        last = segment.arrays[0].shape[2] - slots if segment.is_dense else 0
-        if not 0 <= segment.start <= last:
+        end = segment.start + slots
+        held = segment.arrays[0].shape[2] if segment.is_dense else slots
+        if not 0 <= segment.start <= end <= held:
             raise ValueError(
-                f"`segments` must start between slots 0 and {last} of their arrays. "
-                f"Received: {segment.start}"
+                f"`segments` must lie within the {held} slots of their arrays. "
+                f"Received: slots {segment.start} to {end}"
             )
         if not fits or mask.dtype != bool:
             raise ValueError(

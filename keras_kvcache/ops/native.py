@@ -15,6 +15,7 @@ import jax
 import jaxlib
 
 from keras_kvcache.cache_folder import cache_folder
+from keras_kvcache.ops.platform import cpu_features
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared")
 
@@ -72,12 +73,7 @@ def _load(compiler, source):
 def _processor():
     """What `-march=native` looks at, as far as the system tells."""
     kind = (platform.system(), platform.machine(), platform.processor())
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        return kind
-    features = (line for line in lines if line.startswith(("flags", "Features")))
-    return (*kind, next(features, ""))
+    return (*kind, *sorted(cpu_features()))
 
 
 def _compile(compiler, source, library):

@@ -1,5 +1,7 @@
 """What suits the platform that a program will run on."""
 
+from pathlib import Path
+
 import keras
 
 
@@ -24,6 +26,31 @@ def is_tpu():
     import jax
 
     return jax.default_backend() == "tpu"
+
+
+def cpu_features():
+    """The instructions that the processor has, as far as the system names them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    features = (line for line in lines if line.startswith(("flags", "Features")))
+    return frozenset(next(features, "").partition(":")[2].split())
+
+
+def compiler_options():
+    """What XLA is to know of a program that decodes, for `jax.jit`.
+
+    On a CPU a product of one row is a loop in vectors of 256 bits unless XLA is told
+    otherwise. In those of 512 bits, where there are such, it reads weights of a few
+    megabytes at the memory's speed, not at four fifths of it.
+
+    Returns:
+        A dictionary, or `None`.
+    """
+    if is_jax_on_cpu() and "avx512f" in cpu_features():
+        return {"xla_cpu_prefer_vector_width": 512}
+    return None
 
 
 def preferred_dtype():

@@ -27,7 +27,7 @@ class Segment(NamedTuple):
             slot, `(B, K, 1, n)` and `(B, K, n, 1)`. Or one tensor of both, `(B, 2, S,
             K, H)`, and its scales `(B, 2, S, K, 1)`, of whose slots the segment has
             some. `None` if something else is held.
-        start: The first of its slots among those of `arrays`.
+        start: Which of the slots of `arrays` is its first; 0 if head-major.
     """
 
     scores: Callable[..., Any]
