@@ -1,6 +1,7 @@
 """What JAX makes of the decode loop: the caches are donated and never copied."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from conftest import make_lm
 from keras_kvcache import samplers
 from keras_kvcache.caches import Rolling
 from keras_kvcache.generation.steps import DecodeState, Limits
+from keras_kvcache.ops import platform
 
 pytestmark = pytest.mark.jax_only
 
@@ -72,3 +74,25 @@ def test_decode_loop_holds_no_copy_of_a_cache(batch_size, num_key_value_heads, n
         and str(lm.vocabulary_size) not in shape.split(",")
     ]
     assert not sizes
+
+
+@pytest.mark.parametrize("features", [["sse2", "avx2"], ["avx2", "avx512f"], []])
+def test_programs_use_the_widest_vectors_there_are(features, monkeypatch):
+    """They are told so, as a word that XLA doesn't know comes back as an error."""
+    monkeypatch.setattr(platform, "cpu_features", lambda: frozenset(features))
+    options = platform.compiler_options()
+    assert bool(options) == ("avx512f" in features)
+    unknown = {f"{name}_unheard_of": width for name, width in (options or {}).items()}
+    target = "keras_kvcache.generation.program.compiler_options"
+    monkeypatch.setattr(target, lambda: unknown)
+    if not options:
+        make_lm().generate([1, 2, 3], max_new_tokens=3)
+        return
+    with pytest.raises(RuntimeError, match="xla_cpu_prefer_vector_width_unheard_of"):
+        make_lm().generate([1, 2, 3], max_new_tokens=3)
+
+
+def test_what_a_processor_has_is_read_where_the_system_tells():
+    features = platform.cpu_features()
+    assert bool(features) == Path("/proc/cpuinfo").exists()
+    assert all(re.fullmatch(r"[\w.]+", feature) for feature in features)
