@@ -552,6 +552,28 @@ class Work {
   std::atomic<int64_t> next_{0}, done_{0};
 };
 
+// The first of `count` bytes that isn't 0, eight at a time; `count` if there is none.
+int64_t FirstSeen(const uint8_t* seen, int64_t count) {
+  int64_t slot = 0;
+  for (uint64_t eight; slot + 8 <= count; slot += 8) {
+    std::memcpy(&eight, seen + slot, 8);
+    if (eight != 0) break;
+  }
+  while (slot < count && !seen[slot]) ++slot;
+  return slot;
+}
+
+// The same for the end: past the last byte that isn't 0; 0 if there is none.
+int64_t LastSeen(const uint8_t* seen, int64_t count) {
+  int64_t slot = count;
+  for (uint64_t eight; slot >= 8; slot -= 8) {
+    std::memcpy(&eight, seen + slot - 8, 8);
+    if (eight != 0) break;
+  }
+  while (slot > 0 && !seen[slot - 1]) --slot;
+  return slot;
+}
+
 // Which of `count` slots any query of some heads may attend, from the first to past
 // the last; both equal if there is none.
 std::pair<int64_t, int64_t> SeenSlots(const Sizes& sizes, const Mask& mask,
@@ -562,11 +584,8 @@ std::pair<int64_t, int64_t> SeenSlots(const Sizes& sizes, const Mask& mask,
   for (int64_t row = 0; row < (same ? 1 : heads * sizes.rows); ++row) {
     const uint8_t* seen =
         mask.Of(sizes, first_head + row / sizes.rows, row % sizes.rows);
-    int64_t first = 0, last = count;
-    while (first < count && !seen[first]) ++first;
-    while (last > first && !seen[last - 1]) --last;
-    begin = std::min(begin, first);
-    end = std::max(end, first < last ? last : 0);
+    begin = std::min(begin, FirstSeen(seen, count));
+    end = std::max(end, LastSeen(seen, count));
   }
   return {std::min(begin, end), end};
 }
@@ -616,16 +635,22 @@ void AddPieces(const Segment& segment, int64_t batch, int64_t heads,
   const int64_t token_stride = axes[2] == 1 ? 0 : slots;
   const int64_t head_stride = axes[1] == 1 ? 0 : axes[2] * slots;
   const int64_t row_stride = axes[0] == 1 ? 0 : axes[1] * axes[2] * slots;
-  const auto* seen = static_cast<const uint8_t*>(segment.mask.untyped_data());
+  const auto* data = static_cast<const uint8_t*>(segment.mask.untyped_data());
   const int64_t together = segment.is_dense ? heads : 1;
   const int64_t most = segment.is_dense ? kDensePiece : kPiece;
+  // What is seen of each `most` slots, for all heads where they have one mask.
+  std::vector<std::pair<int64_t, int64_t>> seen((slots + most - 1) / most);
   for (int64_t group = 0; group < batch * heads; group += together) {
     const int64_t head = group % heads;
-    for (int64_t first = 0; first < slots; first += most) {
-      Mask mask = {seen + group / heads * row_stride + first, head_stride,
+    for (int64_t number = 0; number < static_cast<int64_t>(seen.size()); ++number) {
+      const int64_t first = number * most;
+      Mask mask = {data + group / heads * row_stride + first, head_stride,
                    token_stride};
-      const int64_t count = std::min(most, slots - first);
-      const auto [begin, end] = SeenSlots(sizes, mask, head, together, count);
+      if (head == 0 || head_stride != 0) {
+        seen[number] =
+            SeenSlots(sizes, mask, head, together, std::min(most, slots - first));
+      }
+      const auto [begin, end] = seen[number];
       if (begin == end) continue;
       mask.data += begin;
       pieces->push_back(
