@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
+# Seconds before a call is timed: a stream that was left has its next step under way.
+PAUSE = 0.1
 PACKAGES = ("keras", "jax", "keras-hub", "transformers", "torch", "llama-cpp-python")
 
 
@@ -45,6 +47,7 @@ def time_interleaved(functions, repeats):
     for round_ in range(repeats):
         # Alternate the order: what runs after whom matters to caches and clocks.
         for name in list(functions)[:: 1 if round_ % 2 == 0 else -1]:
+            time.sleep(PAUSE)
             begin = time.perf_counter()
             functions[name]()
             seconds[name].append(time.perf_counter() - begin)
