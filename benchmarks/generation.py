@@ -12,6 +12,9 @@ room is full, and attends all of it in every step. Its difference is between two
 prompts of which one leaves room for one token and the other for all; so its figure
 holds for any fill. It is left out where its prefill would take too much memory.
 
+`of bandwidth` is the share of the memory's speed, measured in the same rounds, at which
+weights and the filled cache are read.
+
 One row of each model is `stream`, which hands over every token, against `generate`.
 """
 
@@ -54,12 +57,13 @@ QUICK_CASES = (Case.tight(24, 16),)  # What the contenders' check has compiled.
 
 # Slots; the scores alone of a layer's prefill take 9 · 8192² · 4 bytes, 2.4 GB.
 MOST_FOR_KERAS_HUB = 4608
+MEMORY = "memory"
 
 
 def main():
     options = harness.read_arguments("Times a token of generation at batch 1.")
     report = harness.Report("generation", options)
-    bandwidth = harness.MemoryReader(options.quick).bandwidth()
+    read_memory = harness.MemoryReader(options.quick)
     rounds = 2 if options.quick else 3
     runs = ((subjects.gpt2, GPT2_CASES), (subjects.smollm2, SMOLLM2_CASES))
     for make_subject, cases in runs:
@@ -67,11 +71,11 @@ def main():
         contenders = peers.make_contenders(subject)
         measure_stream(report, subject, 16 if options.quick else 128, rounds)
         for case in QUICK_CASES if options.quick else cases:
-            measure(report, subject, contenders, case, rounds, bandwidth)
+            measure(report, subject, contenders, case, rounds, read_memory)
     report.finish()
 
 
-def measure(report, subject, contenders, case, rounds, bandwidth):
+def measure(report, subject, contenders, case, rounds, read_memory):
     """Adds a row for each contender that can run the case."""
     if case.capacity > MOST_FOR_KERAS_HUB:
         contenders = contenders.copy()
@@ -85,7 +89,8 @@ def measure(report, subject, contenders, case, rounds, bandwidth):
         functions[name, "many"] = functools.partial(
             contender.many_tokens, prompt, case.new_tokens, case.capacity
         )
-    seconds = harness.time_interleaved(functions, rounds)
+    seconds = harness.time_interleaved({**functions, MEMORY: read_memory}, rounds)
+    bandwidth = read_memory.nbytes / statistics.median(seconds[MEMORY])
     per_token = {}
     for name in contenders:
         pairs = zip(seconds[name, "many"], seconds[name, "one"], strict=True)

@@ -111,10 +111,6 @@ class MemoryReader:
     def __call__(self):
         self._sum(self._buffer).block_until_ready()
 
-    def bandwidth(self, repeats=7):
-        """Bytes per second, by the median of some calls."""
-        return self.nbytes / median_seconds({"sum": self}, repeats)["sum"]
-
 
 def weight_bytes(lm):
     """Bytes of float32 weights that a step of one row can't do without.

@@ -13,6 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from keras_kvcache.ops import compiler_options
+
+# With the vectors that the package's programs have.
+jit = functools.partial(jax.jit, compiler_options=compiler_options())
 # Where segments end, as the package cuts them.
 SEGMENT_ENDS = (256, 1024, 2048, 4096, 8192)
 
@@ -229,7 +233,7 @@ def likeliest(shape, weights, x):
     return jnp.argmax(logits, axis=-1)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+@functools.partial(jit, static_argnums=0, donate_argnums=3)
 def prefill(shape, weights, prompt, cache):
     """The whole prompt at once: the first new token, and the filled cache."""
     length = len(prompt)
@@ -258,7 +262,7 @@ def prefill(shape, weights, prompt, cache):
     return likeliest(shape, weights, x[-1:])[0].astype(jnp.int32), filled
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=2)
+@functools.partial(jit, static_argnums=(0, 6), donate_argnums=2)
 def decode(shape, weights, cache, token, index, steps, capacity):
     """The tokens `(capacity,)`, `steps` of them new, and the cache."""
 

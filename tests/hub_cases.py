@@ -16,7 +16,10 @@ LLAMA3_ROPE = dict(
     rope_high_freq_factor=4.0,
     rope_pretraining_sequence_length=31,
 )
-GEMMA = dict(GROUPED, head_dim=22, intermediate_dim=2 * 59)
+# Other numbers than the default ones of all families.
+UNUSUAL = dict(rope_max_wavelength=503, layer_norm_epsilon=1e-3)
+SCALED = dict(UNUSUAL, rope_scaling_factor=1.5)
+GEMMA = dict(GROUPED, head_dim=22, intermediate_dim=2 * 59, layer_norm_epsilon=1e-3)
 GEMMA2 = dict(
     GEMMA,
     use_post_ffw_norm=True,
@@ -25,7 +28,12 @@ GEMMA2 = dict(
     final_logit_soft_cap=0.3,
     use_sliding_window_attention=True,
     sliding_window_size=13,
-    layer_norm_epsilon=1e-3,
+)
+GEMMA3 = dict(
+    GEMMA2,
+    image_size=None,
+    local_rope_scaling_factor=1.3,
+    global_rope_scaling_factor=1.7,
 )
 SU_ROPE = dict(
     rope_scaling_type="su",
@@ -40,43 +48,60 @@ CASES = {
     "opt": ("OPT", dict(SIZES, num_heads=7, max_sequence_length=113)),
     "llama": (
         "Llama",
-        dict(GROUPED, rope_max_wavelength=503, layer_norm_epsilon=1e-3, dropout=0.1),
+        dict(GROUPED, **UNUSUAL, dropout=0.1),
     ),
     "llama3": (
         "Llama3",
         dict(
             GROUPED,
             **LLAMA3_ROPE,
+            **UNUSUAL,
             tie_word_embeddings=True,
             rope_position_scaling_factor=2.0,
         ),
     ),
     "mistral": (
         "Mistral",
-        dict(GROUPED, sliding_window=13, rope_scaling_factor=1.5, head_dim=22),
+        dict(GROUPED, **SCALED, sliding_window=13, head_dim=22),
     ),
-    "mixtral": ("Mixtral", dict(GROUPED, num_experts=5, top_k=3, sliding_window=13)),
-    "phi3_su": ("Phi3", dict(GROUPED, **SU_ROPE)),
+    # So few that the chosen ones alone are asked where there is one row.
+    "mixtral": (
+        "Mixtral",
+        dict(GROUPED, **SCALED, num_experts=5, top_k=2, sliding_window=13),
+    ),
+    "phi3": ("Phi3", dict(GROUPED, **UNUSUAL)),
+    "phi3_su": ("Phi3", dict(GROUPED, **UNUSUAL, **SU_ROPE)),
     "qwen": (
         "Qwen",
         dict(
             GROUPED,
-            rope_scaling_factor=1.5,
+            **SCALED,
             tie_word_embeddings=False,
             use_sliding_window_attention=True,
             sliding_window_size=13,
         ),
     ),
-    "qwen3": ("Qwen3", dict(GROUPED, head_dim=22, sliding_window_size=13)),
+    "qwen3": (
+        "Qwen3",
+        dict(
+            GROUPED,
+            **SCALED,
+            head_dim=22,
+            tie_word_embeddings=False,
+            sliding_window_size=13,
+        ),
+    ),
     "gemma": ("Gemma", GEMMA),
-    "gemma2": ("Gemma", GEMMA2),
-    "gemma3": (
+    "gemma2": ("Gemma", dict(GEMMA2, query_head_dim_normalize=False)),
+    "gemma3": ("Gemma3", dict(GEMMA3, num_layers=6)),
+    # So few layers that none sees all.
+    "gemma3_short": ("Gemma3", GEMMA3),
+    "gemma3_full": (
         "Gemma3",
         dict(
-            GEMMA2,
-            num_layers=6,
+            GEMMA,
             image_size=None,
-            local_rope_scaling_factor=1.3,
+            use_query_key_norm=False,
             global_rope_scaling_factor=1.7,
         ),
     ),

@@ -14,6 +14,7 @@ from hub_cases import (
 from keras import ops
 
 from keras_kvcache import accelerate
+from keras_kvcache.models.accelerate import stepwise_sampler
 
 # Each way of sampling has programs of keras-hub's and of ours to compile.
 pytestmark = pytest.mark.slow
@@ -92,6 +93,30 @@ def test_one_token_left_to_draw_is_greedy(llama, sampler):
         expected = generate(llama)["token_ids"]
         llama.compile(sampler=sampler)
         np.testing.assert_array_equal(generate(llama)["token_ids"], expected)
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        hub_samplers.RandomSampler(temperature=1.7),
+        hub_samplers.TopKSampler(k=5, temperature=0.6),
+        hub_samplers.TopPSampler(p=0.8, temperature=1.4),
+        hub_samplers.TopPSampler(p=0.8, k=7, temperature=1.4),
+    ],
+    ids=["random", "top_k", "top_p", "top_p_of_k"],
+)
+def test_draws_are_distributed_as_keras_hubs(theirs):
+    draws = 20011  # so that a frequency is within 0.02 of its probability
+    logits = 2 * np.random.default_rng(5).normal(size=13).astype("float32")
+    logits = ops.convert_to_tensor(np.tile(logits, (draws, 1)))
+    expected = theirs.get_next_token(theirs.compute_probabilities(logits))
+    ours = stepwise_sampler(theirs)(logits, np.array([3, 5], "uint32"))
+    frequencies = [
+        np.bincount(ops.convert_to_numpy(tokens), minlength=13) / draws
+        for tokens in (ours, expected)
+    ]
+    np.testing.assert_array_equal(*(f > 0 for f in frequencies))
+    np.testing.assert_allclose(*frequencies, rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize(
@@ -184,6 +209,19 @@ def test_restores(llama):
     assert set(vars(llama)) == before
 
 
+def test_blocks_within_each_other(llama):
+    with accelerate(llama) as outer:
+        with accelerate(llama) as inner:
+            assert inner is outer
+        assert accelerate(llama) is outer
+        outer.restore()
+        with outer:
+            assert accelerate(llama) is outer
+    assert "generate_step" not in vars(llama)
+    with outer:
+        assert accelerate(llama) is outer
+
+
 def test_what_changes_the_model_is_seen(tmp_path):
     """Training, LoRA, quantization and loading, without accelerating anew."""
     lm = make_hub_lm("qwen3", num_layers=1)
@@ -212,16 +250,35 @@ def test_what_changes_the_model_is_seen(tmp_path):
         assert (earlier != later).any()
 
 
-def test_quantized_while_accelerated():
-    lm = make_hub_lm("gpt2", num_layers=1)
-    accelerate(lm)
+@pytest.mark.parametrize("case, mode", [("gpt2", "int4"), ("gemma", "int8")])
+def test_quantized_while_accelerated(case, mode):
+    lm = make_hub_lm(case, num_layers=1)
+    acceleration = accelerate(lm)
+    exact = generate(lm)
+    lm.quantize(mode)
     before = generate(lm)
-    lm.quantize("int4")
-    accelerated = generate(lm)
-    # Not one near tie that came out otherwise: int4 says something else.
-    assert (new_tokens(accelerated) != new_tokens(before)).mean() > 0.3
-    accelerate(lm).restore()
-    check_same(accelerated, generate(lm))
+    if mode == "int4":
+        # Not one near tie that came out otherwise: int4 says something else.
+        assert (new_tokens(before) != new_tokens(exact)).mean() > 0.3
+    acceleration.restore()
+    theirs = generate(lm)
+    check_same(before, theirs)
+    with accelerate(lm) as again:
+        assert again is not acceleration
+        check_same(generate(lm), theirs)
+
+
+def test_lora_that_was_there_before():
+    lm = make_hub_lm("llama", num_layers=1)
+    exact = generate(lm)
+    lm.backbone.enable_lora(3)
+    for weight in lm.backbone.trainable_weights:
+        weight.assign(ops.convert_to_numpy(weight) + 0.1)
+    lm.generate_function = None
+    theirs = generate(lm)
+    assert (new_tokens(theirs) != new_tokens(exact)).any()
+    with accelerate(lm):
+        check_same(generate(lm), theirs)
 
 
 def test_refusals():

@@ -161,6 +161,18 @@ def test_bart_logits():
     np.testing.assert_allclose(other, expected, rtol=0, atol=1e-4)
 
 
+def test_positions_have_an_end():
+    inputs = pairs([37], [114], width=114)
+    with pytest.raises(ValueError, match="`decoder_token_ids`.*=113.*114 tokens"):
+        our_bart()(inputs)
+
+
+def test_encode_needs_all_inputs():
+    inputs = without(ONE, "encoder_padding_mask")
+    with pytest.raises(ValueError, match="`inputs`.*'encoder_padding_mask'.*Received"):
+        our_bart().encode(inputs)
+
+
 def test_whisper_logits():
     ids, mask = tokens([67] * 2, 67, 3)
     inputs = dict(

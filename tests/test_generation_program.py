@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 from conftest import make_lm
@@ -11,6 +12,7 @@ from keras_kvcache import samplers
 from keras_kvcache.caches import Rolling
 from keras_kvcache.generation.steps import DecodeState, Limits
 from keras_kvcache.ops import platform
+from keras_kvcache.ops.online_softmax import BLOCK
 
 pytestmark = pytest.mark.jax_only
 
@@ -66,14 +68,48 @@ def test_decode_loop_holds_no_copy_of_a_cache(batch_size, num_key_value_heads, n
     assert memory.alias_size_in_bytes >= 2 * cache[0].nbytes
     assert memory.temp_size_in_bytes < temporaries * cache[0].nbytes
     large = batch_size * num_key_value_heads * slots * lm.head_dim
+    found = SHAPED.findall(program.as_text())
+    assert found, "there is always a small one"
     sizes = [
         (operation, shape)
-        for shape, operation in SHAPED.findall(program.as_text())
+        for shape, operation in found
         if np.prod([int(axis) for axis in shape.split(",")]) > large
         # The embedding's transpose is a view within the product with it.
         and str(lm.vocabulary_size) not in shape.split(",")
     ]
     assert not sizes
+
+
+@pytest.mark.parametrize("layout", ["head_major", "dense"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_prefill_scores_a_block_and_speaks_of_the_last_position(batch_size, layout):
+    lm = make_lm(num_layers=2, max_sequence_length=S)
+    chunk, vocabulary = 512, lm.vocabulary_size
+    cache = lm.generator.init_cache(batch_size, S, layout=layout)
+    rows = np.zeros(batch_size, "int32")
+    program = lm.generator._prefill.lower(
+        cache=cache,
+        token=rows,
+        token_ids=np.zeros((batch_size, chunk), "int32"),
+        first=np.int32(0),
+        lengths=rows + chunk,
+        sampler=samplers.greedy(),
+        seed=np.zeros(2, "uint32"),
+    ).compile()
+    block = 4 * batch_size * lm.num_query_heads * chunk * BLOCK
+    memory = program.memory_analysis()
+    assert memory.alias_size_in_bytes >= 2 * cache[0].nbytes
+    assert memory.temp_size_in_bytes < 5 * block
+    shapes = {
+        tuple(int(axis) for axis in shape.split(","))
+        for shape in re.findall(r"= f32\[([\d,]+)\]", program.as_text())
+    }
+    # Scores of a block there are, and of no more slots.
+    scores = [shape for shape in shapes if 4 * np.prod(shape) >= block]
+    scores = [shape for shape in scores if lm.head_dim not in shape]
+    assert scores and all(shape[-1] == BLOCK for shape in scores)
+    assert any(vocabulary in shape for shape in shapes)
+    assert not any(vocabulary in shape and chunk in shape for shape in shapes)
 
 
 @pytest.mark.parametrize("features", [["sse2", "avx2"], ["avx2", "avx512f"], []])
@@ -90,6 +126,21 @@ def test_programs_use_the_widest_vectors_there_are(features, monkeypatch):
         return
     with pytest.raises(RuntimeError, match="xla_cpu_prefer_vector_width_unheard_of"):
         make_lm().generate([1, 2, 3], max_new_tokens=3)
+
+
+@pytest.mark.parametrize(
+    "policy, there_is_one, expected",
+    [
+        ("float32", True, "bfloat16"),
+        ("float32", False, "float32"),
+        ("float16", True, "float16"),
+        ("mixed_bfloat16", True, "mixed_bfloat16"),
+    ],
+)
+def test_accelerators_prefer_bfloat16(policy, there_is_one, expected, monkeypatch):
+    monkeypatch.setattr(platform, "is_accelerator", lambda: there_is_one)
+    monkeypatch.setattr(keras.config, "dtype_policy", lambda: keras.DTypePolicy(policy))
+    assert platform.preferred_dtype() == expected
 
 
 def test_what_a_processor_has_is_read_where_the_system_tells():

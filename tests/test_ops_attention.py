@@ -44,6 +44,13 @@ def make_view(keys, values, reads=None):
     return View(tuple(segments), K, HV, None)
 
 
+def test_no_queries_get_no_outputs():
+    view = make_view(cases.noise(B, 17, K, H), cases.noise(B, 17, K, HV))
+    masks = view_masks(view, cases.int32(np.zeros((1, 0))), causal=True)
+    query = keras.ops.convert_to_tensor(cases.noise(B, 0, N, H))
+    assert tuple(attend(query, view, masks, 0.3).shape) == (B, 0, N, HV)
+
+
 @pytest.mark.parametrize("soft_cap", [None, 1.5])
 @pytest.mark.parametrize("first", [0, 12])
 def test_segments_merge_to_the_whole(soft_cap, first):

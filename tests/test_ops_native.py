@@ -1,6 +1,7 @@
 """Libraries that are compiled on first use, and what keeps one from being made."""
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -25,7 +26,7 @@ def source(tmp_path, monkeypatch):
 
 
 def kept(tmp_path):
-    return sorted(path.name for path in (tmp_path / "home" / "kernels").iterdir())
+    return sorted(path.name for path in tmp_path.glob("home/kernels/*"))
 
 
 def test_a_library_is_compiled_once(source, tmp_path, monkeypatch):
@@ -80,8 +81,37 @@ def test_a_compiler_that_fails_is_told_about(source, tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_told_about(source, tmp_path):
     (tmp_path / "home").write_text("a file where the folder should be")
-    with pytest.warns(UserWarning, match="slower: .*Not a directory"):
-        assert native.load_library(source) is None
+    with pytest.warns(UserWarning, match="can't be kept.*Not a directory"):
+        assert native.load_library(source).Answer() == 42
+
+
+def test_a_folder_that_nothing_is_run_from_is_told_about(source, monkeypatch):
+    def load(path):
+        if "kernels" in path:
+            raise OSError("failed to map segment from shared object")
+        return ctypes_load(path)
+
+    ctypes_load = native.ctypes.CDLL
+    monkeypatch.setattr(native.ctypes, "CDLL", load)
+    with pytest.warns(UserWarning, match="can't be kept.*failed to map"):
+        assert native.load_library(source).Answer() == 42
+
+
+def test_threads_that_make_it_at_once(source, tmp_path):
+    with ThreadPoolExecutor(5) as threads:
+        libraries = list(threads.map(native.load_library, [source] * 5))
+    assert [library.Answer() for library in libraries] == [42] * 5
+    assert len(kept(tmp_path)) == 1
+
+
+def test_a_copy_that_fails_leaves_nothing(source, tmp_path, monkeypatch):
+    def copy(made, to):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(native.shutil, "copy", copy)
+    with pytest.warns(UserWarning, match="can't be kept.*No space left"):
+        assert native.load_library(source).Answer() == 42
+    assert kept(tmp_path) == []
 
 
 @pytest.mark.parametrize("command", ["no-such-compiler -O0", "'unbalanced", "false"])

@@ -10,7 +10,7 @@ from keras_kvcache import samplers
 from keras_kvcache.generation.sizes import chunk_sizes
 from keras_kvcache.models.encoder_decoder_inputs import read_encoder_inputs
 from keras_kvcache.models.encoder_decoder_lm import EncoderDecoderLM
-from keras_kvcache.models.hub import share
+from keras_kvcache.models.hub import check_quantization, share
 
 # Where positions are rotary, keras-hub sets no end to them.
 NO_END = 2**30
@@ -39,8 +39,8 @@ def accelerate(causal_lm):
 
     Returns:
         An `Acceleration`, whose `restore()` gives the model its own decoding back;
-        so does the end of a `with` block around it. For a model that is accelerated
-        already it's the one that it has.
+        so does the end of a `with` block around it, of the outermost if there are
+        several. For a model that is accelerated already it's the one that it has.
 
     Raises:
         TypeError: `causal_lm` isn't a `keras_hub.models.CausalLM`; a backbone has no
@@ -72,12 +72,15 @@ class Acceleration:
         prefix = "decoder_" if self._has_encoder else ""
         # What keras-hub calls the tokens, and the mask of those that are there.
         self._ids, self._mask = f"{prefix}token_ids", f"{prefix}padding_mask"
-        self._causal_lm = causal_lm
+        self._causal_lm, self._blocks = causal_lm, 0
+        self._install()
+
+    def _install(self):
         # keras-hub asks the first for a function that generates, and compiles the
         # second where the sampler brings its own loop.
-        causal_lm.make_generate_function = self._make_generate_function
-        causal_lm.generate_step = self._search_step
-        causal_lm.generate_function = None
+        self._causal_lm.make_generate_function = self._make_generate_function
+        self._causal_lm.generate_step = self._search_step
+        self._causal_lm.generate_function = None
 
     def restore(self):
         """Gives the model its own decoding back; a second time does nothing."""
@@ -87,10 +90,14 @@ class Acceleration:
             self._causal_lm.generate_function = None
 
     def __enter__(self):
+        self._blocks += 1
+        self._install()
         return self
 
     def __exit__(self, *exception):
-        self.restore()
+        self._blocks -= 1
+        if self._blocks == 0:
+            self.restore()
 
     def _make_generate_function(self):
         return self._generate
@@ -108,8 +115,10 @@ class Acceleration:
             A dictionary of token ids and padding mask, of the same keys and shapes.
 
         Raises:
-            ValueError: There are more positions than the model knows.
+            ValueError: There are more positions than the model knows, or it was
+                quantized in a way that can't be shared.
         """
+        check_quantization(self._causal_lm.backbone)
         token_ids = ops.convert_to_numpy(inputs[self._ids])
         mask = ops.convert_to_numpy(inputs[self._mask]).astype(bool)
         encoder_inputs = {}

@@ -304,17 +304,8 @@ class DecoderLM(PresetMethods, DecodingMethods, AdoptsParts, keras.Model):
         x = self.token_embedding(token_ids)
         if self.embedding_scale is not None:
             x = x * ops.cast(self.embedding_scale, x.dtype)
+        self._check_positions("token_ids", token_ids.shape[1], index)
         if self.position_embedding == "learned":
-            length = token_ids.shape[1]
-            if (
-                isinstance(index, int)
-                and index + (length or 0) > self.max_sequence_length
-            ):
-                raise ValueError(
-                    "`token_ids` must stay within `max_sequence_length`, as each "
-                    f"position has its own embedding. Received: {length} tokens from "
-                    f"{index} on, max_sequence_length={self.max_sequence_length}"
-                )
             positions = token_positions(index, ops.shape(token_ids)[1])
             # Padding may reach past the last position that the model knows.
             positions = ops.minimum(positions, self.max_sequence_length - 1)

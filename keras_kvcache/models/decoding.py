@@ -114,17 +114,40 @@ class DecodingMethods(GenerateMethods):
         specs = self.cache_specs(batch_size, max_length, kind, codec, layout)
         return tuple(spec.allocate() for spec in specs)
 
+    @property
+    def has_last_position(self):
+        """Whether the model knows no positions from `max_sequence_length` on.
+
+        Where each position has an embedding, it doesn't; a rotation has no end.
+        """
+        return self.position_embedding != "rotary"
+
+    def _check_positions(self, name, length, index):
+        """Refuses tokens past the last position, as far as both numbers are known.
+
+        Args:
+            name: What the argument with the tokens is called.
+            length: `T`, or `None`.
+            index: Position of the first token.
+        """
+        end = index + (length or 0) if isinstance(index, int) else 0
+        if self.has_last_position and end > self.max_sequence_length:
+            raise ValueError(
+                f"`{name}` must stay within the positions that the model knows, "
+                f"max_sequence_length={self.max_sequence_length}. Received: {length} "
+                f"tokens from {index} on"
+            )
+
     def is_endless(self, kind="auto", **options):
         """Whether positions may go past `max_sequence_length`.
 
-        They may where each has a rotation instead of an embedding of its own, and
-        every layer sees a window.
+        They may where the model has no last one and every layer sees a window.
 
         Args:
             kind: As in `cache_specs`.
             **options: Its other options, which don't matter.
         """
-        if self.position_embedding != "rotary":
+        if self.has_last_position:
             return False
         slides = all(block.sliding_window is not None for block in self.blocks)
         return isinstance(kind, Rolling) or (

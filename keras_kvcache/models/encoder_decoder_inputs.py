@@ -65,12 +65,7 @@ def read_encoder_inputs(inputs, model):
             than the encoder knows, or ids that aren't in its vocabulary.
     """
     names = model.encoder_inputs
-    missing = [name for name in names if name not in inputs and name != PADDING_MASK]
-    if missing:
-        raise ValueError(
-            f"`inputs` must have the keys {names} of the encoder. Received: "
-            f"{sorted(inputs)}"
-        )
+    check_encoder_names(inputs, [name for name in names if name != PADDING_MASK])
     arrays = {n: ops.convert_to_numpy(inputs[n]) for n in names if n in inputs}
     if PADDING_MASK in names:
         arrays.setdefault(PADDING_MASK, np.ones(next(iter(arrays.values())).shape[:2]))
@@ -93,6 +88,23 @@ def read_encoder_inputs(inputs, model):
     if ENCODER_IDS in names and model.encoder_vocabulary_size is not None:
         read_prompts(arrays[ENCODER_IDS], None, model.encoder_vocabulary_size)
     return arrays
+
+
+def check_encoder_names(inputs, names):
+    """Refuses inputs that lack one of the encoder's.
+
+    Args:
+        inputs: As in `read_encoder_inputs`.
+        names: What is needed, by the encoder's names.
+
+    Raises:
+        ValueError: One is missing.
+    """
+    if not set(names) <= set(inputs):
+        raise ValueError(
+            f"`inputs` must have the keys {names} of the encoder. Received: "
+            f"{sorted(inputs)}"
+        )
 
 
 def _trim(arrays):

@@ -226,6 +226,7 @@ class EncoderDecoderLM(EncoderDecoderMethods, AdoptsParts, keras.Model):
         return self._finish(x), (tuple(updated), encoded)
 
     def _embed(self, token_ids, index, training=None):
+        self._check_positions(DECODER_IDS, token_ids.shape[1], index)
         positions = token_positions(index, ops.shape(token_ids)[1])
         # Padding may reach past the last position that the model knows.
         positions = ops.minimum(positions, self.max_sequence_length - 1)

@@ -10,6 +10,7 @@ from keras_kvcache.models.encoder_decoder_inputs import (
     DECODER_IDS,
     DECODER_MASK,
     PADDING_MASK,
+    check_encoder_names,
     read_pairs,
 )
 
@@ -44,7 +45,11 @@ class EncoderDecoderMethods(DecodingMethods):
 
         Returns:
             `Encoded`.
+
+        Raises:
+            ValueError: One of the inputs is missing.
         """
+        check_encoder_names(inputs, self.encoder_inputs)
         inputs = {name: inputs[name] for name in self.encoder_inputs}
         sequence = self.encoder(inputs, training=False)
         spec = CacheSpec(

@@ -4,6 +4,7 @@ from keras import ops
 
 from keras_kvcache.ops.decode_attention import decode_attention, has_decode_kernel
 from keras_kvcache.ops.online_softmax import attend_segments
+from keras_kvcache.ops.products import sum_dtype
 from keras_kvcache.ops.softmax import masked_softmax
 
 
@@ -25,6 +26,8 @@ def attend(query, view, masks, scale, soft_cap=None):
         query with nothing to attend.
     """
     shape = ops.shape(query)
+    if query.shape[1] == 0:
+        return ops.zeros((*shape[:3], view.value_dim), sum_dtype(query))
     query = _group_heads(query * scale, view.heads)
     arguments = (query, view.segments, masks, view.value_dim, shape[1], soft_cap)
     if has_decode_kernel(query, view.segments):

@@ -10,6 +10,7 @@ stands in its place.
 """
 
 import functools
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +54,10 @@ def has_decode_kernel(query, segments):
     arrays = [array for segment in segments for array in segment.arrays]
     # Sizes that are symbols, as in an export, aren't integers.
     known = all(isinstance(n, int) for array in (query, *arrays) for n in array.shape)
-    return known and _is_registered()
+    if not known:
+        return False
+    with _registration:
+        return _is_registered()
 
 
 def decode_attention(query, segments, masks, value_dim, length, soft_cap=None):
@@ -238,6 +242,9 @@ def _lower(context, *operands, **parameters):
         soft_cap=np.float32(parameters["soft_cap"] or 0),
     )
     return jax.ffi.ffi_lowering(NAME)(context, *operands, **attributes)
+
+
+_registration = threading.Lock()
 
 
 @functools.cache

@@ -31,8 +31,9 @@ def load_library(source):
 
     Returns:
         A `ctypes.CDLL`, or `None` if this machine has no C++ compiler (`CXX`, `c++`,
-        `g++` or `clang++`). `None`, too, with a warning, if the compiler fails or the
-        library can't be kept or loaded.
+        `g++` or `clang++`). `None`, too, with a warning, if the compiler fails or what
+        it made can't be loaded. With a warning it's made for this process alone if it
+        can't be kept.
     """
     try:
         compiler = find_compiler()
@@ -66,8 +67,21 @@ def _load(compiler, source):
             return ctypes.CDLL(str(library))
         except OSError:
             pass  # Damaged, or of a system that isn't this one: it's made anew.
-    _compile(compiler, source, library)
-    return ctypes.CDLL(str(library))
+    # A process that is killed leaves nothing but in the system's temporary folder.
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / library.name
+        _compile(compiler, source, made)
+        try:
+            _keep(made, library)
+            return ctypes.CDLL(str(library))
+        except OSError as error:
+            loaded = ctypes.CDLL(str(made))
+            warnings.warn(
+                f"The library made of {source.name} can't be kept, so that each "
+                f"process takes the time to make its own: {error}",
+                stacklevel=3,
+            )
+            return loaded
 
 
 def _processor():
@@ -77,23 +91,29 @@ def _processor():
 
 
 def _compile(compiler, source, library):
-    """Makes a library; it's there whole or not at all."""
+    command = [*compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", str(source)]
+    subprocess.run(
+        [*command, "-o", str(library)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=True,
+    )
+
+
+def _keep(made, library):
+    """Copies a library to its place, where it's whole or not at all."""
     library.parent.mkdir(parents=True, exist_ok=True)
-    # A process that is killed leaves nothing but in the system's temporary folder.
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / library.name
-        command = [*compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", str(source)]
-        subprocess.run(
-            [*command, "-o", str(made)],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=True,
-        )
-        copy = library.with_suffix(f".{os.getpid()}")
-        shutil.copyfile(made, copy)
+    # A name that no other thread or process has, on whatever machine.
+    handle, copy = tempfile.mkstemp(dir=library.parent)
+    os.close(handle)
+    try:
+        shutil.copy(made, copy)
         os.replace(copy, library)
+    except OSError:
+        os.unlink(copy)
+        raise
 
 
 def _first_error(output):

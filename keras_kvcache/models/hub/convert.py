@@ -1,18 +1,28 @@
 """Making a model of keras-hub's into one of ours, with the same weights."""
 
+import inspect
 import sys
 
 from keras_kvcache.models.hub.encoder_decoder import (
     ENCODER_DECODERS,
     share_encoder_decoder,
 )
-from keras_kvcache.models.hub.families import FAMILIES
+from keras_kvcache.models.hub.families import FAMILIES, OPTIONS
 from keras_kvcache.models.hub.position_table import PositionTable
 from keras_kvcache.models.hub.shared import SharedDecoderLM
 from keras_kvcache.models.hub.tokenizer import HubTokenizer
 
 # Of a model with rotary positions, which doesn't say how far it was trained.
 DEFAULT_SEQUENCE_LENGTH = 8192
+# Of how a task of keras-hub's decodes. What is written down anew may do anything.
+METHODS = (
+    "call_with_cache",
+    "call_decoder_with_cache",
+    "generate_step",
+    "make_generate_function",
+)
+# Modes of `quantize` whose layers compute as ever once they are quantized.
+QUANTIZATIONS = (None, "int8", "int4", "float8")
 # What keeps a family out that looks like one that is in.
 UNFIT = {
     "T5Backbone": ", whose relative positions are a bias added to attention scores, "
@@ -42,8 +52,9 @@ def from_keras_hub(causal_lm, max_sequence_length=None):
 
     Raises:
         TypeError: `causal_lm` is none of these classes.
-        ValueError: Its family is unknown, it has what can't be decoded here, or
-            `max_sequence_length` goes past what it knows.
+        ValueError: Its family is unknown, it has what can't be decoded here, it's
+            quantized in a way that can't be shared, or `max_sequence_length` goes
+            past what it knows.
     """
     backbone = getattr(causal_lm, "backbone", causal_lm)
     if max_sequence_length is None:
@@ -67,6 +78,7 @@ def share(causal_lm, max_sequence_length):
         max_sequence_length: The most positions, where the model doesn't know fewer.
     """
     backbone = _backbone_of(causal_lm)
+    check_quantization(backbone)
     kind = type(backbone).__name__
     if kind in ENCODER_DECODERS:
         policy = _plain_policy(backbone.dtype_policy)
@@ -85,6 +97,7 @@ def share(causal_lm, max_sequence_length):
         **_heads(backbone),
     )
     options = family.options(backbone)
+    has_last_position = "max_sequence_length" in options
     options["max_sequence_length"] = min(
         max_sequence_length, options.get("max_sequence_length", max_sequence_length)
     )
@@ -99,8 +112,11 @@ def share(causal_lm, max_sequence_length):
     preprocessor = causal_lm.preprocessor
     model = SharedDecoderLM(
         parts,
+        has_last_position,
         **{**sizes, **_told_by_parts(blocks[0]), **_ends(backbone), **options},
-        tokenizer=None if preprocessor is None else HubTokenizer(preprocessor),
+        tokenizer=None
+        if preprocessor is None
+        else HubTokenizer(preprocessor, family.end_of_turn),
         dtype=_plain_policy(backbone.dtype_policy),
         name=causal_lm.name,
     )
@@ -130,7 +146,54 @@ def _backbone_of(causal_lm):
             f"{', '.join((*FAMILIES, *ENCODER_DECODERS))}. Received: a "
             f"{type(causal_lm).__name__} with a {name}{why}"
         )
+    _check_methods(hub, causal_lm)
+    _check_options(backbone)
     return backbone
+
+
+def _check_methods(hub, causal_lm):
+    """Refuses a class that decodes in another way than the one it's derived from."""
+    own = type(causal_lm)
+    base = next(c for c in own.__mro__ if getattr(hub.models, c.__name__, None) is c)
+    for name in METHODS:
+        if getattr(own, name, None) is not getattr(base, name, None):
+            raise ValueError(
+                f"`causal_lm` must decode as a {base.__name__} does. Received: a "
+                f"{own.__name__} with a `{name}` of its own"
+            )
+
+
+def _check_options(backbone):
+    """Refuses what a later keras-hub has and this package never heard of."""
+    defaults = inspect.signature(type(backbone).__init__).parameters
+    for name, value in backbone.get_config().items():
+        if name in OPTIONS or name not in defaults:
+            continue
+        if value != defaults[name].default:
+            raise ValueError(
+                "`causal_lm` must have a backbone whose options are known here, or as "
+                f"they are by default. Received: a {type(backbone).__name__} with "
+                f"{name}={value!r}"
+            )
+
+
+def check_quantization(backbone):
+    """Refuses a backbone with layers that are quantized in a way not tried here.
+
+    Args:
+        backbone: A `keras_hub.models.Backbone`.
+
+    Raises:
+        ValueError: The mode of a layer isn't in `QUANTIZATIONS`.
+    """
+    for layer in backbone._flatten_layers():
+        mode = getattr(layer, "quantization_mode", None)
+        if mode not in QUANTIZATIONS:
+            raise ValueError(
+                "`causal_lm` must be quantized in no other mode than "
+                f"{', '.join(map(str, QUANTIZATIONS[1:]))}. Received: "
+                f"quantization_mode={mode!r} of {layer.path}"
+            )
 
 
 def _heads(backbone):

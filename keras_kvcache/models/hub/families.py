@@ -12,12 +12,33 @@ from typing import NamedTuple
 from keras_kvcache.layers.rotary_embedding import llama3_frequency_factors
 from keras_kvcache.models.hub import parts
 
+# Arguments of backbones that make a difference here, or to training alone. One that is
+# new to keras-hub may change numbers in ways that nobody here has heard of.
+OPTIONS = frozenset(
+    """
+    attention_logit_soft_cap dropout dtype embedding_dim final_logit_soft_cap
+    global_rope_scaling_factor head_dim hidden_dim image_size intermediate_dim
+    is_embedding_model layer_norm_epsilon local_rope_scaling_factor
+    max_decoder_sequence_length max_encoder_sequence_length max_sequence_length name
+    num_experts num_heads num_key_value_heads num_layers num_mels num_query_heads
+    pooling_intermediate_dim pretraining_sequence_length query_head_dim_normalize
+    rope_frequency_adjustment_factor rope_high_freq_factor rope_low_freq_factor
+    rope_max_wavelength rope_position_scaling_factor rope_pretraining_sequence_length
+    rope_scaling_factor rope_scaling_long_factor rope_scaling_short_factor
+    rope_scaling_type router_aux_loss_coef router_jitter_noise sliding_window
+    sliding_window_size tie_word_embeddings top_k trainable use_bidirectional_attention
+    use_post_attention_norm use_post_ffw_norm use_query_key_norm
+    use_sliding_window_attention vision_encoder vocabulary_size
+    """.split()
+)
+
 
 class Family(NamedTuple):
     """How a backbone is read."""
 
     options: Callable  # backbone -> options of `DecoderLM`
     block_parts: Callable  # block -> what a `DecoderBlock` adopts
+    end_of_turn: str | None = None  # what ends an answer besides the end token
 
 
 def _gpt2(backbone):
@@ -130,6 +151,13 @@ def _gemma3(backbone):
                 "`causal_lm` must be a Gemma 3 of text that attends what came before. "
                 f"Received: a backbone with {flag}={value}"
             )
+    compute_dtype = backbone.transformer_layers[0].compute_dtype
+    if compute_dtype == "float16":
+        raise ValueError(
+            "`causal_lm` must compute in another dtype, as Gemma 3 in float16 is cut "
+            "off at the largest number between its parts. Received: "
+            f"compute_dtype={compute_dtype!r}"
+        )
     options = dict(_gemma(backbone), intermediate_dim=backbone.intermediate_dim)
     if options["sliding_window"] is None:
         return options
@@ -163,9 +191,9 @@ FAMILIES = {
     "Llama3Backbone": Family(_llama, parts.llama_decoder),
     "MistralBackbone": Family(_mistral, parts.llama_decoder),
     "MixtralBackbone": Family(_mixtral, parts.mixtral_decoder),
-    "Phi3Backbone": Family(_phi3, parts.phi3_decoder),
+    "Phi3Backbone": Family(_phi3, parts.phi3_decoder, "<|end|>"),
     "QwenBackbone": Family(_qwen, parts.llama_decoder),
     "Qwen3Backbone": Family(_qwen3, parts.qwen3_decoder),
     "GemmaBackbone": Family(_gemma, parts.gemma_decoder),
-    "Gemma3Backbone": Family(_gemma3, parts.gemma_decoder),
+    "Gemma3Backbone": Family(_gemma3, parts.gemma_decoder, "<end_of_turn>"),
 }

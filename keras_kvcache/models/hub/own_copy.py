@@ -78,7 +78,8 @@ def _copy_layer(own, shared):
         if own.bias is not None:
             own.bias.assign(shared.bias)
     elif hasattr(own, "embeddings"):
-        own.embeddings.assign(shared.embeddings)
+        # Of a position table perhaps not all is wanted.
+        own.embeddings.assign(shared.embeddings[: own.embeddings.shape[0]])
         if not getattr(own, "tie_weights", True):
             own.reverse_embeddings.assign(shared.reverse_embeddings)
     else:

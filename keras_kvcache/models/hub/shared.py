@@ -48,9 +48,19 @@ class SharedDecoderLM(SharesLayers, DecoderLM):
 
     Their weights may lie otherwise than those of a `DecoderLM` do, so what is saved
     is a copy with weights of its own, and files are read by the other model.
+
+    Args:
+        parts: As in `SharesLayers`.
+        has_last_position: As in `DecoderLM`; here rotations may have an end, too.
+        **config: Arguments of `DecoderLM`.
     """
 
     _saved_by = "use `save_to_preset` on it"
+    has_last_position = False
+
+    def __init__(self, parts, has_last_position, **config):
+        self.has_last_position = has_last_position
+        super().__init__(parts, **config)
 
     @classmethod
     def from_config(cls, config):

@@ -9,19 +9,27 @@ class HubTokenizer:
 
     Args:
         preprocessor: A `keras_hub.models.CausalLMPreprocessor`.
+        end_of_turn: A token that ends an answer besides that of the end, if the
+            vocabulary has it; `None` for no other.
 
     Attributes:
         stop_token_ids: Ids that end an answer.
     """
 
-    def __init__(self, preprocessor):
+    def __init__(self, preprocessor, end_of_turn=None):
         self._preprocessor = preprocessor
+        self._end_of_turn = end_of_turn
 
     @property
     def stop_token_ids(self):
         """See the class; those of keras-hub's `stop_token_ids="auto"`."""
         tokenizer = self._preprocessor.tokenizer
         ids = [tokenizer.end_token_id, getattr(tokenizer, "end_token2_id", None)]
+        if self._end_of_turn is not None:
+            token_id = tokenizer.token_to_id(self._end_of_turn)
+            # What a vocabulary lacks has the id of the unknown.
+            if tokenizer.id_to_token(token_id) == self._end_of_turn:
+                ids.append(token_id)
         return tuple(token for token in ids if token is not None)
 
     def encode(self, text):
