@@ -95,7 +95,7 @@ CASES = {
     "gemma2": ("Gemma", dict(GEMMA2, query_head_dim_normalize=False)),
     "gemma3": ("Gemma3", dict(GEMMA3, num_layers=6)),
     # So few layers that none sees all.
-    "gemma3_short": ("Gemma3", GEMMA3),
+    "gemma3_short": ("Gemma3", dict(GEMMA3, num_layers=3)),
     "gemma3_full": (
         "Gemma3",
         dict(
