@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import harness
 
-import keras_kvcache  # isort: skip  # First: it chooses JAX.
+import keras_kvcache  # noqa: F401  # isort: skip  # First: it chooses JAX.
 import jax
 import jax.numpy as jnp
 import numpy as np
