@@ -126,6 +126,9 @@ def _add_slots(running, attended, block):
         slots = ops.shape(attended.segment.positions)[1]
         return _merge(running, attended.partial(0, slots))
 
+    # A rest would be one more piece of program to compile, for every layer.
+    if slots % block and slots % (block // 2) == 0:
+        block //= 2
     def add(number, running):
         return attended.add_block(running, number * block, block)
 
