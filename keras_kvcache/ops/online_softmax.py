@@ -129,6 +129,7 @@ def _add_slots(running, attended, block):
     # A rest would be one more piece of program to compile, for every layer.
     if slots % block and slots % (block // 2) == 0:
         block //= 2
+
     def add(number, running):
         return attended.add_block(running, number * block, block)
 
