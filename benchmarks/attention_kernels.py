@@ -14,6 +14,7 @@ candidates have the same queries, keys and values, and the benchmark stops unles
 outputs agree. A candidate that this machine can't run is left out with a line.
 """
 
+import abc
 import functools
 from typing import NamedTuple
 
@@ -42,8 +43,8 @@ class Shape(NamedTuple):
     layers: int
 
 
-class Candidate:
-    """A way to attend; its `name` and what it stores belong to the class."""
+class Candidate(abc.ABC):
+    """A way to attend; its `name` belongs to the class."""
 
     @classmethod
     def missing(cls):
@@ -54,9 +55,9 @@ class Candidate:
         """Whatever it reads of keys and values that came as `(B, 2, S, K, H)`."""
         return tensor[:, 0], tensor[:, 1]
 
+    @abc.abstractmethod
     def attend(self, query, stored, fill):
         """`(B, N, H)` queries over the first `fill` slots."""
-        raise NotImplementedError
 
 
 class HeadMajor(Candidate):

@@ -63,7 +63,7 @@ RUNS = {
     Shape(B=1, N=9, K=3, H=64, layers=48): GROWING,  # as SmolLM2
     Shape(B=8, N=9, K=3, H=64, layers=24): {2048: (256, 2048)},
 }
-# On an accelerator, whose memory these fill as much.
+# On an accelerator.
 LARGE_RUNS = {Shape(B=32, N=32, K=8, H=128, layers=2): GROWING}
 QUICK_RUNS = {
     Shape(B=1, N=4, K=4, H=16, layers=2): {256: (256,), 512: (256, 512)},

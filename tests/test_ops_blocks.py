@@ -114,3 +114,35 @@ def test_blocks_have_gradients(layout):
 
     in_blocks, whole = (jax.grad(loss)(query, blocks) for blocks in (11, S))
     np.testing.assert_allclose(in_blocks, whole, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("slots", "pieces"), [(47, 2), (45, 1)])
+def test_blocks_leave_no_rest_where_half_of_one_divides(monkeypatch, slots, pieces):
+    """A rest is a second piece of program, in every layer of a model."""
+    monkeypatch.setattr(online_softmax, "BLOCK", 10)
+    length = LENGTHS["many"]
+    entries = cases.noise(B, 2, slots, K, H)
+    cache = StaticCache.from_dense(keras.ops.convert_to_tensor(entries))
+    query = keras.ops.convert_to_tensor(cases.noise(B, length, N, H, seed=1))
+    positions = keras.ops.convert_to_tensor(np.arange(length, dtype="int32")[None])
+
+    def run(query, positions):
+        view = cache.view()
+        return attend(query, view, view_masks(view, positions, causal=True), 0.3)
+
+    output = cases.numpy(cases.compiled(run)(query, positions))
+    for row in range(B):
+        expected, _ = reference.attend(
+            np.float64(cases.numpy(query)[row]),
+            *np.float64(entries[row]),
+            0.3,
+            causal=True,
+            positions=range(length),
+        )
+        np.testing.assert_allclose(output[row], expected, rtol=0, atol=1e-5)
+    if keras.backend.backend() == "jax":
+        import jax
+
+        # Scores and values, of blocks that are seen whole and of others.
+        program = str(jax.make_jaxpr(run)(query, positions))
+        assert program.count("dot_general") == 2 * 2 * pieces
