@@ -37,6 +37,8 @@ constexpr int64_t kDensePiece = 64;
 // fetched: as many as fit a core's nearest cache.
 constexpr int64_t kDenseBlock = 8;
 
+constexpr int64_t kLine = 64;  // bytes that memory gives at a time
+
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 
 // Floats of a vector as wide as the processor's, as far as the flags tell.
@@ -161,9 +163,27 @@ inline Vector Tanh(Vector x) {
   return x < 0.0f ? -tanh : tanh;
 }
 
+// What is read next, of which a few lines at a time are fetched while the processor
+// computes: it would else read nothing meanwhile.
+class Ahead {
+ public:
+  Ahead(const void* begin, int64_t bytes)
+      : next_(static_cast<const char*>(begin)), end_(next_ + bytes) {}
+
+  void Fetch(int64_t bytes) {
+    const char* until = std::min(next_ + bytes, end_);
+    for (; next_ < until; next_ += kLine) __builtin_prefetch(next_);
+  }
+
+ private:
+  const char* next_;
+  const char* const end_;
+};
+
 // Scores (Rows, count), kPiece apart, of queries (Rows, H) with keys (H, count),
 // `stride` apart. Keys are read four rows side by side, which makes four long runs
-// in memory, and the sums are loaded and stored for every fourth row only.
+// in memory, and the sums are loaded and stored for every fourth row only. The next
+// four runs are fetched meanwhile, as a processor foresees no run before it began.
 template <int Rows, typename T>
 void Score(const float* query, int64_t head_dim, const T* keys, int64_t stride,
            int64_t count, float* scores) {
@@ -173,7 +193,9 @@ void Score(const float* query, int64_t head_dim, const T* keys, int64_t stride,
   int64_t h = 0;
   for (; h + 4 <= head_dim; h += 4) {
     const T* key = keys + h * stride;
+    const T* next = h + 8 <= head_dim ? key + 4 * stride : key;
     ForVectors(count, [&](int64_t slot, int64_t lanes) {
+      for (int row = 0; row < 4; ++row) __builtin_prefetch(next + row * stride + slot);
       const Vector key0 = Load(key + slot, lanes);
       const Vector key1 = Load(key + stride + slot, lanes);
       const Vector key2 = Load(key + 2 * stride + slot, lanes);
@@ -325,10 +347,11 @@ struct Scales {
 };
 
 // Scores become weights: scaled, capped, hidden and raised to powers of e. NaN among
-// them is left in the total.
+// them is left in the total. Of the values, as much is fetched as memory gives in the
+// time of the powers, at 16 bytes for each.
 void Softmax(float* scores, Scales key_scales, Scales value_scales,
              const uint8_t* mask, int64_t count, float soft_cap, float* maximum,
-             float* total) {
+             float* total, Ahead* values) {
   const Vector hidden = Vector{} + kHidden;
   Vector maxima = hidden, sums = {};
   ForVectors(count, [&](int64_t slot, int64_t lanes) {
@@ -346,6 +369,7 @@ void Softmax(float* scores, Scales key_scales, Scales value_scales,
   // Where all is hidden any number does: no weight is left.
   const float origin = *maximum == kHidden ? 0.0f : *maximum;
   ForVectors(count, [&](int64_t slot, int64_t lanes) {
+    values->Fetch(16 * kLanes);
     Vector score = hidden;
     std::memcpy(&score, scores + slot, lanes * sizeof(float));
     const Vector weight = Exp(score - origin);
@@ -374,12 +398,13 @@ void AttendHeadMajor(const Sizes& sizes, const float* query, const Piece& piece,
     Score<rows>(query + row * sizes.head_dim, sizes.head_dim, keys, slots, piece.count,
                 scores + row * kPiece);
   });
+  Ahead ahead(values, piece.count * sizes.value_dim * sizeof(T));
   for (int64_t row = 0; row < sizes.rows; ++row) {
     Softmax(scores + row * kPiece,
             {coded ? segment.key_scales + slot : nullptr, 1},
             {coded ? segment.value_scales + slot : nullptr, 1},
             piece.mask.Of(sizes, piece.head, row), piece.count, sizes.soft_cap,
-            partial.maximum + row, partial.total + row);
+            partial.maximum + row, partial.total + row, &ahead);
   }
   std::fill_n(partial.output, sizes.rows * sizes.value_dim, 0.0f);
   ForRows(sizes.rows, [&](int64_t row, auto rows) {
@@ -393,14 +418,11 @@ void AttendHeadMajor(const Sizes& sizes, const float* query, const Piece& piece,
 // alone a processor foresees.
 template <typename T, typename Body>
 void ForBlocks(const T* entries, int64_t width, int64_t count, Body body) {
-  constexpr int64_t kLine = 64 / sizeof(T);  // of a processor's cache
   for (int64_t slot = 0; slot < count; slot += kDenseBlock) {
     const int64_t slots = std::min(kDenseBlock, count - slot);
     const T* block = entries + slot * width;
     const int64_t ahead = std::min(kDenseBlock, count - slot - slots) * width;
-    for (int64_t entry = 0; entry < ahead; entry += kLine) {
-      __builtin_prefetch(block + slots * width + entry);
-    }
+    Ahead(block + slots * width, ahead * sizeof(T)).Fetch(ahead * sizeof(T));
     body(block, slot, slots);
   }
 }
@@ -425,6 +447,7 @@ void AttendDense(const Sizes& sizes, const float* query, const Piece& piece,
       });
     }
   });
+  Ahead ahead(values, piece.count * width * sizeof(T));
   for (int64_t row = 0; row < heads * sizes.rows; ++row) {
     const int64_t head = row / sizes.rows;
     const auto scales = [&](int64_t slot) -> Scales {
@@ -433,7 +456,7 @@ void AttendDense(const Sizes& sizes, const float* query, const Piece& piece,
     };
     Softmax(scores + row * kDensePiece, scales(key_slot), scales(value_slot),
             piece.mask.Of(sizes, head, row % sizes.rows), piece.count, sizes.soft_cap,
-            partial.maximum + row, partial.total + row);
+            partial.maximum + row, partial.total + row, &ahead);
   }
   std::fill_n(partial.output, heads * sizes.rows * head_dim, 0.0f);
   ForBlocks(values, width, piece.count,
