@@ -42,9 +42,16 @@ def forget_programs():
 def without_kernel():
     """Leaves attention to XLA, as where no C++ compiler is; called, it ends that."""
     with pytest.MonkeyPatch.context() as patch:
+
+        def undo():
+            patch.undo()
+            jax.clear_caches()  # Attention that was traced stays as it was.
+
+        jax.clear_caches()
         target = "keras_kvcache.ops.decode_attention._is_registered"
         patch.setattr(target, lambda: False)
-        yield patch.undo
+        yield undo
+        undo()
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,26 @@ S = 4099
 SHAPED = re.compile(r"= \w+\[([\d,]+)\]\S* (copy|transpose|concatenate|broadcast)\(")
 
 
+def lower_decode_loop(lm, cache, batch_size):
+    """The program of many tokens, not yet compiled."""
+    rows = np.zeros(batch_size, "int32")
+    return lm.generator._decode.lower(
+        state=DecodeState(cache, rows, rows + 5, rows > 0, np.int32(1)),
+        limits=Limits(rows + 100, np.full(8, -1, "int32")),
+        sampler=samplers.greedy(),
+        seed=np.uint32(1),
+        steps=np.int32(64),
+    )
+
+
+def test_layers_that_are_alike_are_traced_once():
+    lm = make_lm(num_layers=3)
+    cache = lm.generator.init_cache(2, 61)
+    program = lower_decode_loop(lm, cache, 2).as_text()
+    assert program.count("func.func private @_attend_cache") == 1
+    assert program.count("call @_attend_cache") == 3
+
+
 # For each cache the most temporaries, as a part of what a layer's takes, and the most
 # slots whose keys are copied. Where a block is made floats of it's much of few bytes.
 CACHES = {
@@ -56,14 +76,7 @@ def test_decode_loop_holds_no_copy_of_a_cache(batch_size, num_key_value_heads, n
     )
     options, temporaries, slots = CACHES[name]
     cache = lm.generator.init_cache(batch_size, S, **options)
-    rows = np.zeros(batch_size, "int32")
-    program = lm.generator._decode.lower(
-        state=DecodeState(cache, rows, rows + 5, rows > 0, np.int32(1)),
-        limits=Limits(rows + 100, np.full(8, -1, "int32")),
-        sampler=samplers.greedy(),
-        seed=np.uint32(1),
-        steps=np.int32(64),
-    ).compile()
+    program = lower_decode_loop(lm, cache, batch_size).compile()
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes >= 2 * cache[0].nbytes
     assert memory.temp_size_in_bytes < temporaries * cache[0].nbytes

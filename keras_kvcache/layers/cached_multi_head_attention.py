@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_kvcache.caches import Cache
+from keras_kvcache.caches.attending import attend_cache, look
 from keras_kvcache.layers.adoption import AdoptsParts
 from keras_kvcache.layers.attention_checks import (
     LAYER_ARGUMENTS,
@@ -14,12 +15,9 @@ from keras_kvcache.layers.attention_checks import (
 from keras_kvcache.layers.projections import make_output_projection, make_projection
 from keras_kvcache.ops import (
     align_mask,
-    attend,
     attend_fused,
     attend_with_scores,
-    sequence_view,
     token_positions,
-    view_masks,
 )
 
 
@@ -236,37 +234,33 @@ class CachedMultiHeadAttention(AdoptsParts, keras.layers.MultiHeadAttention):
             )
         )
 
-        # 1. Project and say what may be attended: the three modes.
+        # 1. Project.
         queries = self._project_query(query, index)
-        if cache is not None and cache_update_index is None:
-            view = holder.view()
-        else:
-            keys, values = self.project_entries(value, key, index)
-            if cache is None:
-                view = sequence_view(keys, values)
-            else:
-                holder, view = holder.update(keys, values, index)
+        entries = None
+        if cache is None or cache_update_index is not None:
+            entries = self.project_entries(value, key, index)
 
-        # 2. Attend.
+        # 2. Write and attend: the three modes.
         if attention_mask is not None:
             attention_mask = align_mask(attention_mask)
-        hidden = view_masks(
-            view,
-            token_positions(index, ops.shape(query)[1]),
+        rules = dict(
+            masks=dict(
+                attention_mask=attention_mask,
+                query_mask=query_mask,
+                entry_masks=[
+                    mask for mask in (value_mask, key_mask) if mask is not None
+                ],
+            ),
             causal=use_causal_mask,
             sliding_window=self._sliding_window,
-            attention_mask=attention_mask,
-            query_mask=query_mask,
-            entry_masks=[mask for mask in (value_mask, key_mask) if mask is not None],
-            index=index,
         )
         scale, soft_cap = self._inverse_sqrt_key_dim, self.logit_soft_cap
         scores = None
         if return_attention_scores or (self._dropout > 0 and training):
+            holder, *seen = look(holder, queries, entries, index, **rules)
             output, scores = attend_with_scores(
                 queries,
-                view,
-                hidden,
+                *seen,
                 scale,
                 soft_cap,
                 dropout=lambda weights: self._dropout_layer(weights, training=training),
@@ -275,17 +269,19 @@ class CachedMultiHeadAttention(AdoptsParts, keras.layers.MultiHeadAttention):
             # Kernels are fastest where they make the causal mask themselves.
             only_causal = use_causal_mask and self._sliding_window is None
             only_causal = only_causal and all(mask is None for mask in masks.values())
+            _, _, hidden = look(None, queries, entries, index, **rules)
             output = attend_fused(
                 queries,
-                keys,
-                values,
+                *entries,
                 None if only_causal else hidden[0],
                 scale,
                 causal=only_causal,
                 flash_attention=self._flash_attention,
             )
         else:
-            output = attend(queries, view, hidden, scale, soft_cap)
+            output, holder = attend_cache(
+                holder, queries, entries, index, scale=scale, soft_cap=soft_cap, **rules
+            )
 
         # 3. Gate and project the output.
         output = ops.cast(output, self.compute_dtype)
