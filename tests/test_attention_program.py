@@ -134,3 +134,47 @@ def test_what_a_copy_would_look_like():
     program = jax.jit(step, donate_argnums=0).lower(cache, entry, 5).compile()
     temporaries = program.memory_analysis().temp_size_in_bytes
     assert temporaries > 0.4 * cache.nbytes or made(program, COPIES, cache.size // 2)
+
+
+def count_traces(layers, updates=True, known_index=None):
+    """How many attentions a program of several layers has apart from its own text."""
+    import jax
+
+    def model(x, caches, index):
+        index = index if known_index is None else known_index
+        returned = []
+        for layer, cache in zip(layers, caches, strict=True):
+            if updates:
+                x, cache = layer(x, x, cache=cache, cache_update_index=index)
+            else:
+                x, cache = layer(x, None, cache=cache)
+            returned.append(cache)
+        return x, returned
+
+    caches = [cases.make_cache(layer, 2, 31, "head_major") for layer in layers]
+    arguments = (cases.noise(2, 1, cases.D), caches, cases.int32(5))
+    text = jax.jit(model).lower(*arguments).as_text()
+    return text.count("func.func private @_attend_cache")
+
+
+def test_each_kind_of_attention_is_traced_once():
+    same = [cases.make_layer() for _ in range(3)]
+    assert count_traces(same) == 1
+    assert count_traces([*same, cases.make_layer(logit_soft_cap=7.0)]) == 2
+    assert count_traces([*same, cases.make_layer(sliding_window=7)]) == 2
+    assert count_traces([*same, cases.make_layer(query_scale=0.7)]) == 2
+    assert count_traces(same, updates=False) == 1
+
+
+def test_a_known_index_stays_known():
+    assert count_traces([cases.make_layer()], known_index=5) == 0
+
+
+def test_attention_that_is_distributed_is_traced_in_each_layer():
+    """How it lies on devices is nothing that JAX would tell traces apart by."""
+    import jax
+
+    layers = [cases.make_layer() for _ in range(2)]
+    assert count_traces(layers) == 1
+    with keras.distribution.DataParallel(devices=jax.devices()).scope():
+        assert count_traces(layers) == 0

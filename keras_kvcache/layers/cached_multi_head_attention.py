@@ -4,7 +4,6 @@ import keras
 from keras import ops
 
 from keras_kvcache.caches import Cache
-from keras_kvcache.caches.attending import attend_cache, look
 from keras_kvcache.layers.adoption import AdoptsParts
 from keras_kvcache.layers.attention_checks import (
     LAYER_ARGUMENTS,
@@ -12,6 +11,7 @@ from keras_kvcache.layers.attention_checks import (
     check_constructor,
     check_left_to_keras,
 )
+from keras_kvcache.layers.cached_attention import attend_cache, write_and_view
 from keras_kvcache.layers.projections import make_output_projection, make_projection
 from keras_kvcache.ops import (
     align_mask,
@@ -234,16 +234,17 @@ class CachedMultiHeadAttention(AdoptsParts, keras.layers.MultiHeadAttention):
             )
         )
 
-        # 1. Project.
+        # 1. Project what the mode needs.
         queries = self._project_query(query, index)
         entries = None
         if cache is None or cache_update_index is not None:
             entries = self.project_entries(value, key, index)
+        inputs = (queries, entries, index)
 
-        # 2. Write and attend: the three modes.
+        # 2. Write and attend.
         if attention_mask is not None:
             attention_mask = align_mask(attention_mask)
-        rules = dict(
+        hiding = dict(
             masks=dict(
                 attention_mask=attention_mask,
                 query_mask=query_mask,
@@ -251,16 +252,17 @@ class CachedMultiHeadAttention(AdoptsParts, keras.layers.MultiHeadAttention):
                     mask for mask in (value_mask, key_mask) if mask is not None
                 ],
             ),
-            causal=use_causal_mask,
+            causal=bool(use_causal_mask),
             sliding_window=self._sliding_window,
         )
         scale, soft_cap = self._inverse_sqrt_key_dim, self.logit_soft_cap
         scores = None
         if return_attention_scores or (self._dropout > 0 and training):
-            holder, *seen = look(holder, queries, entries, index, **rules)
+            holder, view, hidden = write_and_view(holder, *inputs, **hiding)
             output, scores = attend_with_scores(
                 queries,
-                *seen,
+                view,
+                hidden,
                 scale,
                 soft_cap,
                 dropout=lambda weights: self._dropout_layer(weights, training=training),
@@ -269,7 +271,7 @@ class CachedMultiHeadAttention(AdoptsParts, keras.layers.MultiHeadAttention):
             # Kernels are fastest where they make the causal mask themselves.
             only_causal = use_causal_mask and self._sliding_window is None
             only_causal = only_causal and all(mask is None for mask in masks.values())
-            _, _, hidden = look(None, queries, entries, index, **rules)
+            _, _, hidden = write_and_view(None, *inputs, **hiding)
             output = attend_fused(
                 queries,
                 *entries,
@@ -280,7 +282,7 @@ class CachedMultiHeadAttention(AdoptsParts, keras.layers.MultiHeadAttention):
             )
         else:
             output, holder = attend_cache(
-                holder, queries, entries, index, scale=scale, soft_cap=soft_cap, **rules
+                holder, *inputs, scale=scale, soft_cap=soft_cap, **hiding
             )
 
         # 3. Gate and project the output.

@@ -38,6 +38,8 @@ constexpr int64_t kDensePiece = 64;
 constexpr int64_t kDenseBlock = 8;
 
 constexpr int64_t kLine = 64;  // bytes that memory gives at a time
+// Bytes fetched for each score that becomes a weight: what memory gives meanwhile.
+constexpr int64_t kAhead = 16;
 
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 
@@ -187,15 +189,19 @@ class Ahead {
 template <int Rows, typename T>
 void Score(const float* query, int64_t head_dim, const T* keys, int64_t stride,
            int64_t count, float* scores) {
+  constexpr int64_t kPerLine = kLine / sizeof(T);
   for (int row = 0; row < Rows; ++row) {
     std::fill_n(scores + row * kPiece, count, 0.0f);
   }
   int64_t h = 0;
   for (; h + 4 <= head_dim; h += 4) {
     const T* key = keys + h * stride;
+    // The last four have no next ones, and are there already.
     const T* next = h + 8 <= head_dim ? key + 4 * stride : key;
     ForVectors(count, [&](int64_t slot, int64_t lanes) {
-      for (int row = 0; row < 4; ++row) __builtin_prefetch(next + row * stride + slot);
+      for (int row = 0; row < 4 && slot % kPerLine == 0; ++row) {
+        __builtin_prefetch(next + row * stride + slot);
+      }
       const Vector key0 = Load(key + slot, lanes);
       const Vector key1 = Load(key + stride + slot, lanes);
       const Vector key2 = Load(key + 2 * stride + slot, lanes);
@@ -347,11 +353,10 @@ struct Scales {
 };
 
 // Scores become weights: scaled, capped, hidden and raised to powers of e. NaN among
-// them is left in the total. Of the values, as much is fetched as memory gives in the
-// time of the powers, at 16 bytes for each.
+// them is left in the total. A part of the values is fetched meanwhile.
 void Softmax(float* scores, Scales key_scales, Scales value_scales,
              const uint8_t* mask, int64_t count, float soft_cap, float* maximum,
-             float* total, Ahead* values) {
+             float* total, Ahead* ahead) {
   const Vector hidden = Vector{} + kHidden;
   Vector maxima = hidden, sums = {};
   ForVectors(count, [&](int64_t slot, int64_t lanes) {
@@ -369,7 +374,7 @@ void Softmax(float* scores, Scales key_scales, Scales value_scales,
   // Where all is hidden any number does: no weight is left.
   const float origin = *maximum == kHidden ? 0.0f : *maximum;
   ForVectors(count, [&](int64_t slot, int64_t lanes) {
-    values->Fetch(16 * kLanes);
+    ahead->Fetch(kAhead * lanes);
     Vector score = hidden;
     std::memcpy(&score, scores + slot, lanes * sizeof(float));
     const Vector weight = Exp(score - origin);

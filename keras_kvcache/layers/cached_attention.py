@@ -1,0 +1,82 @@
+"""Attention through a cache as pure functions: what lies between the projections."""
+
+import jax
+import keras
+from keras import ops
+
+from keras_kvcache.ops import attend, sequence_view, token_positions, view_masks
+
+
+def write_and_view(cache, query, entries, index, *, masks, causal, sliding_window):
+    """Writes what there is to write, and shows what a call may attend to.
+
+    The three modes: without a cache the entries are attended, without entries what the
+    cache holds, and with both what it holds once they are written.
+
+    Args:
+        cache: A cache, or `None`.
+        query: Tensor `(B, T, N, H)`.
+        entries: Pair of keys `(B, T', K, H)` and values `(B, T', K, Hv)`, or `None`.
+        index: An int, or an integer tensor of shape `()` or `(B,)`: position of the
+            first entry and of the first query.
+        masks: Dictionary of `attention_mask`, `query_mask` and `entry_masks`, as in
+            `keras_kvcache.ops.view_masks`.
+        causal, sliding_window: As there.
+
+    Returns:
+        The cache as it is now, a `View`, and a mask or `None` for each segment of it.
+    """
+    if cache is None:
+        view = sequence_view(*entries)
+    elif entries is None:
+        view = cache.view()
+    else:
+        cache, view = cache.update(*entries, index)
+    hidden = view_masks(
+        view,
+        token_positions(index, ops.shape(query)[1]),
+        causal=causal,
+        sliding_window=sliding_window,
+        index=index,
+        **masks,
+    )
+    return cache, view, hidden
+
+
+def attend_cache(cache, query, entries, index, *, scale, soft_cap, **hiding):
+    """Writes what there is to write, and attends.
+
+    In a program whose index is an argument, layers that are alike are traced once: this
+    is most of what there is to trace in a model.
+
+    Args:
+        cache, query, entries, index: As in `write_and_view`.
+        scale, soft_cap: As in `keras_kvcache.ops.attend`.
+        **hiding: The other arguments of `write_and_view`.
+
+    Returns:
+        A tensor `(B, T, N, Hv)`, as of `attend`, and the cache as it is now.
+    """
+    # An index that is known stays so, as some writes are cheaper then. And how tensors
+    # lie on devices is no part of what JAX tells traces apart by.
+    is_traced_once = (
+        isinstance(query, jax.core.Tracer)
+        and (entries is None or isinstance(index, jax.core.Tracer))
+        and keras.distribution.distribution() is None
+    )
+    run = _attend_cache_once if is_traced_once else _attend_cache
+    output, updated = run(
+        cache, query, entries, index, scale=scale, soft_cap=soft_cap, **hiding
+    )
+    return output, cache if entries is None else updated
+
+
+def _attend_cache(cache, query, entries, index, *, scale, soft_cap, **hiding):
+    cache, view, hidden = write_and_view(cache, query, entries, index, **hiding)
+    output = attend(query, view, hidden, scale, soft_cap)
+    return output, None if entries is None else cache
+
+
+_attend_cache_once = jax.jit(
+    _attend_cache, static_argnames=("scale", "soft_cap", "causal", "sliding_window")
+)
