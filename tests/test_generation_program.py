@@ -29,6 +29,7 @@ def lower_decode_loop(lm, cache, batch_size):
         sampler=samplers.greedy(),
         seed=np.uint32(1),
         steps=np.int32(64),
+        listener=np.int32(-1),
     )
 
 

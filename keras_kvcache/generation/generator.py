@@ -11,6 +11,7 @@ from keras import ops
 from keras_kvcache import samplers
 from keras_kvcache.caches import read_options
 from keras_kvcache.caches.bits import as_bits
+from keras_kvcache.generation.bursts import BURST, make_reader
 from keras_kvcache.generation.detokenizer import Detokenizer
 from keras_kvcache.generation.limits import read_stop_token_ids, row_ends
 from keras_kvcache.generation.program import make_program
@@ -30,10 +31,6 @@ from keras_kvcache.generation.steps import (
     prefill,
 )
 from keras_kvcache.generation.stream import TextStream
-
-# Tokens that `generate` decodes between two looks at whether to go on, such as
-# at Ctrl-C: many, so that the loop is hardly ever left.
-BURST = 64
 
 
 class Generator:
@@ -161,7 +158,7 @@ class Generator:
         options = read_options(cache)
         ends = self._ends(prompts, max_length, max_new_tokens, options)
         bursts = self._bursts(
-            prompts.rows, ends, stop_token_ids, sampler, seed, BURST, options
+            prompts.rows, ends, stop_token_ids, sampler, seed, options
         )
         new_rows = [[] for _ in prompts.rows]
         for tokens in bursts:
@@ -215,7 +212,7 @@ class Generator:
         options = read_options(cache)
         ends = self._ends(prompts, max_length, max_new_tokens, options)
         bursts = self._bursts(
-            prompts.rows, ends, stop_token_ids, sampler, seed, 1, options
+            prompts.rows, ends, stop_token_ids, sampler, seed, options, streams=True
         )
         return TextStream(bursts, prompts, self.tokenizer)
 
@@ -238,7 +235,9 @@ class Generator:
             may_be_full=prompts.form == "arrays",
         )
 
-    def _bursts(self, rows, ends, stop_token_ids, sampler, seed, burst, options):
+    def _bursts(
+        self, rows, ends, stop_token_ids, sampler, seed, options, streams=False
+    ):
         """Checks the remaining arguments, then iterates over new tokens.
 
         Yields:
@@ -254,7 +253,8 @@ class Generator:
         # A few sizes, so that the number of stop tokens compiles nothing.
         padded = np.full(max(8, 1 << len(stop).bit_length()), NO_TOKEN, "int32")
         padded[: len(stop)] = stop
-        return self._run(rows, Limits(ends, padded), sampler, seed, burst, options)
+        limits = Limits(ends, padded)
+        return self._run(rows, limits, sampler, seed, options, streams)
 
     def _build(self):
         """Lets a model that was never called make its weights.
@@ -292,7 +292,7 @@ class Generator:
                 ) from error
         return as_bits(self._init_cache(batch_size, capacity, **options))
 
-    def _run(self, rows, limits, sampler, seed, burst, options):
+    def _run(self, rows, limits, sampler, seed, options, streams):
         self._build()
         # 1. Room for the longest row, in one of few sizes.
         lengths = np.array([len(row) for row in rows], "int32")
@@ -311,17 +311,25 @@ class Generator:
         # computed, at worst for nothing.
         index = np.minimum(lengths, capacity - 1)
         state = DecodeState(cache, token, index, done, step=np.int32(1))
-        decode_burst = self._decode.bind(
-            limits=limits, sampler=sampler, seed=seed, steps=np.int32(burst)
-        )
-        state, tokens = decode_burst(state=state)
-        while True:
+        reader, following = make_reader(len(rows), streams), None
+        try:
+            decode_burst = self._decode.bind(
+                limits=limits,
+                sampler=sampler,
+                seed=seed,
+                steps=np.int32(reader.steps),
+                listener=reader.descriptor,
+            )
             state, following = decode_burst(state=state)
-            tokens = ops.convert_to_numpy(tokens)[:, :burst]
-            yield tokens
-            if (tokens[:, -1] == NO_TOKEN).all():
-                return
-            tokens = following
+            while True:
+                tokens = following
+                state, following = decode_burst(state=state)
+                yield from reader.read(tokens)
+                last = ops.convert_to_numpy(tokens)[:, reader.steps - 1]
+                if (last == NO_TOKEN).all():
+                    return
+        finally:
+            reader.close(following)
 
     def _run_prompts(self, cache, rows, lengths, sampler, seed):
         longest = int(lengths.max())

@@ -17,6 +17,7 @@ import keras
 from keras import ops
 
 from keras_kvcache.caches import with_end
+from keras_kvcache.ops import announce
 
 # In the place of a token that a finished row doesn't have.
 NO_TOKEN = -1
@@ -81,7 +82,7 @@ def prefill(model, cache, token, token_ids, first, lengths, sampler, seed):
     return cache, ops.where(ends_here, sampled, token)
 
 
-def decode(model, state, limits, sampler, seed, steps, width):
+def decode(model, state, limits, sampler, seed, steps, width, listener=None):
     """Decodes up to `steps` tokens a row.
 
     Args:
@@ -90,20 +91,19 @@ def decode(model, state, limits, sampler, seed, steps, width):
         limits: `Limits`.
         sampler: `(logits (B, V), seed) -> ids (B,)`.
         seed: uint32 `()`; the sampler gets the pair of it and the step.
-        steps: int32 `()`, at most `width`.
+        steps: int32 `()`, from 1 to `width`.
         width: Columns of the tokens.
+        listener: int32 `()`, the descriptor that each step's tokens are announced to,
+            with a 1 behind them once all rows are done, else a 0. If nobody hears it
+            no other step is made. `None` where programs can't announce.
 
     Returns:
         `(state, tokens)`, the new tokens int32 `(B, width)`, a column a step;
         `NO_TOKEN` where a row had ended and in columns of steps that weren't made.
     """
 
-    def goes_on(loop):
-        state, _, count = loop
-        return ops.logical_and(count < steps, ops.logical_not(ops.all(state.done)))
-
     def one_step(loop):
-        state, tokens, count = loop
+        state, tokens, count, _ = loop
         outputs, cache = model.step(state.token[:, None], state.cache, state.index)
         step_seed = ops.stack([seed, ops.cast(state.step, "uint32")])
         sampled = _sample(model.logits(outputs[:, 0]), sampler, step_seed)
@@ -116,11 +116,17 @@ def decode(model, state, limits, sampler, seed, steps, width):
         ends = ops.logical_or(ops.any(stops, axis=1), index + 1 >= limits.end)
         done = ops.logical_or(state.done, ends)
         state = DecodeState(cache, token, index, done, state.step + 1)
-        return state, tokens, count + 1
+        count, all_done = count + 1, ops.all(done)
+        goes_on = ops.logical_and(count < steps, ops.logical_not(all_done))
+        if listener is not None:
+            message = ops.append(emitted, ops.cast(all_done, "int32"))
+            goes_on = ops.logical_and(goes_on, announce(message, listener))
+        return state, tokens, count, goes_on
 
     tokens = ops.full((ops.shape(state.token)[0], width), NO_TOKEN, dtype="int32")
-    loop = (state, tokens, ops.zeros((), "int32"))
-    state, tokens, _ = _while(goes_on, one_step, loop)
+    goes_on = ops.logical_not(ops.all(state.done))
+    loop = (state, tokens, ops.zeros((), "int32"), goes_on)
+    state, tokens, *_ = _while(lambda loop: loop[-1], one_step, loop)
     return state, tokens
 
 

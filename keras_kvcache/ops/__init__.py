@@ -1,5 +1,6 @@
 """Pure functions of tensors: the mathematics of cached attention."""
 
+from keras_kvcache.ops.announce import announce, can_announce
 from keras_kvcache.ops.attention import attend, attend_fused, attend_with_scores
 from keras_kvcache.ops.known import is_integer, known_integers, known_value
 from keras_kvcache.ops.masks import align_mask, check_mask_shape, view_masks
@@ -43,10 +44,12 @@ __all__ = [
     "Segment",
     "View",
     "align_mask",
+    "announce",
     "as_int32",
     "attend",
     "attend_fused",
     "attend_with_scores",
+    "can_announce",
     "check_index",
     "check_mask_shape",
     "compiler_options",

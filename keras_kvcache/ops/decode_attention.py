@@ -10,7 +10,6 @@ stands in its place.
 """
 
 import functools
-import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from keras_kvcache.ops.native import load_library
+from keras_kvcache.ops.native import has_handler
 from keras_kvcache.ops.online_softmax import attend_segments
 from keras_kvcache.ops.platform import is_jax_on_cpu
 from keras_kvcache.ops.products import (
@@ -32,6 +31,7 @@ from keras_kvcache.ops.products import (
 )
 
 NAME = "keras_kvcache_decode_attention"
+SOURCE = Path(__file__).with_suffix(".cc")
 
 # Of what a slot holds; int16 for the bits of bfloat16.
 DTYPES = ("float32", "bfloat16", "int16", "int8")
@@ -56,8 +56,7 @@ def has_decode_kernel(query, segments):
     known = all(isinstance(n, int) for array in (query, *arrays) for n in array.shape)
     if not known:
         return False
-    with _registration:
-        return _is_registered()
+    return has_handler(NAME, SOURCE, "DecodeAttention")
 
 
 def decode_attention(query, segments, masks, value_dim, length, soft_cap=None):
@@ -242,20 +241,6 @@ def _lower(context, *operands, **parameters):
         soft_cap=np.float32(parameters["soft_cap"] or 0),
     )
     return jax.ffi.ffi_lowering(NAME)(context, *operands, **attributes)
-
-
-_registration = threading.Lock()
-
-
-@functools.cache
-def _is_registered():
-    """Whether XLA knows the kernel, which is compiled for it now if need be."""
-    library = load_library(Path(__file__).with_suffix(".cc"))
-    if library is None:
-        return False
-    capsule = jax.ffi.pycapsule(library.DecodeAttention)
-    jax.ffi.register_ffi_target(NAME, capsule, platform="cpu")
-    return True
 
 
 _primitive = Primitive(NAME)

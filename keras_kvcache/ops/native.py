@@ -1,6 +1,7 @@
 """C++ of the package's own, compiled for the machine at hand when it's first needed."""
 
 import ctypes
+import functools
 import hashlib
 import os
 import platform
@@ -8,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 import warnings
 from pathlib import Path
 
@@ -18,6 +20,34 @@ from keras_kvcache.cache_folder import cache_folder
 from keras_kvcache.ops.platform import cpu_features
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared")
+
+
+_registration = threading.Lock()
+
+
+def has_handler(name, source, symbol):
+    """Whether XLA can call a function of a C++ file, which is compiled if need be.
+
+    Args:
+        name: What programs for the CPU call it by.
+        source: As in `load_library`.
+        symbol: Name of the handler in the file.
+
+    Returns:
+        `False` where there is no library, for good.
+    """
+    with _registration:
+        return _register(name, source, symbol)
+
+
+@functools.cache
+def _register(name, source, symbol):
+    library = load_library(source)
+    if library is None:
+        return False
+    handler = jax.ffi.pycapsule(getattr(library, symbol))
+    jax.ffi.register_ffi_target(name, handler, platform="cpu")
+    return True
 
 
 def load_library(source):
