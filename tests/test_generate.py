@@ -77,21 +77,6 @@ def test_stream_gives_what_generate_gives(lm):
     assert rows == whole == stream.token_ids
 
 
-def test_a_stream_survives_training():
-    lm = make_lm(num_layers=1)
-    lm.compile()
-    stream = lm.stream([1, 2, 3], max_new_tokens=7)
-    added = next(stream) + next(stream)
-    ids = np.array([[5, 7, 11]])
-    held = [variable.value for variable in lm.variables]
-    lm.fit(ids, ids, verbose=0)
-    if keras.backend.backend() == "jax":
-        assert any(weight.is_deleted() for weight in held)
-    for piece in stream:
-        added += piece
-    assert len(added) == 7
-
-
 def test_lengths_and_limits_of_both_kinds():
     lm = shared_lm()
     assert len(lm.generate([1, 2, 3], max_new_tokens=1)) == 4

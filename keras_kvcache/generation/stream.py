@@ -17,7 +17,7 @@ class TextStream:
 
     def __init__(self, bursts, prompts, tokenizer):
         self.token_ids = [[] for _ in prompts.rows]
-        self._pieces = self._iterate(bursts, prompts, tokenizer)
+        self._pieces = _pieces(bursts, prompts, tokenizer, self.token_ids)
 
     def __iter__(self):
         return self
@@ -25,18 +25,21 @@ class TextStream:
     def __next__(self):
         return next(self._pieces)
 
-    def _iterate(self, bursts, prompts, tokenizer):
-        is_text = prompts.form == "text"
-        detokenizers = [Detokenizer(tokenizer, row) for row in prompts.rows if is_text]
-        for tokens in bursts:
-            added = [burst[burst != NO_TOKEN].tolist() for burst in tokens]
-            for row, new in zip(self.token_ids, added, strict=True):
-                row.extend(new)
-            if is_text:
-                pairs = zip(detokenizers, added, strict=True)
-                added = [detokenizer.push(new) for detokenizer, new in pairs]
-            if any(added):
-                yield added[0] if prompts.single else added
-        held_back = [detokenizer.flush() for detokenizer in detokenizers]
-        if any(held_back):
-            yield held_back[0] if prompts.single else held_back
+
+# Not a method: it would hold the stream that holds it, and so keep the caches of one
+# that was left before its end.
+def _pieces(bursts, prompts, tokenizer, token_ids):
+    is_text = prompts.form == "text"
+    detokenizers = [Detokenizer(tokenizer, row) for row in prompts.rows if is_text]
+    for tokens in bursts:
+        added = [burst[burst != NO_TOKEN].tolist() for burst in tokens]
+        for row, new in zip(token_ids, added, strict=True):
+            row.extend(new)
+        if is_text:
+            pairs = zip(detokenizers, added, strict=True)
+            added = [detokenizer.push(new) for detokenizer, new in pairs]
+        if any(added):
+            yield added[0] if prompts.single else added
+    held_back = [detokenizer.flush() for detokenizer in detokenizers]
+    if any(held_back):
+        yield held_back[0] if prompts.single else held_back
