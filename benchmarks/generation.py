@@ -125,7 +125,7 @@ def measure_stream(report, subject, new_tokens, rounds):
         "generate": lambda: lm.generate(prompt, **options),
         "stream": lambda: collections.deque(lm.stream(prompt, **options), maxlen=0),
     }
-    seconds = harness.time_interleaved(functions, 3 * rounds)
+    seconds = harness.time_interleaved(functions, 8 * rounds)
     pairs = zip(seconds["stream"], seconds["generate"], strict=True)
     report.add(
         model=subject.name,

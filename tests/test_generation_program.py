@@ -10,6 +10,7 @@ from conftest import make_lm
 
 from keras_kvcache import samplers
 from keras_kvcache.caches import Rolling
+from keras_kvcache.generation.bursts import make_reader
 from keras_kvcache.generation.steps import DecodeState, Limits
 from keras_kvcache.ops import platform
 from keras_kvcache.ops.online_softmax import BLOCK
@@ -29,7 +30,7 @@ def lower_decode_loop(lm, cache, batch_size):
         sampler=samplers.greedy(),
         seed=np.uint32(1),
         steps=np.int32(64),
-        listener=np.int32(-1),
+        listener=make_reader(batch_size, streams=False).descriptor,
     )
 
 

@@ -74,7 +74,7 @@ def attend_cache(cache, query, entries, index, *, scale, soft_cap, **hiding):
 def _attend_cache(cache, query, entries, index, *, scale, soft_cap, **hiding):
     cache, view, hidden = write_and_view(cache, query, entries, index, **hiding)
     output = attend(query, view, hidden, scale, soft_cap)
-    return output, None if entries is None else cache
+    return output, cache
 
 
 _attend_cache_once = jax.jit(
