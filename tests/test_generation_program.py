@@ -30,7 +30,7 @@ def lower_decode_loop(lm, cache, batch_size):
         sampler=samplers.greedy(),
         seed=np.uint32(1),
         steps=np.int32(64),
-        listener=make_reader(batch_size, streams=False).descriptor,
+        channel=make_reader(batch_size, streams=False).channel,
     )
 
 

@@ -3,31 +3,28 @@
 A burst is some decode steps in one call of a program.
 """
 
-import select
-import socket
-
 import numpy as np
 from keras import ops
 
-from keras_kvcache.ops import can_announce
+from keras_kvcache.ops import NO_CHANNEL, Channel, can_announce
 
 # Steps between two looks at whether to go on, such as at Ctrl-C: many, so that the
 # program's loop is hardly ever left.
-BURST = 64
+LONGEST_BURST = 64
 
-# The most steps of a burst that is listened to, and the most bytes that it announces:
-# two bursts fit into a socket's buffer, so that no program waits for its listener.
-STEPS = 16
-BYTES = 2**15
+# Steps of a burst that is listened to: many enough for its call to take little of their
+# time, and as a listener's next burst is begun already, few enough to make for nothing.
+LISTENED_BURST = 16
 
-# Milliseconds without a word after which a listener looks whether the program ended.
-PATIENCE = 1000
+# Seconds without a word after which a listener looks at whether the program goes on,
+# and Python at whether Ctrl-C was pressed.
+TIMEOUT = 0.05
 
 
 def make_reader(batch_size, streams):
     """What reads bursts of `batch_size` rows, for a stream or else an answer."""
     if not streams:
-        return Reader(BURST)
+        return Reader(LONGEST_BURST)
     return Listener(batch_size) if can_announce() else Reader(steps=1)
 
 
@@ -39,13 +36,13 @@ class Reader:
 
     Attributes:
         steps: As above.
-        descriptor: int32, what programs announce their tokens to, -1 for nothing;
-            `None` where they can't.
+        channel: int32 `()`, what the bursts announce their steps to, `NO_CHANNEL` for
+            nothing; `None` where programs can't announce.
     """
 
     def __init__(self, steps):
         self.steps = steps
-        self.descriptor = np.int32(-1) if can_announce() else None
+        self.channel = np.int32(NO_CHANNEL) if can_announce() else None
 
     def read(self, tokens):
         """The tokens of a burst.
@@ -58,55 +55,46 @@ class Reader:
         """
         yield ops.convert_to_numpy(tokens)[:, : self.steps]
 
-    def close(self, tokens):
-        """Ends the reading.
-
-        Args:
-            tokens: Of the last burst that was begun; `None` if there is none.
-        """
+    def close(self):
+        """Ends the reading."""
 
 
 class Listener(Reader):
     """Hears each step of a burst while the program goes on.
 
-    A program that runs announces its steps to a socket; see `keras_kvcache.ops`.
+    Closed, it lets a burst that still runs end at its next step.
 
     Args:
         batch_size: `B`.
     """
 
     def __init__(self, batch_size):
-        self._message_size = 4 * (batch_size + 1)
-        super().__init__(max(1, min(STEPS, BYTES // self._message_size)))
-        self._ear, self._mouth = socket.socketpair()
-        self.descriptor = np.int32(self._mouth.fileno())
-        self._poll = select.poll()
-        self._poll.register(self._ear, select.POLLIN)
+        super().__init__(LISTENED_BURST)
+        self._batch_size = batch_size
+        self._channel = Channel()
+        self.channel = np.int32(self._channel.number)
         self._all_done = False
 
     def read(self, tokens):
         """As in the class above, an array for each step."""
-        for _ in range(self.steps):
-            if self._all_done or not self._hears(tokens):
+        for step in range(self.steps):
+            if self._all_done:
                 return
-            message = self._ear.recv(self._message_size, socket.MSG_WAITALL)
-            numbers = np.frombuffer(message, "int32")
-            self._all_done = numbers[-1]
-            yield numbers[:-1, None]
+            message = self._receive(tokens)
+            if message is None:  # The program failed, as reading its tokens will tell.
+                yield ops.convert_to_numpy(tokens)[:, step : self.steps]
+                return
+            self._all_done = message[-1]
+            yield message[:-1, None]
 
-    def _hears(self, tokens):
-        """Waits for a message; there is none if the program failed."""
-        has_ended = False
-        while not self._poll.poll(PATIENCE):
-            if has_ended:
-                return False
+    def _receive(self, tokens):
+        """What `decode` announces of a step; `None` if the program ended before it."""
+        message, has_ended = None, False
+        while message is None and not has_ended:
             has_ended = tokens.is_ready()
-        return True
+            message = self._channel.receive(self._batch_size + 1, TIMEOUT)
+        return message
 
-    def close(self, tokens):
-        """As in the class above; bursts that still run end at their next step."""
-        self._ear.close()
-        # Until then the descriptor may not become that of something else.
-        if tokens is not None:
-            tokens.block_until_ready()
-        self._mouth.close()
+    def close(self):
+        """Ends the reading and the burst."""
+        self._channel.close()

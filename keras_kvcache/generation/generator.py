@@ -11,7 +11,7 @@ from keras import ops
 from keras_kvcache import samplers
 from keras_kvcache.caches import read_options
 from keras_kvcache.caches.bits import as_bits
-from keras_kvcache.generation.bursts import BURST, make_reader
+from keras_kvcache.generation.bursts import LONGEST_BURST, make_reader
 from keras_kvcache.generation.detokenizer import Detokenizer
 from keras_kvcache.generation.limits import read_stop_token_ids, row_ends
 from keras_kvcache.generation.program import make_program
@@ -87,7 +87,7 @@ class Generator:
         return prefill(self._functions, **arguments)
 
     def _run_decode(self, **arguments):
-        return decode(self._functions, width=BURST, **arguments)
+        return decode(self._functions, width=LONGEST_BURST, **arguments)
 
     @property
     def sampler(self):
@@ -184,6 +184,8 @@ class Generator:
         cache=None,
     ):
         """Like `generate`, token by token and without the prompt.
+
+        Some tokens are computed ahead, until the stream is dropped.
 
         Args:
             inputs: As in `generate`, dictionaries excepted.
@@ -311,25 +313,25 @@ class Generator:
         # computed, at worst for nothing.
         index = np.minimum(lengths, capacity - 1)
         state = DecodeState(cache, token, index, done, step=np.int32(1))
-        reader, following = make_reader(len(rows), streams), None
+        reader = make_reader(len(rows), streams)
         try:
             decode_burst = self._decode.bind(
                 limits=limits,
                 sampler=sampler,
                 seed=seed,
                 steps=np.int32(reader.steps),
-                listener=reader.descriptor,
+                channel=reader.channel,
             )
-            state, following = decode_burst(state=state)
+            state, tokens = decode_burst(state=state)
             while True:
-                tokens = following
                 state, following = decode_burst(state=state)
                 yield from reader.read(tokens)
                 last = ops.convert_to_numpy(tokens)[:, reader.steps - 1]
                 if (last == NO_TOKEN).all():
                     return
+                tokens = following
         finally:
-            reader.close(following)
+            reader.close()
 
     def _run_prompts(self, cache, rows, lengths, sampler, seed):
         longest = int(lengths.max())

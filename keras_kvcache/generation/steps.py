@@ -82,7 +82,7 @@ def prefill(model, cache, token, token_ids, first, lengths, sampler, seed):
     return cache, ops.where(ends_here, sampled, token)
 
 
-def decode(model, state, limits, sampler, seed, steps, width, listener=None):
+def decode(model, state, limits, sampler, seed, steps, width, channel=None):
     """Decodes up to `steps` tokens a row.
 
     Args:
@@ -93,9 +93,9 @@ def decode(model, state, limits, sampler, seed, steps, width, listener=None):
         seed: uint32 `()`; the sampler gets the pair of it and the step.
         steps: int32 `()`, from 1 to `width`.
         width: Columns of the tokens.
-        listener: int32 `()`, the descriptor that each step's tokens are announced to,
-            with a 1 behind them once all rows are done, else a 0. If nobody hears it
-            no other step is made. `None` where programs can't announce.
+        channel: int32 `()`, what each step's tokens are announced to, with a 1 behind
+            them once all rows are done, else a 0. Once it is closed no other step is
+            made. `None` where programs can't announce.
 
     Returns:
         `(state, tokens)`, the new tokens int32 `(B, width)`, a column a step;
@@ -118,9 +118,9 @@ def decode(model, state, limits, sampler, seed, steps, width, listener=None):
         state = DecodeState(cache, token, index, done, state.step + 1)
         count, all_done = count + 1, ops.all(done)
         goes_on = ops.logical_and(count < steps, ops.logical_not(all_done))
-        if listener is not None:
+        if channel is not None:
             message = ops.append(emitted, ops.cast(all_done, "int32"))
-            goes_on = ops.logical_and(goes_on, announce(message, listener))
+            goes_on = ops.logical_and(goes_on, announce(message, channel))
         return state, tokens, count, goes_on
 
     tokens = ops.full((ops.shape(state.token)[0], width), NO_TOKEN, dtype="int32")

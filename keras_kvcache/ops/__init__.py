@@ -1,7 +1,7 @@
 """Pure functions of tensors: the mathematics of cached attention."""
 
-from keras_kvcache.ops.announce import announce, can_announce
 from keras_kvcache.ops.attention import attend, attend_fused, attend_with_scores
+from keras_kvcache.ops.channel import NO_CHANNEL, Channel, announce, can_announce
 from keras_kvcache.ops.known import is_integer, known_integers, known_value
 from keras_kvcache.ops.masks import align_mask, check_mask_shape, view_masks
 from keras_kvcache.ops.platform import (
@@ -40,6 +40,8 @@ from keras_kvcache.ops.splice import splice
 from keras_kvcache.ops.view import Segment, View
 
 __all__ = [
+    "NO_CHANNEL",
+    "Channel",
     "Read",
     "Segment",
     "View",

@@ -18,7 +18,7 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from keras_kvcache.ops.native import has_handler
+from keras_kvcache.ops.native import load_handler
 from keras_kvcache.ops.online_softmax import attend_segments
 from keras_kvcache.ops.platform import is_jax_on_cpu
 from keras_kvcache.ops.products import (
@@ -56,7 +56,7 @@ def has_decode_kernel(query, segments):
     known = all(isinstance(n, int) for array in (query, *arrays) for n in array.shape)
     if not known:
         return False
-    return has_handler(NAME, SOURCE, "DecodeAttention")
+    return load_handler(NAME, SOURCE, "DecodeAttention") is not None
 
 
 def decode_attention(query, segments, masks, value_dim, length, soft_cap=None):

@@ -25,16 +25,16 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-
 _registration = threading.Lock()
 
 
-def has_handler(name, source, symbol):
-    """Whether XLA can call a function of a C++ file, which is compiled if need be.
+def load_handler(name, source, symbol):
+    """A library as `load_library` gives it, with a function that programs can call.
 
     Args:
-        name: What programs for the CPU call it by.
+        name: What programs for the CPU call the function by.
         source: As in `load_library`.
-        symbol: Name of the handler in the file.
+        symbol: The function's name in the file.
 
     Returns:
-        `False` where there is no library, for good.
+        A `ctypes.CDLL`, or `None` where there is none, for good.
     """
     with _registration:
         return _register(name, source, symbol)
@@ -43,11 +43,10 @@ def has_handler(name, source, symbol):
 @functools.cache
 def _register(name, source, symbol):
     library = load_library(source)
-    if library is None:
-        return False
-    handler = jax.ffi.pycapsule(getattr(library, symbol))
-    jax.ffi.register_ffi_target(name, handler, platform="cpu")
-    return True
+    if library is not None:
+        handler = jax.ffi.pycapsule(getattr(library, symbol))
+        jax.ffi.register_ffi_target(name, handler, platform="cpu")
+    return library
 
 
 def load_library(source):
