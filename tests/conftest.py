@@ -39,8 +39,8 @@ def forget_programs():
 
 
 @pytest.fixture
-def without_kernel():
-    """Leaves attention to XLA, as where no C++ compiler is; called, it ends that."""
+def without_compiler():
+    """Leaves all to XLA, as where no C++ compiler is; called, it ends that."""
     with pytest.MonkeyPatch.context() as patch:
 
         def undo():

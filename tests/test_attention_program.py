@@ -71,7 +71,7 @@ def test_head_major_cache_is_read_where_it_lies(
     groups, batch_size, per_row, kernel, request
 ):
     if not kernel:
-        request.getfixturevalue("without_kernel")
+        request.getfixturevalue("without_compiler")
     layer = cases.make_layer(6, H, num_key_value_heads=6 // groups)
     cache = cases.make_cache(layer, batch_size, S, "head_major")
     program = compiled_step(layer, cache, batch_size, per_row)
@@ -106,7 +106,7 @@ def test_dense_cache_is_copied_a_block_at_a_time_without_the_kernel(
     if exported:
         program = exported_step(layer, cache, batch_size, per_row)
     else:
-        request.getfixturevalue("without_kernel")
+        request.getfixturevalue("without_compiler")
         program = compiled_step(layer, cache, batch_size, per_row)
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes == cache.nbytes

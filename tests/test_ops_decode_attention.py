@@ -445,7 +445,7 @@ def test_an_exported_program_calls_nothing_of_ours(layout):
     check(exported.call(*leaves), cases.numpy(output))
 
 
-def test_tokens_are_the_same_without_it(without_kernel, monkeypatch):
+def test_tokens_are_the_same_without_it(without_compiler, monkeypatch):
     lowered = []
     lowering = jax.ffi.ffi_lowering
     monkeypatch.setattr(
@@ -454,7 +454,7 @@ def test_tokens_are_the_same_without_it(without_kernel, monkeypatch):
     prompts = [[1, 2, 3, 5, 8], [13]]
     by_xla = make_lm().generate(prompts, max_new_tokens=29)
     assert not lowered
-    without_kernel()
+    without_compiler()
     assert make_lm().generate(prompts, max_new_tokens=29) == by_xla
     assert lowered
 

@@ -12,9 +12,10 @@ from keras_kvcache.ops import NO_CHANNEL, Channel, can_announce
 # program's loop is hardly ever left.
 LONGEST_BURST = 64
 
-# Steps of a burst that is listened to: many enough for its call to take little of their
-# time, and as a listener's next burst is begun already, few enough to make for nothing.
-LISTENED_BURST = 16
+# Steps of a burst that is listened to. Many enough that a call takes little of their
+# time; few, as two bursts may be computed ahead, which other programs of the thread
+# wait for, and which is for nothing when a stream is left.
+LISTENED_BURST = 8
 
 # Seconds without a word after which a listener looks at whether the program goes on,
 # and Python at whether Ctrl-C was pressed.
@@ -77,13 +78,13 @@ class Listener(Reader):
 
     def read(self, tokens):
         """As in the class above, an array for each step."""
-        for step in range(self.steps):
+        for _ in range(self.steps):
             if self._all_done:
                 return
             message = self._receive(tokens)
-            if message is None:  # The program failed, as reading its tokens will tell.
-                yield ops.convert_to_numpy(tokens)[:, step : self.steps]
-                return
+            if message is None:
+                ops.convert_to_numpy(tokens)  # Raises what the program failed with.
+                raise RuntimeError("A program ended before all steps were announced.")
             self._all_done = message[-1]
             yield message[:-1, None]
 

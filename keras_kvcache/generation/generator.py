@@ -185,7 +185,8 @@ class Generator:
     ):
         """Like `generate`, token by token and without the prompt.
 
-        Some tokens are computed ahead, until the stream is dropped.
+        On a CPU up to 16 tokens are computed ahead, and other programs of JAX that the
+        same thread calls meanwhile wait for these.
 
         Args:
             inputs: As in `generate`, dictionaries excepted.

@@ -63,12 +63,13 @@ void CloseChannel(int32_t number) {
 }
 
 // Waits for a message of `size` numbers, and says whether it came.
-bool Receive(int32_t number, int32_t* message, int64_t size, int64_t milliseconds) {
+int32_t Receive(int32_t number, int32_t* message, int32_t size, int32_t milliseconds) {
   Channels& all = All();
   std::unique_lock<std::mutex> lock(all.mutex);
   const auto has_come = [&] {
     const auto found = all.open.find(number);
-    return found != all.open.end() && !found->second.empty();
+    return found != all.open.end() && !found->second.empty() &&
+           found->second.front().size() == static_cast<size_t>(size);
   };
   const std::chrono::milliseconds timeout(milliseconds);
   if (!all.announced.wait_for(lock, timeout, has_come)) return false;

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 
 from keras_kvcache.ops.native import load_handler
 from keras_kvcache.ops.platform import is_jax_on_cpu
@@ -28,6 +30,7 @@ def can_announce():
     # Of several devices each would announce the same.
     if not is_jax_on_cpu() or jax.device_count() > 1:
         return False
+    # Whoever changes that later gets the same messages, but at the program's end.
     if not jax.config.read("jax_cpu_enable_async_dispatch"):
         return False
     return _library() is not None
@@ -41,12 +44,22 @@ def announce(message, channel):
         channel: int32 tensor `()`: a channel's number, or `NO_CHANNEL`.
 
     Returns:
-        Boolean tensor `()`: `False` once the channel is closed.
+        Boolean tensor `()`: `False` once the channel is closed. Where a program makes
+        no use of it, nothing is sent.
     """
-    # Not called a side effect, as JAX calls programs with such ones by a slower road;
-    # so the program stays as it is only where it makes use of the result.
-    call = jax.ffi.ffi_call(NAME, jax.ShapeDtypeStruct((), "bool"))
-    return call(message.astype("int32"), channel)
+    return _announce.bind(message.astype("int32"), channel.astype("int32"))
+
+
+# XLA is told of a side effect, so that it neither merges nor doubles messages. JAX is
+# not, as it calls programs with one in Python, a millisecond where arguments are many.
+_announce = Primitive(NAME)
+_announce.def_abstract_eval(
+    lambda message, channel: channel.update(shape=(), dtype=np.dtype(bool))
+)
+_announce.def_impl(jax.ffi.ffi_call(NAME, jax.ShapeDtypeStruct((), "bool")))
+mlir.register_lowering(
+    _announce, jax.ffi.ffi_lowering(NAME, has_side_effect=True), platform="cpu"
+)
 
 
 class Channel:
@@ -82,14 +95,4 @@ class Channel:
 
 
 def _library():
-    library = load_handler(NAME, SOURCE, "Announce")
-    if library is not None:
-        library.CloseChannel.argtypes = [ctypes.c_int32]
-        library.Receive.restype = ctypes.c_bool
-        library.Receive.argtypes = [
-            ctypes.c_int32,
-            ctypes.c_void_p,
-            ctypes.c_int64,
-            ctypes.c_int64,
-        ]
-    return library
+    return load_handler(NAME, SOURCE, "Announce")
