@@ -24,9 +24,11 @@ TIMEOUT = 0.05
 
 def make_reader(batch_size, streams):
     """What reads bursts of `batch_size` rows, for a stream or else an answer."""
+    if not can_announce():
+        return Reader(1 if streams else LONGEST_BURST, channel=None)
     if not streams:
-        return Reader(LONGEST_BURST)
-    return Listener(batch_size) if can_announce() else Reader(steps=1)
+        return Reader(LONGEST_BURST, np.int32(NO_CHANNEL))
+    return Listener(batch_size)
 
 
 class Reader:
@@ -34,16 +36,16 @@ class Reader:
 
     Args:
         steps: Of each burst.
+        channel: int32 `()`, what the bursts announce their steps to; `None` where
+            programs can't announce.
 
     Attributes:
-        steps: As above.
-        channel: int32 `()`, what the bursts announce their steps to, `NO_CHANNEL` for
-            nothing; `None` where programs can't announce.
+        steps, channel: As above.
     """
 
-    def __init__(self, steps):
+    def __init__(self, steps, channel):
         self.steps = steps
-        self.channel = np.int32(NO_CHANNEL) if can_announce() else None
+        self.channel = channel
 
     def read(self, tokens):
         """The tokens of a burst.
@@ -70,11 +72,10 @@ class Listener(Reader):
     """
 
     def __init__(self, batch_size):
-        super().__init__(LISTENED_BURST)
         self._batch_size = batch_size
         self._channel = Channel()
-        self.channel = np.int32(self._channel.number)
         self._all_done = False
+        super().__init__(LISTENED_BURST, np.int32(self._channel.number))
 
     def read(self, tokens):
         """As in the class above, an array for each step."""

@@ -19,11 +19,7 @@ import jaxlib
 from keras_kvcache.cache_folder import cache_folder
 from keras_kvcache.ops.platform import cpu_features
 
-FLAGS = (
-    *("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast"),
-    *("-fPIC", "-shared", "-pthread"),
-)
-
+FLAGS = "-std=c++17 -O3 -march=native -ffp-contract=fast -fPIC -shared -pthread".split()
 
 _registration = threading.Lock()
 
