@@ -3,6 +3,7 @@
 import functools
 import gc
 import os
+from types import SimpleNamespace
 
 # Before any test module imports Keras, which would choose TensorFlow.
 os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -52,6 +53,19 @@ def without_compiler():
         patch.setattr(target, lambda *_: None)
         yield undo
         undo()
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """JAX says that it runs on this GPU of NVIDIA's, and what is traced is for it."""
+    client = SimpleNamespace(platform_version="PJRT C API\ncuda 12090")
+    device = SimpleNamespace(client=client, compute_capability="9.0")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda *names: [device])
+    jax.clear_caches()
+    yield device
+    monkeypatch.undo()
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -6,21 +6,18 @@ import attention_cases as cases
 import jax
 import numpy as np
 import pytest
-import reference
 from conftest import make_lm
+from kernel_cases import SCALE, S, cut, expect, make_case, make_view
 
 from keras_kvcache.caches import CacheSpec
 from keras_kvcache.caches.bits import as_bits
 from keras_kvcache.ops import (
-    View,
     attend,
-    dense_segment,
     head_major_segment,
     native,
     view_masks,
 )
 from keras_kvcache.ops.decode_attention import NAME, has_decode_kernel
-from keras_kvcache.ops.products import reader
 
 pytestmark = [
     pytest.mark.jax_only,
@@ -29,66 +26,7 @@ pytestmark = [
     ),
 ]
 
-SCALE = 0.3
-# Segments shorter and longer than the 512 slots of a piece, and no multiple of them.
-SIZES = (3, 1031, 67)
-S = sum(SIZES)
-
-
 LAYOUTS = pytest.mark.parametrize("layout", ["head_major", "dense"])
-
-
-def make_view(keys, values, layout="head_major"):
-    """Segments of `SIZES` slots of keys `(B, S, K, H)` and values `(B, S, K, Hv)`."""
-    tensor = None
-    if layout == "dense":
-        tensor = jax.numpy.stack([keys, values], axis=1)
-    segments, first = [], 0
-    for size in SIZES:
-        part = slice(first, first + size)
-        positions = cases.int32(np.arange(first, first + size)[None])
-        if layout == "dense":
-            read = (reader(tensor[:, half, part], axis=1) for half in (0, 1))
-            heads = keys.shape[2]
-            segment = dense_segment(*read, positions, heads, None, (tensor,), first)
-        else:
-            arrays = (
-                jax.numpy.asarray(keys[:, part].transpose(0, 2, 3, 1)),
-                jax.numpy.asarray(values[:, part].transpose(0, 2, 1, 3)),
-            )
-            read = reader(arrays[0], axis=3), reader(arrays[1], axis=2)
-            segment = head_major_segment(*read, positions, arrays=arrays)
-        segments.append(segment)
-        first += size
-    return View(tuple(segments), keys.shape[2], values.shape[3])
-
-
-def cut(mask):
-    """A mask `(…, S)` as one for each segment."""
-    ends = np.cumsum(SIZES)[:-1]
-    return tuple(map(jax.numpy.asarray, np.split(mask, ends, axis=-1)))
-
-
-def make_case(batch=2, length=1, heads=(6, 2), sizes=(7, 11)):
-    """A query, keys and values, `heads` being `(N, K)` and `sizes` `(H, Hv)`."""
-    (query_heads, kv_heads), (head_dim, value_dim) = heads, sizes
-    return (
-        cases.noise(batch, length, query_heads, head_dim),
-        cases.noise(batch, S, kv_heads, head_dim, seed=1),
-        cases.noise(batch, S, kv_heads, value_dim, seed=2),
-    )
-
-
-def expect(query, keys, values, mask, soft_cap=None):
-    """By NumPy, with a mask that broadcasts to `(B, N, T, S)`."""
-    batch, length, heads, _ = query.shape
-    mask = np.broadcast_to(mask, (batch, heads, length, S))
-    rows = zip(*map(np.float64, (query, keys, values)), mask, strict=True)
-    attended = (
-        reference.attend(*row[:3], SCALE, soft_cap=soft_cap, mask=row[3])[0]
-        for row in rows
-    )
-    return np.stack(list(attended))
 
 
 def check(got, expected):

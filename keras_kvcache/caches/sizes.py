@@ -1,5 +1,7 @@
 """How many slots a segment has."""
 
+from keras_kvcache.ops import has_triton
+
 # Slots of the first segment: small enough that a short text costs little to
 # read, large enough that a long one has few segments to merge and compile.
 FIRST_SEGMENT = 256
@@ -13,7 +15,12 @@ def segment_sizes(capacity):
     a kernel stops even before. The second quadruples it: XLA's CPU backend gives
     products with 512 slots of 64 numbers or fewer to one core, which reads half as
     fast as two.
+
+    Triton's kernel reads no further than a text reaches, and a GPU takes as long to
+    begin a write as to make it, so for it there is one segment.
     """
+    if has_triton():
+        return (capacity,)
     sizes, total, end = [], 0, FIRST_SEGMENT
     while total < capacity:
         sizes.append(min(end, capacity) - total)

@@ -6,6 +6,7 @@ from keras_kvcache.ops.known import is_integer, known_integers, known_value
 from keras_kvcache.ops.masks import align_mask, check_mask_shape, view_masks
 from keras_kvcache.ops.platform import (
     compiler_options,
+    has_triton,
     is_accelerator,
     is_jax_on_cpu,
     preferred_dtype,
@@ -60,6 +61,7 @@ __all__ = [
     "distribute",
     "head_major_segment",
     "inverse_frequencies",
+    "has_triton",
     "is_accelerator",
     "is_integer",
     "is_jax_on_cpu",

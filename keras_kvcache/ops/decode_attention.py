@@ -1,12 +1,12 @@
-"""Attention of few queries over the slots of caches, by a kernel for CPUs.
+"""Attention of few queries over the slots of caches, by a kernel of the platform's.
 
 XLA's CPU backend reads keys and values at memory speed only where these are
 head-major and float32 and each key/value head has one query, and it reads whole
-buffers. The kernel, `decode_attention.cc`, reads them so for a few queries of any
-number, head-major or dense, float32, bfloat16 or int8 with a scale for each slot, and
-only where something is attended. To JAX it's a primitive: where a program is lowered
-for something else, or to be exported, or where it's differentiated, `attend_segments`
-stands in its place.
+buffers. The kernels, `decode_attention.cc` for CPUs and `triton_attention.py` for
+NVIDIA's GPUs, read them so for a few queries of any number, head-major or dense,
+float32, bfloat16 or int8 with a scale for each slot, and only where something is
+attended. To JAX they are one primitive: where a program is lowered for something else,
+or to be exported, or where it's differentiated, `attend_segments` stands in its place.
 """
 
 import functools
@@ -20,7 +20,7 @@ from jax.interpreters import ad, batching, mlir
 
 from keras_kvcache.ops.native import load_handler
 from keras_kvcache.ops.online_softmax import attend_segments
-from keras_kvcache.ops.platform import is_jax_on_cpu
+from keras_kvcache.ops.platform import has_triton, is_jax_on_cpu
 from keras_kvcache.ops.products import (
     Read,
     dense_segment,
@@ -29,6 +29,7 @@ from keras_kvcache.ops.products import (
     slots_of,
     sum_dtype,
 )
+from keras_kvcache.ops.triton_attention import attend_by_triton, suits_triton
 
 NAME = "keras_kvcache_decode_attention"
 SOURCE = Path(__file__).with_suffix(".cc")
@@ -44,10 +45,10 @@ def has_decode_kernel(query, segments):
         query: Tensor `(B, K, R, H)`.
         segments: Tuple of `Segment`.
     """
+    on_gpu = has_triton()
     # XLA can't cut the call into parts for several devices.
-    if not is_jax_on_cpu() or jax.device_count() > 1:
-        return False
-    if not is_few(query) or sum_dtype(query) != "float32":
+    on_cpu = is_jax_on_cpu() and jax.device_count() == 1
+    if not (on_gpu or on_cpu) or sum_dtype(query) != "float32":
         return False
     if any(segment.arrays is None for segment in segments):
         return False
@@ -56,7 +57,9 @@ def has_decode_kernel(query, segments):
     known = all(isinstance(n, int) for array in (query, *arrays) for n in array.shape)
     if not known:
         return False
-    return load_handler(NAME, SOURCE, "DecodeAttention") is not None
+    if on_gpu:
+        return suits_triton(query, arrays)
+    return is_few(query) and load_handler(NAME, SOURCE, "DecodeAttention") is not None
 
 
 def decode_attention(query, segments, masks, value_dim, length, soft_cap=None):
@@ -64,8 +67,9 @@ def decode_attention(query, segments, masks, value_dim, length, soft_cap=None):
 
     Args:
         query: `(B, K, R, H)`, scaled, no wider than float32; on JAX, as is all else.
-        segments: Tuple of `Segment` with `arrays`. Of 512 slots, or 64 of a dense
-            tensor, none before the first or past the last that is attended is read.
+        segments: Tuple of `Segment` with `arrays`. A piece of them, such as 512 slots
+            or 64 of a dense tensor on a CPU, isn't read if it lies before the first
+            slot that is attended or past the last.
         masks: One boolean mask `(1 | B, 1 | N, 1 | T, 1 | n)` or `None` a segment.
         value_dim: `Hv`.
         length: `T`.
@@ -74,7 +78,7 @@ def decode_attention(query, segments, masks, value_dim, length, soft_cap=None):
     Returns:
         float32 `(B, K, R, Hv)`; zero for a query with nothing to attend.
     """
-    operands = [query.astype("float32")]
+    operands = [query.astype("float32") if is_jax_on_cpu() else query]
     for segment, mask in zip(segments, masks, strict=True):
         slots = segment.positions.shape[1]
         if mask is None:
@@ -180,9 +184,7 @@ def _reader(arrays, axis, start=0, half=None):
         if half is not None:
             parts = (part[:, half] for part in parts)
         matrix, *scales = parts
-        if matrix.dtype == "int16":
-            matrix = matrix.view("bfloat16")
-        return Read(matrix.astype("float32"), *scales)
+        return Read(_as_bfloat16(matrix).astype("float32"), *scales)
 
     return read
 
@@ -215,7 +217,9 @@ def _output_shape(query, *operands, starts, value_dim, length, **parameters):
                 f"`masks` must be boolean and broadcast to (B, N, T, n) = {shape}. "
                 f"Received: {mask.dtype}, {mask.shape}"
             )
-    return query.update(shape=(batch, heads, rows, value_dim))
+    return query.update(
+        shape=(batch, heads, rows, value_dim), dtype=np.dtype("float32")
+    )
 
 
 def _differentiate(primals, tangents, **parameters):
@@ -228,12 +232,37 @@ def _map(operands, axes, **parameters):
     return jax.vmap(stand_in, in_axes=axes)(*operands), 0
 
 
+def _by_triton(query, *operands, starts, value_dim, length, soft_cap, block):
+    """The same by the kernel for GPUs."""
+    segments = [
+        (tuple(map(_as_bfloat16, operand.arrays)), operand.start, operand.mask)
+        for operand in _of_segments(operands, starts)
+    ]
+    return attend_by_triton(query, segments, length, value_dim, soft_cap)
+
+
+def _as_bfloat16(array):
+    """Numbers of which the array may hold the bits."""
+    return array.view("bfloat16") if array.dtype == "int16" else array
+
+
 _lower_stand_in = mlir.lower_fun(_stand_in, multiple_results=False)
+_lower_by_triton = mlir.lower_fun(_by_triton, multiple_results=False)
 
 
-def _lower(context, *operands, **parameters):
-    if context.module_context.lowering_parameters.for_export:
-        # A program that others load may call nothing that they don't have.
+# A program that others load may call nothing that they don't have.
+def _is_export(context):
+    return context.module_context.lowering_parameters.for_export
+
+
+def _lower_for_gpu(context, *operands, **parameters):
+    lower = _lower_stand_in if _is_export(context) else _lower_by_triton
+    return lower(context, *operands, **parameters)
+
+
+def _lower_for_cpu(context, *operands, **parameters):
+    # It's compiled where the CPU is what programs run on, not beside a GPU.
+    if _is_export(context) or not is_jax_on_cpu():
         return _lower_stand_in(context, *operands, **parameters)
     attributes = dict(
         starts=np.array(parameters["starts"], np.int64),
@@ -249,4 +278,5 @@ _primitive.def_impl(_stand_in)  # for `jax.disable_jit` and `jax.checkpoint`
 ad.primitive_jvps[_primitive] = _differentiate
 batching.primitive_batchers[_primitive] = _map
 mlir.register_lowering(_primitive, _lower_stand_in)
-mlir.register_lowering(_primitive, _lower, platform="cpu")
+mlir.register_lowering(_primitive, _lower_for_cpu, platform="cpu")
+mlir.register_lowering(_primitive, _lower_for_gpu, platform="cuda")

@@ -1,5 +1,6 @@
 """What suits the platform that a program will run on."""
 
+import importlib.util
 from pathlib import Path
 
 import keras
@@ -26,6 +27,25 @@ def is_tpu():
     import jax
 
     return jax.default_backend() == "tpu"
+
+
+def has_triton():
+    """Whether JAX is the backend and compiles Triton's kernels for what it runs on.
+
+    That is a GPU of NVIDIA's since Ampere (A100), alone. JAX means to drop Triton one
+    day; what it compiled is left to XLA then.
+    """
+    if keras.backend.backend() != "jax" or keras.distribution.distribution():
+        return False
+    import jax
+
+    if jax.default_backend() != "gpu":
+        return False
+    device = jax.devices()[0]
+    if "cuda" not in device.client.platform_version:
+        return False
+    is_there = importlib.util.find_spec("jax.experimental.pallas.triton")
+    return float(device.compute_capability) >= 8 and is_there is not None
 
 
 def cpu_features():
