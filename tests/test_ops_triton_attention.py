@@ -15,7 +15,6 @@ from keras_kvcache.caches.sizes import segment_sizes
 from keras_kvcache.ops import View, platform, view_masks
 from keras_kvcache.ops.decode_attention import has_decode_kernel
 from keras_kvcache.ops.triton_attention import (
-    MOST_QUERIES,
     PART,
     attend_by_triton,
     choose_tiling,
@@ -69,9 +68,10 @@ def test_equals_attention_in_numpy(heads, layout, sizes):
 @pytest.mark.parametrize("soft_cap", [None, 1.5])
 @pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize("per_row", [False, True])
-def test_each_query_has_its_mask(per_row, per_head, soft_cap):
-    query, keys, values = make_case(length=5)
-    shape = (2 if per_row else 1, 6 if per_head else 1, 5, S)
+@pytest.mark.parametrize("length", [5, 43])
+def test_each_query_has_its_mask(length, per_row, per_head, soft_cap):
+    query, keys, values = make_case(length=length)
+    shape = (2 if per_row else 1, 6 if per_head else 1, length, S)
     mask = np.random.default_rng(3).random(shape) < 0.3
     output = attend(query, make_view(keys, values), cut(mask), soft_cap)
     check(output, expect(query, keys, values, mask, soft_cap))
@@ -117,13 +117,17 @@ def test_narrow_slots_are_what_they_stand_for(codec, layout):
     check(narrow, expected, atol=0.02)
 
 
-@pytest.mark.parametrize("programs, slots", [(8, 8192), (256, 8192), (5000, 257)])
-def test_parts_hold_all_slots(programs, slots):
-    tiling = choose_tiling(programs, slots, 96, "bfloat16")
+@pytest.mark.parametrize("heads, slots", [(8, 8192), (256, 8192), (5000, 257)])
+@pytest.mark.parametrize("rows", [1, 4, 63, 2048])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_programs_share_out_all_slots_and_queries(dtype, heads, rows, slots):
+    tiling = choose_tiling(heads, rows, slots, 96, dtype)
     assert tiling.part % tiling.tile == 0 and tiling.tile & (tiling.tile - 1) == 0
     assert (tiling.parts - 1) * tiling.part < slots <= tiling.parts * tiling.part
     assert tiling.part >= PART or tiling.parts == 1
-    assert tiling.parts * programs <= 1024 or tiling.parts == 1
+    assert tiling.parts * heads * tiling.groups <= 1024 or tiling.parts == 1
+    assert (tiling.groups - 1) * tiling.queries < rows
+    assert rows <= tiling.groups * tiling.queries
 
 
 def test_gpus_of_nvidia_have_triton(on_gpu, monkeypatch):
@@ -149,19 +153,23 @@ def test_it_is_used_where_there_is_triton():
     query, keys, values = make_case()
     segments = make_view(keys, values).segments
     grouped = jax.numpy.zeros((2, 2, 3, 7))
-    assert has_decode_kernel(grouped, segments)
-    many = jax.numpy.zeros((2, 2, MOST_QUERIES + 1, 7))
-    assert not has_decode_kernel(many, segments)
+    assert has_decode_kernel(grouped, segments, 11)
     without = [segment._replace(arrays=None) for segment in segments]
-    assert not has_decode_kernel(grouped, without)
+    assert not has_decode_kernel(grouped, without, 11)
     assert segment_sizes(S) == (S,)
 
 
 @pytest.mark.parametrize(
-    "dtype, slots, expected",
-    [("int8", 2**24, False), ("int8", 2**23, True), ("bfloat16", 2**25, True)],
+    "dtype, slots, head_dim, expected",
+    [
+        ("bfloat16", 2**25, 64, True),
+        ("int8", 2**23, 64, True),
+        ("int8", 2**24, 64, False),  # which Pallas can't count
+        ("bfloat16", 512, 256, True),
+        ("bfloat16", 512, 257, False),  # whose tiles take too much room
+    ],
 )
-def test_more_slots_than_can_be_counted_are_not_for_it(dtype, slots, expected):
-    query = jax.ShapeDtypeStruct((1, 2, 3, 64), "bfloat16")
-    array = jax.ShapeDtypeStruct((1, 2, 64, slots), dtype)
-    assert suits_triton(query, [array]) == expected
+def test_what_is_too_large_is_not_for_it(dtype, slots, head_dim, expected):
+    query = jax.ShapeDtypeStruct((1, 2, 3, head_dim), "bfloat16")
+    array = jax.ShapeDtypeStruct((1, 2, head_dim, slots), dtype)
+    assert suits_triton(query, [array], 64) == expected

@@ -38,12 +38,13 @@ SOURCE = Path(__file__).with_suffix(".cc")
 DTYPES = ("float32", "bfloat16", "int16", "int8")
 
 
-def has_decode_kernel(query, segments):
+def has_decode_kernel(query, segments, value_dim):
     """Whether `decode_attention` can be called, and is the fastest way.
 
     Args:
         query: Tensor `(B, K, R, H)`.
         segments: Tuple of `Segment`.
+        value_dim: `Hv`.
     """
     on_gpu = has_triton()
     # XLA can't cut the call into parts for several devices.
@@ -58,7 +59,7 @@ def has_decode_kernel(query, segments):
     if not known:
         return False
     if on_gpu:
-        return suits_triton(query, arrays)
+        return suits_triton(query, arrays, value_dim)
     return is_few(query) and load_handler(NAME, SOURCE, "DecodeAttention") is not None
 
 

@@ -79,7 +79,7 @@ class _Attended(NamedTuple):
             scores = self.soft_cap * ops.tanh(scores / self.soft_cap)
         mask = self.mask_of(first, count)
         if mask is not None:
-            mask = group_mask_heads(mask, self.query, self.length)
+            mask = _group_mask_heads(mask, self.query, self.length)
             scores = ops.where(mask, scores, LOWEST)
         maximum = ops.max(scores, axis=-1, keepdims=True)
         maximum = ops.maximum(maximum, NOTHING_SEEN)
@@ -144,7 +144,7 @@ def _add_slots(running, attended, block):
     return attended.add_block(running, blocks * block, rest) if rest else running
 
 
-def group_mask_heads(mask, query, length):
+def _group_mask_heads(mask, query, length):
     """`(1 | B, 1 | N, 1 | T, n)` to what broadcasts to `(B, K, R, n)`."""
     _, heads, query_rows, _ = ops.shape(query)
     rows, mask_heads, _, slots = ops.shape(mask)

@@ -1,21 +1,21 @@
-"""Attention of few queries over the slots of caches, by a kernel for NVIDIA's GPUs.
+"""Attention over the slots of caches, by a kernel for NVIDIA's GPUs.
 
-XLA's GPU backend waits for the device wherever a program branches, so skipping what is
-hidden by conditionals, segment by segment, costs more than reading. The kernel looks
-itself how far a row is filled. Its programs share out the slots of each row and head,
-and what they make of their parts is merged by maxima and sums, as in flash decoding
-(Dao et al., 2023, https://pytorch.org/blog/flash-decoding/). It is written in Pallas
-and compiled by Triton, which JAX brings along.
+XLA's GPU backend lets the host wait for the device wherever a program branches, so
+skipping what is hidden by conditionals, segment by segment, costs more than reading.
+The kernel looks itself how far a row is filled. Its programs share out the slots of
+each row and head, and what they make of their parts is merged by maxima and sums, as
+in flash decoding (Dao et al., 2023, https://pytorch.org/blog/flash-decoding/). It is
+written in Pallas and compiled by Triton, which JAX brings along.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from keras_kvcache.ops.online_softmax import NOTHING_SEEN, group_mask_heads
+from keras_kvcache.ops.online_softmax import NOTHING_SEEN
 from keras_kvcache.ops.softmax import LOWEST
 
 # As many programs keep all multiprocessors of the largest GPUs busy.
@@ -24,39 +24,66 @@ PROGRAMS = 1024
 # The fewest slots that are worth a program.
 PART = 256
 
-# Numbers of a tile of keys or values: with three of each on the way, what two
-# programs on one multiprocessor have room for.
-TILE = 8192
+# Bytes of a tile of keys or values. Three of each are on their way at a time, in the
+# 99 KB that a program may have on the smaller GPUs.
+TILE = 2**14
 
-# The most queries of one key/value head that a program keeps in its registers.
-MOST_QUERIES = 64
+# The most queries of a program, and the most numbers of their sums: all that stays in
+# registers. Those of float32 are multiplied there, too, with no room for more than few.
+QUERIES = 64
+SUMS = 2**13
+
+# The largest heads of which tiles are small enough.
+LARGEST = 256
 
 # A matrix unit's least rows and columns.
 LEAST = 16
 
 
 class Tiling(NamedTuple):
-    """How the slots of a segment are shared out."""
+    """How the queries and the slots of a segment are shared out."""
 
-    parts: int  # programs for each row and head
-    part: int  # slots of a program, a multiple of `tile`
+    groups: int  # of queries of one key/value head
+    queries: int  # of a group, a power of two
+    parts: int  # of slots
+    part: int  # slots of one, a multiple of `tile`
     tile: int  # slots that are read at a time, a power of two
 
 
-def suits_triton(query, arrays):
+def choose_tiling(heads, rows, slots, head_dim, dtype):
+    """How work is shared out.
+
+    Args:
+        heads: `B·K`.
+        rows: `R`, the queries of each of them.
+        slots: Those of the segment.
+        head_dim: The larger of `H` and `Hv`.
+        dtype: What products are made in.
+
+    Returns:
+        A `Tiling`.
+    """
+    nbytes, head_dim = jnp.dtype(dtype).itemsize, _padded(head_dim)
+    most = min(QUERIES, SUMS // head_dim) if nbytes == 2 else LEAST
+    queries = min(most, _padded(rows))
+    groups = pl.cdiv(rows, queries)
+    # Many queries take room, too.
+    tile = max(LEAST, TILE // nbytes // head_dim // (1 if queries == LEAST else 2))
+    parts = min(pl.cdiv(slots, PART), max(1, PROGRAMS // (heads * groups)))
+    part = pl.cdiv(pl.cdiv(slots, parts), tile) * tile
+    return Tiling(groups, queries, pl.cdiv(slots, part), part, tile)
+
+
+def product_dtype(query, slots):
+    """What dtypes of queries and slots are multiplied in: as narrow as both allow."""
+    return query if slots == jnp.int8 else jnp.promote_types(query, slots)
+
+
+def suits_triton(query, arrays, value_dim):
     """Whether the kernel takes queries `(B, K, R, H)` and these arrays of segments."""
     # Pallas counts past 2³¹ where there are more than 2³² bytes, not at once.
-    reached = (array.size < 2**31 or array.dtype.itemsize > 1 for array in arrays)
-    return query.shape[2] <= MOST_QUERIES and all(reached)
-
-
-def choose_tiling(rows_and_heads, slots, head_dim, dtype):
-    """The `Tiling` of `slots` slots for `B·K` rows and heads."""
-    numbers = TILE * 2 // max(2, jnp.dtype(dtype).itemsize)
-    tile = max(LEAST, numbers // _padded(head_dim))
-    parts = min(pl.cdiv(slots, PART), max(1, PROGRAMS // rows_and_heads))
-    part = pl.cdiv(pl.cdiv(slots, parts), tile) * tile
-    return Tiling(pl.cdiv(slots, part), part, tile)
+    reaches = all(array.size < 2**31 or array.dtype.itemsize > 1 for array in arrays)
+    return reaches and max(query.shape[3], value_dim) <= LARGEST
 
 
 def attend_by_triton(query, segments, length, value_dim, soft_cap, interpret=False):
@@ -64,8 +91,8 @@ def attend_by_triton(query, segments, length, value_dim, soft_cap, interpret=Fal
 
     Args:
         query: `(B, K, R, H)`, `R = G·T`.
-        segments: Pairs of the arrays of a `Segment` with the number of its first slot
-            in them, and of its mask, boolean `(1 | B, 1 | N, 1 | T, n)`.
+        segments: For each the arrays of a `Segment`, the number of its first slot in
+            them, and its mask, boolean `(1 | B, 1 | N, 1 | T, n)`.
         length: `T`.
         value_dim: `Hv`.
         soft_cap: As in `attend`.
@@ -74,13 +101,11 @@ def attend_by_triton(query, segments, length, value_dim, soft_cap, interpret=Fal
     Returns:
         float32 `(B, K, R, Hv)`; zero for a query with nothing to attend.
     """
-    partials = []
-    for arrays, start, mask in segments:
-        if mask.shape[1] > 1 or mask.shape[2] > 1:
-            mask = group_mask_heads(mask, query, length)
-        partials.append(
-            _attend_parts(query, arrays, start, mask, value_dim, soft_cap, interpret)
-        )
+    sizes = _Sizes(*query.shape[2:], value_dim, length)
+    partials = (
+        _attend_parts(query, *segment, sizes, soft_cap, interpret)
+        for segment in segments
+    )
     maximum, total, output = (
         jnp.concatenate(part, axis=2) for part in zip(*partials, strict=True)
     )
@@ -90,30 +115,33 @@ def attend_by_triton(query, segments, length, value_dim, soft_cap, interpret=Fal
     return output / jnp.where(total > 0, total, 1)
 
 
-def _attend_parts(query, arrays, start, mask, value_dim, soft_cap, interpret):
+class _Sizes(NamedTuple):
+    """What the kernel knows of its operands."""
+
+    rows: int  # R
+    head_dim: int  # H
+    value_dim: int  # Hv
+    length: int  # T
+
+
+def _attend_parts(query, arrays, start, mask, sizes, soft_cap, interpret):
     """Maxima and sums `(B, K, P, R)`, outputs `(B, K, P, R, Hv)` of `P` parts."""
     from jax.experimental.pallas import triton
 
-    batch, heads, rows, head_dim = query.shape
-    slots = mask.shape[3]
-    tiling = choose_tiling(
-        batch * heads, slots, max(head_dim, value_dim), arrays[0].dtype
-    )
+    batch, heads, rows, _ = query.shape
+    largest = max(sizes.head_dim, sizes.value_dim)
+    tiling = choose_tiling(batch * heads, rows, mask.shape[3], largest, arrays[0].dtype)
     kernel = functools.partial(
-        _kernel,
-        sizes=(rows, head_dim, value_dim, slots),
-        tiling=tiling,
-        start=start,
-        soft_cap=soft_cap,
+        _kernel, sizes=sizes, tiling=tiling, start=start, soft_cap=soft_cap
     )
     shape = (batch, heads, tiling.parts, rows)
     call = pl.pallas_call(
         kernel,
-        grid=(tiling.parts, heads, batch),
+        grid=(tiling.parts, heads * tiling.groups, batch),
         out_shape=[
             jax.ShapeDtypeStruct(shape, jnp.float32),
             jax.ShapeDtypeStruct(shape, jnp.float32),
-            jax.ShapeDtypeStruct((*shape, value_dim), jnp.float32),
+            jax.ShapeDtypeStruct((*shape, sizes.value_dim), jnp.float32),
         ],
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
@@ -132,33 +160,32 @@ def _ends(mask):
 
 
 def _kernel(query_ref, ends_ref, mask_ref, *refs, sizes, tiling, start, soft_cap):
-    """One part of the slots of a row and head, by online softmax over tiles."""
+    """Some queries of a row and head over one part of the slots, tile by tile."""
     *slot_refs, maximum_ref, total_ref, output_ref = refs
-    rows, head_dim, value_dim, count = sizes
-    part, head, row = (pl.program_id(axis) for axis in range(3))
-    segment = _Slots(slot_refs, row, head, start, count)
-    queries, features, value_features = (
-        jnp.arange(max(LEAST, _padded(size))) for size in sizes[:3]
-    )
-    is_query = queries < rows
+    part, head_and_group, row = (pl.program_id(axis) for axis in range(3))
+    head = jax.lax.div(head_and_group, tiling.groups)
+    group = jax.lax.rem(head_and_group, tiling.groups)
+    segment = _Slots(slot_refs, row, head, start, mask_ref.shape[3])
+    queries = group * tiling.queries + _range(tiling.queries)
+    features, value_features = _range(sizes.head_dim), _range(sizes.value_dim)
+
+    is_query = queries < sizes.rows
     query = _load(
         query_ref,
         (row, head, queries[:, None], features[None, :]),
-        is_query[:, None] & (features < head_dim)[None, :],
+        is_query[:, None] & (features < sizes.head_dim)[None, :],
     )
-    # A query that only fills the tile attends what the last one does.
-    mask_rows = jnp.minimum(queries, rows - 1)
-    dtype = segment.dtype(query)
+    dtype = product_dtype(query.dtype, slot_refs[0].dtype)
     query = query.astype(dtype)
+    mask = _Mask(mask_ref, row, head, jnp.minimum(queries, sizes.rows - 1))
 
     def add_tile(number, running):
         maximum, total, output = running
-        slots = number * tiling.tile + jnp.arange(tiling.tile)
-        # Rows of queries that aren't there see what is there for the others.
-        seen = _load_mask(mask_ref, row, head, mask_rows, slots, count)
+        slots = number * tiling.tile + _range(tiling.tile)
+        seen = mask.of(slots, sizes)
         # Values that nobody attends may be infinite: they aren't weighed, even by 0.
         is_read = jnp.max(seen.astype(jnp.int32), axis=0) > 0
-        keys = segment.keys(slots, features, head_dim)
+        keys = segment.keys(slots, features, sizes.head_dim)
         scores = _dot(query, keys.astype(dtype))
         if segment.has_scales:
             scores *= segment.scales(0, slots, is_read)[None, :]
@@ -171,7 +198,7 @@ def _kernel(query_ref, ends_ref, mask_ref, *refs, sizes, tiling, start, soft_cap
         total = total * keep + jnp.sum(weights, axis=1)
         if segment.has_scales:
             weights *= segment.scales(1, slots, is_read)[None, :]
-        values = segment.values(slots, value_features, value_dim, is_read)
+        values = segment.values(slots, value_features, sizes.value_dim, is_read)
         mixed = _dot(weights.astype(dtype), values.astype(dtype))
         return new_maximum, total, output * keep[:, None] + mixed
 
@@ -193,8 +220,32 @@ def _kernel(query_ref, ends_ref, mask_ref, *refs, sizes, tiling, start, soft_cap
         output_ref,
         (row, head, part, queries[:, None], value_features[None, :]),
         output,
-        is_query[:, None] & (value_features < value_dim)[None, :],
+        is_query[:, None] & (value_features < sizes.value_dim)[None, :],
     )
+
+
+class _Mask(NamedTuple):
+    """Which slots the queries of one row and head attend."""
+
+    ref: Any  # (1 | B, 1 | N, 1 | T, n)
+    row: jax.Array
+    head: jax.Array
+    queries: jax.Array  # of the head's rows, its group's heads times the tokens
+
+    def of(self, slots, sizes):
+        """For some slots: `(1 | queries, slots)`."""
+        batch, heads, length, count = self.ref.shape
+        is_shared = heads == length == 1
+        queries = jnp.zeros(1, jnp.int32) if is_shared else self.queries
+        token = jax.lax.rem(queries, sizes.length)
+        of_group = jax.lax.div(queries, sizes.length)
+        place = (
+            _own(self.row, batch),
+            _own(self.head * (sizes.rows // sizes.length) + of_group[:, None], heads),
+            _own(token[:, None], length),
+            slots[None, :],
+        )
+        return _load(self.ref, place, (slots < count)[None, :])
 
 
 class _Slots(NamedTuple):
@@ -215,11 +266,6 @@ class _Slots(NamedTuple):
     def has_scales(self):
         """Whether numbers are codes, with a scale for each slot."""
         return self.refs[0].dtype == jnp.int8
-
-    def dtype(self, query):
-        """What products are made in: as narrow as both operands allow."""
-        slots = query.dtype if self.has_scales else self.refs[0].dtype
-        return jnp.promote_types(query.dtype, slots)
 
     def keys(self, slots, features, size):
         """Keys `(H, tile)`; zeros past the sizes."""
@@ -249,17 +295,9 @@ class _Slots(NamedTuple):
         return _load(ref, place, is_there)
 
 
-def _load_mask(ref, row, head, queries, slots, count):
-    """Which slots each query attends, `(1 | R, tile)`."""
-    rows, heads, length, _ = ref.shape
-    queries = queries if length > 1 else jnp.zeros(1, jnp.int32)
-    place = (_own(row, rows), _own(head, heads), queries[:, None], slots[None, :])
-    return _load(ref, place, (slots < count)[None, :])
-
-
 def _own(number, count):
     """The number, or 0 where there is one for all."""
-    return number if count > 1 else 0
+    return number if count > 1 else number * 0
 
 
 def _load(ref, place, is_there):
@@ -279,6 +317,11 @@ def _dot(x, y):
     return jax.lax.dot(x, y, precision="highest", preferred_element_type=jnp.float32)
 
 
+def _range(size):
+    """At least so many numbers from 0 on, as many as a tile has on an axis."""
+    return jnp.arange(_padded(size))
+
+
 def _padded(size):
-    """The least power of two that isn't below the size; tiles have such sizes."""
-    return 1 << (size - 1).bit_length()
+    """The least power of two that isn't below the size and that tiles may have."""
+    return max(LEAST, 1 << (size - 1).bit_length())
