@@ -1,10 +1,11 @@
 """Which way of attending reads a long cache fastest on this machine?
 
 In a decode step every row has one query, which attends the filled part of its keys and
-values. The candidates are this package's own two layouts, which read what is filled, a
-plain product with all slots, and what JAX has for it: `jax.nn.dot_product_attention`
+values. The candidates are this package's own two layouts, which read what is filled by
+the platform's kernel, the first of them by XLA alone, a plain product with all slots,
+and what JAX has for it: `jax.nn.dot_product_attention`
 with lengths, by XLA and by cuDNN, and the decode attention among its Pallas kernels
-for GPUs. The fastest belongs into `keras_kvcache.ops.attention.attend`, where the
+for GPUs. The fastest belongs into `keras_kvcache.ops.decode_attention`, where the
 package chooses.
 
 One compiled call attends through several caches, one after the other, a few times
@@ -66,8 +67,11 @@ class HeadMajor(Candidate):
     def store(self, tensor):
         return StaticCache.from_dense(tensor, self.layout)
 
+    def view(self, stored, fill):
+        return stored.view(fill[None])
+
     def attend(self, query, stored, fill):
-        view = stored.view(fill[None])
+        view = self.view(stored, fill)
         masks = ops.view_masks(view, fill[None, None] - 1)
         scale = query.shape[-1] ** -0.5
         return ops.attend(query[:, None], view, masks, scale)[:, 0]
@@ -75,6 +79,15 @@ class HeadMajor(Candidate):
 
 class Dense(HeadMajor):
     name, layout = "keras-kvcache, dense", "dense"
+
+
+class WithoutKernel(HeadMajor):
+    name = "keras-kvcache, head-major, by XLA"
+
+    def view(self, stored, fill):
+        view = super().view(stored, fill)
+        segments = (segment._replace(arrays=None) for segment in view.segments)
+        return view._replace(segments=tuple(segments))
 
 
 class AllSlots(Candidate):
@@ -131,7 +144,7 @@ class ByPallas(Candidate):
         return decode_attention.gqa(query, *stored, kv_seq_len=fill)
 
 
-CANDIDATES = (HeadMajor, Dense, AllSlots, ByXla, ByCudnn, ByPallas)
+CANDIDATES = (HeadMajor, Dense, WithoutKernel, AllSlots, ByXla, ByCudnn, ByPallas)
 
 
 def main():
