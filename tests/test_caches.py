@@ -77,7 +77,7 @@ def step(cache, query, entries, index):
     ],
 )
 def test_segments(capacity, sizes):
-    assert segment_sizes(capacity) == sizes
+    assert segment_sizes(capacity, kernels_read=True) == sizes
 
 
 @pytest.mark.parametrize("group", [1, 5, 32])
@@ -214,7 +214,7 @@ def test_layouts_turn_into_each_other(capacity, dtype):
     tensor = keras.ops.convert_to_tensor(cases.noise(B, 2, capacity, K, H), dtype=dtype)
     cache = StaticCache.from_dense(tensor)
     assert [keys.shape[3] for keys, _ in cache.storage.segments] == list(
-        segment_sizes(capacity)
+        segment_sizes(capacity, kernels_read=True)
     )
     np.testing.assert_array_equal(cases.entries(cache), cases.numpy(tensor))
     back = cache.to_dense()
@@ -277,7 +277,7 @@ def test_view_of_all_slots(layout):
         assert cases.numpy(view.fill).tolist() == fill
         positions = [cases.numpy(s.positions)[0] for s in view.segments]
         np.testing.assert_array_equal(np.concatenate(positions), np.arange(1033))
-        for segment, size in zip(view.segments, segment_sizes(1033), strict=True):
+        for segment, size in zip(view.segments, segment_sizes(1033, True), strict=True):
             scores = segment.scores(keras.ops.ones((B, K, 13, H)), 0, size)
             assert tuple(scores.shape) == (B, K, 13, size)
             assert tuple(segment.mix(scores, 0, size).shape) == (B, K, 13, H)

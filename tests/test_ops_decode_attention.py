@@ -271,9 +271,9 @@ def test_other_platforms_and_several_devices_do_without_it(monkeypatch):
     assert f"@{NAME}(" not in for_tpu
     monkeypatch.setattr(jax, "device_count", lambda: 2)
     grouped = jax.numpy.zeros((2, 2, 3, 7))
-    assert not has_decode_kernel(grouped, view.segments, view.value_dim)
+    assert not has_decode_kernel(grouped, view.segments, (), view.value_dim)
     monkeypatch.undo()
-    assert has_decode_kernel(grouped, view.segments, view.value_dim)
+    assert has_decode_kernel(grouped, view.segments, (), view.value_dim)
 
 
 def wrong_arguments():
@@ -423,7 +423,9 @@ def test_symbolic_sizes_have_no_kernel():
     def uses(keys):
         values = jax.numpy.swapaxes(keys, 2, 3)
         segment = head_major_segment(None, None, None, arrays=(keys, values))
-        return jax.numpy.asarray(has_decode_kernel(keys[:, :, :1, :7], (segment,), 7))
+        return jax.numpy.asarray(
+            has_decode_kernel(keys[:, :, :1, :7], (segment,), (), 7)
+        )
 
     shape = jax.export.symbolic_shape("b, 2, 7, n")
     known = jax.ShapeDtypeStruct((3, 2, 7, 11), "float32")

@@ -11,7 +11,6 @@ import pytest
 from kernel_cases import SCALE, S, cut, expect, make_case, make_view
 
 from keras_kvcache.caches import CacheSpec
-from keras_kvcache.caches.sizes import segment_sizes
 from keras_kvcache.ops import View, platform, view_masks
 from keras_kvcache.ops.decode_attention import has_decode_kernel
 from keras_kvcache.ops.triton_attention import (
@@ -117,7 +116,80 @@ def test_narrow_slots_are_what_they_stand_for(codec, layout):
     check(narrow, expected, atol=0.02)
 
 
-@pytest.mark.parametrize("heads, slots", [(8, 8192), (256, 8192), (5000, 257)])
+@pytest.mark.parametrize(
+    "dtypes, atol",
+    [
+        (("bfloat16", "float32"), 1e-5),
+        (("float32", "bfloat16"), 1e-5),
+        (("float16", "float32"), 1e-5),
+        (("float16", "float16"), 2e-3),
+        (("float16", "bfloat16"), 1e-5),
+    ],
+)
+def test_queries_and_slots_of_any_dtypes(dtypes, atol):
+    """What they hold is exact; products are as narrow as both of them are."""
+    query, keys, values = make_case(length=3)
+    query = query.astype(jax.numpy.dtype(dtypes[0]))
+    keys, values = (x.astype(jax.numpy.dtype(dtypes[1])) for x in (keys, values))
+    mask = np.arange(S) < np.reshape([S, 601], (2, 1, 1, 1))
+    view = make_view(keys, values)
+    output = attend(query, view, cut(mask))
+    query = np.float32((query * SCALE).astype(query.dtype)) / SCALE
+    check(output, expect(query, np.float32(keys), np.float32(values), mask), atol)
+
+
+def test_segments_of_unlike_forms():
+    """Such as sinks kept exactly beside a ring of codes."""
+    query, keys, values = make_case(sizes=(16, 16))
+    exact = make_view(keys, values)
+    cache = CacheSpec(2, S, 2, 16, codec="int8").allocate()
+    cache, _ = cache.update(*map(jax.numpy.asarray, (keys, values)), 0)
+    coded = cache.view(cases.int32([S, S])).segments
+    segments = (exact.segments[0], *coded)
+    seen = np.zeros((1, 1, 1, S), bool)
+    seen[..., 100:] = True
+    masks = [np.ones((1, 1, 1, 3), bool)]
+    for segment in coded:
+        positions = cases.numpy(segment.positions)[0]
+        masks.append(seen[..., positions])
+    output = attend(query, View(segments, 2, 16), masks)
+    keys[:, 3:], values[:, 3:] = (
+        cases.numpy(entries)[:, 3:S] for entries in cache.storage.decode()
+    )
+    seen[..., :3] = True
+    check(output, expect(query, keys, values, seen))
+
+
+def test_large_scores_and_nan():
+    query, keys, values = make_case(sizes=(16, 16))
+    mask = np.ones((1, 1, 1, S), bool)
+    large = attend(query * 1000, make_view(keys * 100, values), cut(mask))
+    check(large, expect(query * 1000, keys * 100, values, mask))
+    query[0, 0, 1] = np.nan
+    output = attend(query, make_view(keys, values), cut(mask))
+    assert np.isnan(output[0, 0, 1]).all()
+    query[0, 0, 1] = 0
+    expected = expect(query, keys, values, mask)
+    output[0, 0, 1] = expected[0, 0, 1]
+    check(output, expected)
+
+
+@pytest.mark.parametrize("length", [1, 43])
+def test_it_counts_in_32_bits(length):
+    """Where JAX computes in 64 bits, too."""
+    query, keys, values = make_case(length=length)
+    mask = np.random.default_rng(3).random((2, 6, length, S)) < 0.3
+    jax.config.update("jax_enable_x64", True)
+    try:
+        output = attend(query, make_view(keys, values), cut(mask))
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    check(output, expect(query, keys, values, mask))
+
+
+@pytest.mark.parametrize(
+    "heads, slots", [(8, 8192), (8, 257), (256, 8192), (5000, 300)]
+)
 @pytest.mark.parametrize("rows", [1, 4, 63, 2048])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_programs_share_out_all_slots_and_queries(dtype, heads, rows, slots):
@@ -149,14 +221,28 @@ def test_gpus_of_others_have_none(on_gpu):
 
 
 @pytest.mark.usefixtures("on_gpu")
-def test_it_is_used_where_there_is_triton():
+def test_it_is_used_where_there_is_triton(monkeypatch):
     query, keys, values = make_case()
     segments = make_view(keys, values).segments
-    grouped = jax.numpy.zeros((2, 2, 3, 7))
-    assert has_decode_kernel(grouped, segments, 11)
+    for rows in (1, 3, 2048):
+        grouped = jax.numpy.zeros((2, 2, rows, 7))
+        assert has_decode_kernel(grouped, segments, (None,) * 3, 11)
+    assert not has_decode_kernel(grouped, segments, (None,) * 3, 257)
     without = [segment._replace(arrays=None) for segment in segments]
-    assert not has_decode_kernel(grouped, without, 11)
-    assert segment_sizes(S) == (S,)
+    assert not has_decode_kernel(grouped, without, (None,) * 3, 11)
+    monkeypatch.setattr(keras.distribution, "distribution", lambda: "spread")
+    assert not has_decode_kernel(grouped, segments, (None,) * 3, 11)
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize("layout", ["head_major", "dense"])
+@pytest.mark.parametrize(
+    "codec, is_one",
+    [("float32", True), ("float16", True), ("int8", True), ("int4", False)],
+)
+def test_what_it_reads_is_one_segment(codec, is_one, layout):
+    cache = CacheSpec(1, 2048, 2, 64, layout=layout, codec=codec).allocate()
+    assert (len(cache.view(cases.int32([7])).segments) == 1) == is_one
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from keras import ops
 from keras_kvcache.ops import (
     Read,
     dequantize_int4_groups,
+    has_triton,
     is_accelerator,
     pack_int4,
     quantize_int4,
@@ -128,8 +129,10 @@ class Exact(Codec):
 
     @property
     def kernels_read(self):
-        """See `Codec`: what a kernel reads, narrow or not, but float16."""
-        return self.dtype in ("float32", "bfloat16")
+        """See `Codec`: what a kernel reads, narrow or not; float16 on GPUs alone."""
+        return self.dtype in ("float32", "bfloat16") or (
+            self.dtype == "float16" and has_triton()
+        )
 
     def key_parts(self, head_dim):
         """See `Codec.key_parts`."""

@@ -23,8 +23,7 @@ class DenseStorage(Storage):
     Its arrays are `(B, 2, S, K, H)`, keys at 0 and values at 1 of axis 1. Where the
     codec or the head size differ between the two they have arrays of their own,
     `(B, S, K, H)` and `(B, S, K, Hv)`. It's updated in place when compiled and
-    donated, and read as it lies: at memory speed by the kernel for CPUs, more slowly
-    by XLA.
+    donated, and read as it lies: at memory speed by kernels, more slowly by XLA.
     """
 
     @classmethod
@@ -52,6 +51,10 @@ class DenseStorage(Storage):
     def is_shared(self):
         """Whether keys and values share arrays."""
         return self._key_parts == self._value_parts
+
+    @property
+    def _kernels_read(self):
+        return self.is_shared and self.codec.kernels_read
 
     @property
     def fields(self):
@@ -111,7 +114,7 @@ class DenseStorage(Storage):
     def spans(self):
         """See `Storage.spans`."""
         first, spans = 0, []
-        for size in segment_sizes(self.slots):
+        for size in segment_sizes(self.slots, self._kernels_read):
             spans.append((first, size))
             first += size
         return tuple(spans)
@@ -125,7 +128,7 @@ class DenseStorage(Storage):
             positions,
             self.heads,
             first_position,
-            arrays if self.is_shared and self.codec.kernels_read else None,
+            arrays if self._kernels_read else None,
             first,
         )
 

@@ -28,7 +28,7 @@ class HeadMajorStorage(Storage):
         rows, heads = spec.batch_size, spec.num_key_value_heads
         head_dim, value_dim = spec.head_dim, spec.value_dim or spec.head_dim
         segments = []
-        for size in segment_sizes(slots):
+        for size in segment_sizes(slots, codec.kernels_read):
             keys = (
                 make((rows, heads, part.width, size // part.tokens), part.dtype)
                 for part in codec.key_parts(head_dim)
@@ -104,7 +104,7 @@ class HeadMajorStorage(Storage):
     def resize(self, slots):
         """See `Storage.resize`."""
         segments, first = [], 0
-        for size in segment_sizes(slots):
+        for size in segment_sizes(slots, self.codec.kernels_read):
             if (first, size) in self.spans:
                 segments.append(self.segments[self.spans.index((first, size))])
             else:

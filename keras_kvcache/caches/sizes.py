@@ -7,7 +7,7 @@ from keras_kvcache.ops import has_triton
 FIRST_SEGMENT = 256
 
 
-def segment_sizes(capacity):
+def segment_sizes(capacity, kernels_read):
     """How `capacity` slots are cut: 256, 768, 1024, 2048, …, the last cut short.
 
     From the third on each doubles what was there, so past 1024 a text is read at most
@@ -16,10 +16,17 @@ def segment_sizes(capacity):
     products with 512 slots of 64 numbers or fewer to one core, which reads half as
     fast as two.
 
-    Triton's kernel reads no further than a text reaches, and a GPU takes as long to
-    begin a write as to make it, so for it there is one segment.
+    A GPU takes longer to begin a write than to make it, and its kernel reads no further
+    than a text reaches; so what it reads is one segment.
+
+    Args:
+        capacity: How many slots there are.
+        kernels_read: Whether they are held in a form that kernels read.
+
+    Returns:
+        A tuple of integers.
     """
-    if has_triton():
+    if kernels_read and has_triton():
         return (capacity,)
     sizes, total, end = [], 0, FIRST_SEGMENT
     while total < capacity:

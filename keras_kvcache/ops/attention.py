@@ -30,7 +30,7 @@ def attend(query, view, masks, scale, soft_cap=None):
         return ops.zeros((*shape[:3], view.value_dim), sum_dtype(query))
     query = _group_heads(query * scale, view.heads)
     arguments = (query, view.segments, masks, view.value_dim, shape[1], soft_cap)
-    if has_decode_kernel(query, view.segments, view.value_dim):
+    if has_decode_kernel(query, view.segments, masks, view.value_dim):
         return _ungroup_heads(decode_attention(*arguments), shape)
     return _ungroup_heads(attend_segments(*arguments), shape)
 

@@ -1,12 +1,13 @@
-"""Attention of few queries over the slots of caches, by a kernel of the platform's.
+"""Attention over the slots of caches by a kernel of the platform's.
 
 XLA's CPU backend reads keys and values at memory speed only where these are
 head-major and float32 and each key/value head has one query, and it reads whole
-buffers. The kernels, `decode_attention.cc` for CPUs and `triton_attention.py` for
-NVIDIA's GPUs, read them so for a few queries of any number, head-major or dense,
-float32, bfloat16 or int8 with a scale for each slot, and only where something is
-attended. To JAX they are one primitive: where a program is lowered for something else,
-or to be exported, or where it's differentiated, `attend_segments` stands in its place.
+buffers. `decode_attention.cc` reads them so for a few queries of any number, head-major
+or dense, float32, bfloat16 or int8 with a scale for each slot, and only where something
+is attended. `triton_attention.py` does for any number of queries on NVIDIA's GPUs. To
+JAX they are one primitive: where a program is lowered for something else, for several
+devices or to be exported, or where it's differentiated, `attend_segments` stands in
+its place.
 """
 
 import functools
@@ -34,16 +35,17 @@ from keras_kvcache.ops.triton_attention import attend_by_triton, suits_triton
 NAME = "keras_kvcache_decode_attention"
 SOURCE = Path(__file__).with_suffix(".cc")
 
-# Of what a slot holds; int16 for the bits of bfloat16.
-DTYPES = ("float32", "bfloat16", "int16", "int8")
+# Of what a slot holds: int16 for the bits of bfloat16, float16 on GPUs alone.
+DTYPES = ("float32", "bfloat16", "int16", "int8", "float16")
 
 
-def has_decode_kernel(query, segments, value_dim):
+def has_decode_kernel(query, segments, masks, value_dim):
     """Whether `decode_attention` can be called, and is the fastest way.
 
     Args:
         query: Tensor `(B, K, R, H)`.
         segments: Tuple of `Segment`.
+        masks: As in `decode_attention`.
         value_dim: `Hv`.
     """
     on_gpu = has_triton()
@@ -54,6 +56,7 @@ def has_decode_kernel(query, segments, value_dim):
     if any(segment.arrays is None for segment in segments):
         return False
     arrays = [array for segment in segments for array in segment.arrays]
+    arrays += [mask for mask in masks if mask is not None]
     # Sizes that are symbols, as in an export, aren't integers.
     known = all(isinstance(n, int) for array in (query, *arrays) for n in array.shape)
     if not known:
@@ -251,18 +254,21 @@ _lower_stand_in = mlir.lower_fun(_stand_in, multiple_results=False)
 _lower_by_triton = mlir.lower_fun(_by_triton, multiple_results=False)
 
 
-# A program that others load may call nothing that they don't have.
 def _is_export(context):
+    """Whether others will load the program, who may not have what it would call."""
     return context.module_context.lowering_parameters.for_export
 
 
 def _lower_for_gpu(context, *operands, **parameters):
-    lower = _lower_stand_in if _is_export(context) else _lower_by_triton
+    # Some contexts name no number: those of programs for one device each.
+    devices = getattr(context.module_context.axis_context, "num_devices", 1)
+    stands_in = _is_export(context) or devices > 1 or not has_triton()
+    lower = _lower_stand_in if stands_in else _lower_by_triton
     return lower(context, *operands, **parameters)
 
 
 def _lower_for_cpu(context, *operands, **parameters):
-    # It's compiled where the CPU is what programs run on, not beside a GPU.
+    # XLA knows the C++ kernel only where the CPU is JAX's default.
     if _is_export(context) or not is_jax_on_cpu():
         return _lower_stand_in(context, *operands, **parameters)
     attributes = dict(

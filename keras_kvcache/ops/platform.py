@@ -32,8 +32,8 @@ def is_tpu():
 def has_triton():
     """Whether JAX is the backend and compiles Triton's kernels for what it runs on.
 
-    That is a GPU of NVIDIA's since Ampere (A100), alone. JAX means to drop Triton one
-    day; what it compiled is left to XLA then.
+    That is a GPU of NVIDIA's since Ampere (A100), by itself. A JAX without Triton, as
+    is announced, leaves attention to XLA.
     """
     if keras.backend.backend() != "jax" or keras.distribution.distribution():
         return False

@@ -34,7 +34,7 @@ QUERIES = 64
 SUMS = 2**13
 
 # The largest heads of which tiles are small enough.
-LARGEST = 256
+LARGEST_HEAD = 256
 
 # A matrix unit's least rows and columns.
 LEAST = 16
@@ -69,7 +69,7 @@ def choose_tiling(heads, rows, slots, head_dim, dtype):
     groups = pl.cdiv(rows, queries)
     # Many queries take room, too.
     tile = max(LEAST, TILE // nbytes // head_dim // (1 if queries == LEAST else 2))
-    parts = min(pl.cdiv(slots, PART), max(1, PROGRAMS // (heads * groups)))
+    parts = max(1, min(slots // PART, PROGRAMS // (heads * groups)))
     part = pl.cdiv(pl.cdiv(slots, parts), tile) * tile
     return Tiling(groups, queries, pl.cdiv(slots, part), part, tile)
 
@@ -80,10 +80,10 @@ def product_dtype(query, slots):
 
 
 def suits_triton(query, arrays, value_dim):
-    """Whether the kernel takes queries `(B, K, R, H)` and these arrays of segments."""
+    """Whether the kernel takes queries `(B, K, R, H)` with these arrays and masks."""
     # Pallas counts past 2³¹ where there are more than 2³² bytes, not at once.
     reaches = all(array.size < 2**31 or array.dtype.itemsize > 1 for array in arrays)
-    return reaches and max(query.shape[3], value_dim) <= LARGEST
+    return reaches and max(query.shape[3], value_dim) <= LARGEST_HEAD
 
 
 def attend_by_triton(query, segments, length, value_dim, soft_cap, interpret=False):
@@ -129,8 +129,13 @@ def _attend_parts(query, arrays, start, mask, sizes, soft_cap, interpret):
     from jax.experimental.pallas import triton
 
     batch, heads, rows, _ = query.shape
-    largest = max(sizes.head_dim, sizes.value_dim)
-    tiling = choose_tiling(batch * heads, rows, mask.shape[3], largest, arrays[0].dtype)
+    tiling = choose_tiling(
+        batch * heads,
+        rows,
+        mask.shape[3],
+        max(sizes.head_dim, sizes.value_dim),
+        product_dtype(query.dtype, arrays[0].dtype),
+    )
     kernel = functools.partial(
         _kernel, sizes=sizes, tiling=tiling, start=start, soft_cap=soft_cap
     )
@@ -163,8 +168,7 @@ def _kernel(query_ref, ends_ref, mask_ref, *refs, sizes, tiling, start, soft_cap
     """Some queries of a row and head over one part of the slots, tile by tile."""
     *slot_refs, maximum_ref, total_ref, output_ref = refs
     part, head_and_group, row = (pl.program_id(axis) for axis in range(3))
-    head = jax.lax.div(head_and_group, tiling.groups)
-    group = jax.lax.rem(head_and_group, tiling.groups)
+    head, group = _divide(head_and_group, tiling.groups)
     segment = _Slots(slot_refs, row, head, start, mask_ref.shape[3])
     queries = group * tiling.queries + _range(tiling.queries)
     features, value_features = _range(sizes.head_dim), _range(sizes.value_dim)
@@ -210,9 +214,9 @@ def _kernel(query_ref, ends_ref, mask_ref, *refs, sizes, tiling, start, soft_cap
         jnp.zeros(queries.shape, jnp.float32),
         jnp.zeros((queries.size, value_features.size), jnp.float32),
     )
-    maximum, total, output = jax.lax.fori_loop(
-        first // tiling.tile, pl.cdiv(end, tiling.tile), add_tile, running
-    )
+    first, _ = _divide(first, tiling.tile)
+    end, _ = _divide(end + tiling.tile - 1, tiling.tile)
+    maximum, total, output = jax.lax.fori_loop(first, end, add_tile, running)
     place = (row, head, part, queries)
     _store(maximum_ref, place, maximum, is_query)
     _store(total_ref, place, total, is_query)
@@ -237,8 +241,7 @@ class _Mask(NamedTuple):
         batch, heads, length, count = self.ref.shape
         is_shared = heads == length == 1
         queries = jnp.zeros(1, jnp.int32) if is_shared else self.queries
-        token = jax.lax.rem(queries, sizes.length)
-        of_group = jax.lax.div(queries, sizes.length)
+        of_group, token = _divide(queries, sizes.length)
         place = (
             _own(self.row, batch),
             _own(self.head * (sizes.rows // sizes.length) + of_group[:, None], heads),
@@ -317,9 +320,15 @@ def _dot(x, y):
     return jax.lax.dot(x, y, precision="highest", preferred_element_type=jnp.float32)
 
 
+def _divide(number, by):
+    """Quotient and rest of an int32 that isn't negative, of 32 bits under x64, too."""
+    by = jnp.int32(by)
+    return jax.lax.div(number, by), jax.lax.rem(number, by)
+
+
 def _range(size):
     """At least so many numbers from 0 on, as many as a tile has on an axis."""
-    return jnp.arange(_padded(size))
+    return jnp.arange(_padded(size), dtype=jnp.int32)
 
 
 def _padded(size):
