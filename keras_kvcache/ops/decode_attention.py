@@ -35,8 +35,9 @@ from keras_kvcache.ops.triton_attention import attend_by_triton, suits_triton
 NAME = "keras_kvcache_decode_attention"
 SOURCE = Path(__file__).with_suffix(".cc")
 
-# Of what a slot holds: int16 for the bits of bfloat16, float16 on GPUs alone.
-DTYPES = ("float32", "bfloat16", "int16", "int8", "float16")
+# Of what a slot holds; int16 for the bits of bfloat16.
+DTYPES = ("float32", "bfloat16", "int16", "int8")
+GPU_DTYPES = (*DTYPES, "float16")
 
 
 def has_decode_kernel(query, segments, masks, value_dim):
@@ -139,7 +140,8 @@ class _Operands(NamedTuple):
                 *((batch, heads, slots, n) for n in (value_dim, 1)),
             ]
         dtype = str(self.arrays[0].dtype)
-        dtype = dtype if dtype in DTYPES else DTYPES[0]
+        dtypes = DTYPES if is_jax_on_cpu() else GPU_DTYPES
+        dtype = dtype if dtype in dtypes else dtypes[0]
         if dtype == "int8":
             return list(zip(shapes, [dtype, "float32"] * 2, strict=False))
         return [(shape, dtype) for shape in shapes[::2]]
