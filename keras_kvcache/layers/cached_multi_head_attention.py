@@ -12,7 +12,11 @@ from keras_kvcache.layers.attention_checks import (
     check_left_to_keras,
 )
 from keras_kvcache.layers.cached_attention import attend_cache, write_and_view
-from keras_kvcache.layers.projections import make_output_projection, make_projection
+from keras_kvcache.layers.projections import (
+    make_output_projection,
+    make_projection,
+    project,
+)
 from keras_kvcache.ops import (
     align_mask,
     attend_fused,
@@ -288,8 +292,8 @@ class CachedMultiHeadAttention(AdoptsParts, keras.layers.MultiHeadAttention):
         # 3. Gate and project the output.
         output = ops.cast(output, self.compute_dtype)
         if self._use_gate:
-            output = output * self._gate_dense(query)
-        returned = (self._output_dense(output),)
+            output = output * project(self._gate_dense, query)
+        returned = (project(self._output_dense, output),)
         if return_attention_scores:
             returned += (ops.cast(scores, self.compute_dtype),)
         if cache is not None:
@@ -298,17 +302,17 @@ class CachedMultiHeadAttention(AdoptsParts, keras.layers.MultiHeadAttention):
 
     def _project_query(self, query, index):
         """`(B, T, D)` to queries `(B, T, N, H)`, normed and rotated."""
-        queries = self._query_dense(query)
+        queries = project(self._query_dense, query)
         if self.query_norm is not None:
             queries = self.query_norm(queries)
         return self._rotate(queries, index)
 
     def project_entries(self, value, key, index):
         """`(B, T', D)` each to the `(B, T', K, H)` keys and values that are cached."""
-        keys = self._key_dense(value if key is None else key)
+        keys = project(self._key_dense, value if key is None else key)
         if self.key_norm is not None:
             keys = self.key_norm(keys)
-        return self._rotate(keys, index), self._value_dense(value)
+        return self._rotate(keys, index), project(self._value_dense, value)
 
     def _rotate(self, inputs, index):
         if self.rotary_embedding is not None:

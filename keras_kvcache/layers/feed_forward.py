@@ -6,6 +6,7 @@ from keras_kvcache.layers.activations import get_activation
 from keras_kvcache.layers.adoption import AdoptsParts
 from keras_kvcache.layers.initializers import clone_initializer
 from keras_kvcache.layers.mixture_of_experts import MixtureOfExperts
+from keras_kvcache.layers.projections import project
 
 
 @keras.saving.register_keras_serializable(package="keras_kvcache")
@@ -77,10 +78,10 @@ class FeedForward(AdoptsParts, keras.layers.Layer):
 
     def call(self, inputs):
         """See the class."""
-        inner = self.intermediate(inputs)
+        inner = project(self.intermediate, inputs)
         if self.gated:
-            inner = self.activation(self.gate(inputs)) * inner
-        return self.output_dense(inner)
+            inner = self.activation(project(self.gate, inputs)) * inner
+        return project(self.output_dense, inner)
 
     def compute_output_shape(self, input_shape):
         """The shape of `inputs`."""

@@ -1,6 +1,29 @@
-"""The projections of an attention layer, with the weights of Keras' own layer."""
+"""Projections: what multiplies a model's rows with its weights."""
 
 import keras
+from keras import ops
+
+from keras_kvcache.ops import has_triton
+
+
+def project(layer, inputs):
+    """`layer(inputs)`; on a GPU one token is projected as two.
+
+    XLA's GPU backend takes a product of one row with fewer than ten million weights
+    apart, into multiplications whose results it writes to memory and a sum that few
+    processors read, or transposes the weights before a loop. A product of two rows
+    it leaves to the matrix units, which read the weights once and as they are.
+
+    Args:
+        layer: Projects token by token.
+        inputs: Tensor `(B, T, …)`.
+
+    Returns:
+        What `layer` returns for them.
+    """
+    if tuple(inputs.shape[:2]) != (1, 1) or not has_triton():
+        return layer(inputs)
+    return layer(ops.broadcast_to(inputs, (2, *inputs.shape[1:])))[:1]
 
 
 def make_projection(attention, name, input_shape, heads, head_dim, activation=None):

@@ -81,7 +81,8 @@ def decode_attention(query, segments, masks, value_dim, length, soft_cap=None):
         soft_cap: As in `attend`.
 
     Returns:
-        float32 `(B, K, R, Hv)`; zero for a query with nothing to attend.
+        float32 `(B, K, R, Hv)`, rounded to the dtype of the queries on a GPU; zero for
+        a query with nothing to attend.
     """
     operands = [query.astype("float32") if is_jax_on_cpu() else query]
     for segment, mask in zip(segments, masks, strict=True):

@@ -99,20 +99,17 @@ def attend_by_triton(query, segments, length, value_dim, soft_cap, interpret=Fal
         interpret: Whether JAX interprets the kernel, which runs anywhere.
 
     Returns:
-        float32 `(B, K, R, Hv)`; zero for a query with nothing to attend.
+        float32 `(B, K, R, Hv)`, rounded to the dtype of the queries; zero for a query
+        with nothing to attend.
     """
     sizes = _Sizes(*query.shape[2:], value_dim, length)
     partials = (
         _attend_parts(query, *segment, sizes, soft_cap, interpret)
         for segment in segments
     )
-    maximum, total, output = (
-        jnp.concatenate(part, axis=2) for part in zip(*partials, strict=True)
-    )
-    weight = jnp.exp(maximum - jnp.max(maximum, axis=2, keepdims=True))
-    total = jnp.sum(total * weight, axis=2)[..., None]
-    output = jnp.sum(output * weight[..., None], axis=2)
-    return output / jnp.where(total > 0, total, 1)
+    partials = [jnp.concatenate(part, axis=2) for part in zip(*partials, strict=True)]
+    # Layers make it as narrow as queries are; XLA sees that it is, and does no more.
+    return _merge(*partials, query.dtype, interpret).astype(jnp.float32)
 
 
 class _Sizes(NamedTuple):
@@ -226,6 +223,67 @@ def _kernel(query_ref, ends_ref, mask_ref, *refs, sizes, tiling, start, soft_cap
         output,
         is_query[:, None] & (value_features < sizes.value_dim)[None, :],
     )
+
+
+def _merge(maximum, total, output, dtype, interpret):
+    """What all parts come to: `(B, K, R, Hv)` of what `_attend_parts` gives.
+
+    One kernel, of which XLA would make four.
+    """
+    from jax.experimental.pallas import triton
+
+    batch, heads, _, rows, value_dim = output.shape
+    call = pl.pallas_call(
+        _merge_kernel,
+        grid=(rows, heads, batch),
+        out_shape=jax.ShapeDtypeStruct((batch, heads, rows, value_dim), dtype),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="merge_parts",
+    )
+    return call(maximum, total, output)
+
+
+def _merge_kernel(maximum_ref, total_ref, output_ref, merged_ref):
+    """One query of a row and head, some parts at a time."""
+    query, head, row = (pl.program_id(axis) for axis in range(3))
+    _, _, count, _, value_dim = output_ref.shape
+    features = _range(value_dim)
+    is_feature = features < value_dim
+    tile = min(_padded(count), SUMS // features.size)
+
+    def add_parts(number, running):
+        maximum, total, output = running
+        parts = number * tile + jnp.arange(tile, dtype=jnp.int32)
+        is_part = parts < count
+        place = (row, head, parts, query)
+        maxima = _load(maximum_ref, place, is_part)
+        maxima = jnp.where(is_part, maxima, NOTHING_SEEN)
+        new_maximum = jnp.maximum(maximum, jnp.max(maxima))
+        keep = jnp.exp(maximum - new_maximum)
+        weights = jnp.exp(maxima - new_maximum)
+        totals = _load(total_ref, place, is_part)
+        outputs = _load(
+            output_ref,
+            (row, head, parts[:, None], query, features[None, :]),
+            is_part[:, None] & is_feature[None, :],
+        )
+        return (
+            new_maximum,
+            total * keep + jnp.sum(totals * weights),
+            output * keep + jnp.sum(outputs * weights[:, None], axis=0),
+        )
+
+    running = (
+        jnp.float32(NOTHING_SEEN),
+        jnp.float32(0),
+        jnp.zeros(features.shape, jnp.float32),
+    )
+    tiles = jnp.int32(pl.cdiv(count, tile))
+    _, total, output = jax.lax.fori_loop(jnp.int32(0), tiles, add_parts, running)
+    place = (row, head, query, features)
+    merged = output / jnp.where(total > 0, total, 1)
+    _store(merged_ref, place, merged.astype(merged_ref.dtype), is_feature)
 
 
 class _Mask(NamedTuple):
