@@ -68,6 +68,16 @@ def on_gpu(monkeypatch):
     jax.clear_caches()
 
 
+@pytest.fixture
+def on_tpu(monkeypatch):
+    """JAX says that it runs on a TPU, and what is traced is for it."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    jax.clear_caches()
+    yield
+    monkeypatch.undo()
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def smollm2_path():
     """The file of a real model, fetched on first use; needed where CI is set."""

@@ -16,9 +16,15 @@ import jax
 import numpy as np
 import pytest
 from conftest import make_lm
+from program_cases import (
+    IN_PLACE,
+    WIDTHS,
+    compile_decode,
+    compile_for,
+    written_arrays,
+)
 
 from keras_kvcache import samplers
-from keras_kvcache.generation.steps import DecodeState, Limits
 from keras_kvcache.ops.triton_attention import attend_by_triton
 
 pytestmark = [
@@ -31,11 +37,7 @@ pytestmark = [
 
 S = 4099
 LAYERS = 2
-ARRAY = re.compile(r"= (bf16|f16|f32|s8)\[([\d,]+)\]\S* ([\w-]+)\(")
-# What writes nothing, or only some slots.
-IN_PLACE = "parameter get-tuple-element bitcast dynamic-update-slice scatter".split()
 SPLICES = re.compile(r"%\w*(dynamic_update_slice|scatter)_fusion")
-WIDTHS = {"bf16": 2, "f16": 2, "f32": 4, "s8": 1}
 KERNEL = re.compile(r'name = \\*"(decode_attention|merge_parts)')
 
 
@@ -83,25 +85,6 @@ def make_model(heads):
     )
 
 
-def compile_for(gpu, program, **arguments):
-    def describe(leaf):
-        if not hasattr(leaf, "shape"):
-            return leaf
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=gpu)
-
-    return program.lower(**jax.tree.map(describe, arguments)).compile()
-
-
-def written(text):
-    """The instructions whose results go to memory, a line each: not within fusions."""
-    fused = set(re.findall(r"calls=(%[\w.-]+)", text))
-    for computation in re.split(r"\n(?=\S)", text):
-        is_fused = computation.split(" ", 1)[0] in fused
-        for line in computation.splitlines():
-            if not is_fused or " ROOT " in line:
-                yield line
-
-
 def check_program(program, cache):
     """It attends by the kernel, branches nowhere, and splices into caches in place."""
     text = program.as_text()
@@ -111,12 +94,10 @@ def check_program(program, cache):
     assert program.memory_analysis().alias_size_in_bytes >= LAYERS * cache[0].nbytes
     wide = cache[0].nbytes / 3  # less than a layer's keys
     splices = 0
-    for line in written(text):
-        for dtype, shape, operation in ARRAY.findall(line):
-            nbytes = np.prod(np.int64(shape.split(","))) * WIDTHS[dtype]
-            if str(S) in shape.split(",") and nbytes > wide:
-                assert operation in IN_PLACE or SPLICES.search(line), line
-                splices += operation not in ("parameter", "get-tuple-element")
+    for shape, dtype, operation, line in written_arrays(text):
+        if S in shape and math.prod(shape) * WIDTHS[dtype] > wide:
+            assert operation in IN_PLACE or SPLICES.search(line), line
+            splices += operation not in ("parameter", "get-tuple-element")
     assert splices >= LAYERS, "there is at least one for each cache"
     return text
 
@@ -128,17 +109,7 @@ def check_program(program, cache):
 def test_decode_loop(batch_size, heads, layout, codec, gpu):
     lm = make_model(heads)
     cache = lm.generator.init_cache(batch_size, S, layout=layout, codec=codec)
-    rows = np.zeros(batch_size, "int32")
-    program = compile_for(
-        gpu,
-        lm.generator._decode,
-        state=DecodeState(cache, rows, rows + 5, rows > 0, np.int32(1)),
-        limits=Limits(rows + 100, np.full(8, -1, "int32")),
-        seed=np.uint32(1),
-        steps=np.int32(64),
-        sampler=samplers.greedy(),
-        channel=None,
-    )
+    program = compile_decode(gpu, lm, cache, batch_size)
     text = check_program(program, cache)
     assert text.count(" while(") == 1
     temporaries = program.memory_analysis().temp_size_in_bytes
@@ -150,10 +121,8 @@ def check_weights_are_read(text, lm):
     """By products: nothing as large as a layer's weights is written, nor a copy."""
     matrices = (w.shape for w in lm.get_layer("block_0").weights if len(w.shape) > 1)
     sizes = set(map(math.prod, matrices))
-    for line in written(text):
-        for _, shape, operation in ARRAY.findall(line):
-            if operation not in IN_PLACE:
-                assert np.prod(np.int64(shape.split(","))) not in sizes, line
+    for shape, _, operation, line in written_arrays(text):
+        assert operation in IN_PLACE or math.prod(shape) not in sizes, line
 
 
 @pytest.mark.usefixtures("on_gpu")

@@ -3,6 +3,7 @@
 import sys
 
 import attention_cases as cases
+import jax
 import keras
 import numpy as np
 import pytest
@@ -68,9 +69,9 @@ def test_strategies_are_equal(layout, length):
     tensors = [keras.ops.convert_to_tensor(array) for array in (buffer, update)]
     is_jax = keras.backend.backend() == "jax"
     for name, strategy in STRATEGIES.items():
-        if name == "scatter" and not is_jax:
-            continue  # Other backends can't map a slice over rows.
-        for index in ([-3], [0], [9], [11], [-2, 5, 10]):
+        if name in ("scatter", "loop") and not is_jax:
+            continue  # They are for JAX alone.
+        for index in ([-3], [0], [9], [11], [-2, 5, 10], [-13, 11, 40]):
             if name == "slice" and len(index) > 1:
                 continue  # It is about one index for all rows.
             got = strategy(*tensors, cases.int32(index), axis)
@@ -78,21 +79,51 @@ def test_strategies_are_equal(layout, length):
             np.testing.assert_array_equal(cases.numpy(got), expected)
 
 
+@pytest.mark.jax_only
+@pytest.mark.parametrize("index", [[4], [-2, 5, 10]])
+@pytest.mark.parametrize("layout", ["values", "keys"])
+def test_a_loop_has_gradients(layout, index):
+    shape, axis = SHAPES[layout]
+    buffer, update = cases.noise(*shape), cases.noise(*shape, seed=1)
+    weights = cases.noise(*shape, seed=2)
+
+    def loss(strategy, buffer, update):
+        spliced = STRATEGIES[strategy](buffer, update, cases.int32(index), axis)
+        return (weights * spliced**2).sum()
+
+    gradients = jax.grad(loss, argnums=(1, 2))
+    looped, passed = (gradients(name, buffer, update) for name in ("loop", "where"))
+    assert all(abs(gradient).max() > 0.1 for gradient in looped)
+    jax.tree.map(np.testing.assert_array_equal, looped, passed)
+
+
+KEYS = (3, 5, 7, 11), 3
+DENSE = (3, 2, 11, 5, 7), 2
+
+
 def test_strategy_by_platform(monkeypatch):
     is_jax = keras.backend.backend() == "jax"
-    assert choose_strategy(is_shared=True, is_known=True, rows=3) == "slice"
     scatter = "scatter" if is_jax else "where"
-    assert choose_strategy(is_shared=False, is_known=True, rows=3) == scatter
-    assert choose_strategy(is_shared=True, is_known=False, rows=3) == "where"
+    for place in (KEYS, DENSE):
+        assert choose_strategy(True, True, *place) == "slice"
+        assert choose_strategy(False, True, *place) == scatter
+        assert choose_strategy(True, False, *place) == "where"
     # The function `splice` hides its module of the same name.
     module = sys.modules[choose_strategy.__module__]
-    monkeypatch.setattr(module, "is_tpu", lambda: True)
-    assert choose_strategy(is_shared=True, is_known=True, rows=3) == "slice"
-    assert choose_strategy(is_shared=False, is_known=True, rows=3) == "where"
-    monkeypatch.undo()
     monkeypatch.setattr(module, "rows_divide", lambda rows: rows % 2 == 0)
-    assert choose_strategy(is_shared=False, is_known=True, rows=3) == "where"
-    assert choose_strategy(is_shared=False, is_known=True, rows=4) == scatter
+    assert choose_strategy(False, True, *KEYS) == "where"
+    assert choose_strategy(False, True, (4, 5, 7, 11), 3) == scatter
+
+
+@pytest.mark.jax_only
+def test_strategy_on_a_tpu(on_tpu, monkeypatch):
+    for is_shared in (True, False):
+        assert choose_strategy(is_shared, True, *KEYS) == "loop"
+        assert choose_strategy(is_shared, False, *KEYS) == "where"
+    assert choose_strategy(True, True, *DENSE) == "slice"
+    assert choose_strategy(False, True, *DENSE) == "where"
+    monkeypatch.setattr(keras.distribution, "distribution", lambda: "spread")
+    assert choose_strategy(True, True, *KEYS) == "slice"
 
 
 _compiled_splice = cases.compiled(splice)

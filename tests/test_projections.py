@@ -1,23 +1,29 @@
-"""One token on a GPU: projected as two, to the same numbers."""
+"""One row on a GPU or TPU: projected as two, to the same numbers."""
 
 import attention_cases as cases
 import numpy as np
 import pytest
 from conftest import make_lm
 
-from keras_kvcache.layers import projections
+from keras_kvcache.layers.projections import project
+
+pytestmark = pytest.mark.jax_only
 
 
-@pytest.fixture
-def has_triton(monkeypatch):
-    monkeypatch.setattr(projections, "has_triton", lambda: True)
-
-
-@pytest.mark.usefixtures("has_triton")
+@pytest.mark.parametrize("platform", ["on_gpu", "on_tpu"])
 @pytest.mark.parametrize(
-    "shape, rows", [((1, 1, 7), 2), ((1, 1, 3, 5), 2), ((3, 1, 7), 3), ((1, 2, 7), 1)]
+    "shape, feature_axes, rows",
+    [
+        ((1, 7), 1, 2),
+        ((1, 1, 7), 1, 2),
+        ((1, 1, 3, 5), 2, 2),
+        ((3, 1, 7), 1, 3),
+        ((1, 3, 7), 1, 1),
+        ((1, 1, 3, 5), 1, 1),
+    ],
 )
-def test_only_one_token_is_doubled(shape, rows):
+def test_only_one_row_is_doubled(shape, feature_axes, rows, platform, request):
+    request.getfixturevalue(platform)
     shapes = []
 
     def triple(inputs):
@@ -25,15 +31,17 @@ def test_only_one_token_is_doubled(shape, rows):
         return 3 * inputs
 
     inputs = cases.noise(*shape)
-    outputs = projections.project(triple, inputs)
+    outputs = project(triple, inputs, feature_axes)
     np.testing.assert_allclose(cases.numpy(outputs), 3 * inputs, rtol=1e-6)
     assert shapes == [(rows, *shape[1:])]
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_model_says_the_same(kind, monkeypatch):
-    prompt = [5, 3, 11, 2, 7]
-    expected = make_lm(kind).generate([prompt], max_new_tokens=13)
-    monkeypatch.setattr(projections, "has_triton", lambda: True)
-    lm = make_lm(kind)
-    np.testing.assert_array_equal(lm.generate([prompt], max_new_tokens=13), expected)
+@pytest.mark.parametrize("prompts", [1, 3])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "windowed"])
+def test_a_model_says_the_same_on_a_tpu(kind, prompts, request):
+    prompts = [[5, 3, 11, 2, 7], [13, 2], [17, 19, 23]][:prompts]
+    expected = make_lm(kind, dtype="float32").generate(prompts, max_new_tokens=13)
+    request.getfixturevalue("on_tpu")
+    lm = make_lm(kind, dtype="float32")
+    generated = lm.generate(prompts, max_new_tokens=13)
+    assert list(map(list, generated)) == list(map(list, expected))

@@ -293,7 +293,7 @@ class CachedMultiHeadAttention(AdoptsParts, keras.layers.MultiHeadAttention):
         output = ops.cast(output, self.compute_dtype)
         if self._use_gate:
             output = output * project(self._gate_dense, query)
-        returned = (project(self._output_dense, output),)
+        returned = (project(self._output_dense, output, feature_axes=2),)
         if return_attention_scores:
             returned += (ops.cast(scores, self.compute_dtype),)
         if cache is not None:

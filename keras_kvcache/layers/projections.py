@@ -3,25 +3,28 @@
 import keras
 from keras import ops
 
-from keras_kvcache.ops import has_triton
+from keras_kvcache.ops import has_triton, is_tpu
 
 
-def project(layer, inputs):
-    """`layer(inputs)`; on a GPU one token is projected as two.
+def project(layer, inputs, feature_axes=1):
+    """`layer(inputs)`; on a GPU or TPU one row is projected as two.
 
-    XLA's GPU backend takes a product of one row with fewer than ten million weights
-    apart, into multiplications whose results it writes to memory and a sum that few
-    processors read, or transposes the weights before a loop. A product of two rows
-    it leaves to the matrix units, which read the weights once and as they are.
+    XLA takes a product of one row apart: on a GPU, of fewer than ten million weights,
+    into multiplications whose results it writes to memory and a sum that few
+    processors read, or it transposes the weights before a loop; on a TPU into what
+    its matrix units have no part in. A product of two rows it leaves to these, which
+    read the weights once and as they are.
 
     Args:
-        layer: Projects token by token.
-        inputs: Tensor `(B, T, …)`.
+        layer: Layer or function that projects row by row.
+        inputs: Tensor of rows, such as `(B, T, D)`.
+        feature_axes: How many axes a row has.
 
     Returns:
         What `layer` returns for them.
     """
-    if tuple(inputs.shape[:2]) != (1, 1) or not has_triton():
+    is_one = all(size == 1 for size in inputs.shape[:-feature_axes])
+    if not is_one or not (has_triton() or is_tpu()):
         return layer(inputs)
     return layer(ops.broadcast_to(inputs, (2, *inputs.shape[1:])))[:1]
 

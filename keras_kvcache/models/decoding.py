@@ -1,9 +1,11 @@
 """What a language model needs to generate: steps, caches and a generator."""
 
+import functools
 from typing import NamedTuple
 
 from keras_kvcache.caches import CacheSpec, Rolling, Static, choose_kind, get_codec
 from keras_kvcache.generation import GenerateMethods, Generator
+from keras_kvcache.layers.projections import project
 from keras_kvcache.models.logits import vocabulary_logits
 
 
@@ -53,7 +55,8 @@ class DecodingMethods(GenerateMethods):
 
     def logits(self, hidden_states):
         """Logits `(…, V)` of final hidden states `(…, D)`."""
-        return vocabulary_logits(self.token_embedding, hidden_states)
+        of_vocabulary = functools.partial(vocabulary_logits, self.token_embedding)
+        return project(of_vocabulary, hidden_states)
 
     def cache_specs(
         self, batch_size, max_length=None, kind="auto", codec=None, layout="head_major"

@@ -9,6 +9,7 @@ from keras_kvcache.ops.platform import (
     has_triton,
     is_accelerator,
     is_jax_on_cpu,
+    is_tpu,
     preferred_dtype,
 )
 from keras_kvcache.ops.positions import (
@@ -65,6 +66,7 @@ __all__ = [
     "is_accelerator",
     "is_integer",
     "is_jax_on_cpu",
+    "is_tpu",
     "known_integers",
     "known_value",
     "pack_int4",

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
+from keras_kvcache.ops.platform import is_tpu
 from keras_kvcache.ops.view import Segment, View
 
 # The most queries, all heads together, that count as few: reading the slots takes
@@ -177,6 +178,11 @@ def _by_head(product, equation, x, y):
     On a CPU a batch axis of size 1 beside that of heads costs a factor of ten, so
     the two are merged. Where they are spread over devices each keeps to its own.
     """
+    if x.shape[2] == 1 and is_tpu():
+        # The product of one row XLA would take apart, for units that aren't matrix
+        # units, and lay the slots out anew for them, at each step.
+        two_rows = ops.concatenate([x, x], axis=2)
+        return _by_head(product, equation, two_rows, y)[:, :, :1]
     of_x, of_y, result = re.split(",|->", equation)
     if keras.distribution.distribution() is not None:
         return product(f"bk{of_x},bk{of_y}->bk{result}", x, y)

@@ -1,11 +1,17 @@
 """Writing new entries into a cache without touching the rest of it."""
 
+import functools
+
+import jax
 import keras
 from keras import ops
 
 from keras_kvcache.ops.platform import is_tpu
 from keras_kvcache.ops.positions import as_int32
 from keras_kvcache.ops.sharding import rows_divide
+
+# A TPU keeps a last axis of fewer numbers in the place of the one before.
+LANES = 128
 
 
 def splice(buffer, update, index, axis=2):
@@ -33,30 +39,40 @@ def splice(buffer, update, index, axis=2):
     if isinstance(index, int) and is_known:
         return _splice_known(buffer, update, index, axis)
     index = ops.reshape(as_int32(ops.convert_to_tensor(index)), (-1,))
-    strategy = choose_strategy(index.shape[0] == 1, is_known, buffer.shape[0])
+    strategy = choose_strategy(index.shape[0] == 1, is_known, buffer.shape, axis)
     return STRATEGIES[strategy](buffer, update, index, axis)
 
 
-def choose_strategy(is_shared, is_known, rows):
+def choose_strategy(is_shared, is_known, shape, axis):
     """How entries get to their slots when the index is a tensor.
 
     Args:
         is_shared: Whether one index holds for all rows.
         is_known: Whether the number of entries is known.
-        rows: `B`.
+        shape, axis: Of the buffer, and where its slots are.
 
     Returns:
         A key of `STRATEGIES`. `"slice"` writes one run of slots in all rows;
-        `"scatter"` one in each row, which XLA does in place, but on a TPU one
-        element after the other (https://github.com/jax-ml/jax/issues/21367), and
-        across devices after gathering rows that they can't share evenly; `"where"`
-        passes over the whole buffer and needs no support by the backend.
+        `"scatter"` one in each row, which XLA does in place, but across devices after
+        gathering rows that they can't share evenly, and on a TPU in a copy of the
+        buffer; `"loop"` does what both do turn by turn, and none if nothing lands,
+        for a TPU with slots on one of the last two axes, which would otherwise put
+        them first and copy them before they are attended; `"where"` passes over the
+        whole buffer and needs no support by the backend.
     """
+    if is_known and _suits_loop(shape, axis):
+        return "loop"
     if is_known and is_shared:
         return "slice"
     is_jax = keras.backend.backend() == "jax"
-    suits = is_jax and not is_tpu() and rows_divide(rows)
+    suits = is_jax and not is_tpu() and rows_divide(shape[0])
     return "scatter" if is_known and suits else "where"
+
+
+def _suits_loop(shape, axis):
+    is_here = is_tpu() and keras.distribution.distribution() is None
+    # A number of rows is a symbol in a program that JAX exports.
+    return is_here and axis >= len(shape) - 2 and isinstance(shape[0], int)
 
 
 def _splice_known(buffer, update, index, axis):
@@ -86,14 +102,44 @@ def _splice_scatter(buffer, update, index, axis):
     )
 
 
-def _splice_slice(buffer, update, index, axis):
-    """Reads the slots at a place that exists, keeps or replaces, writes back."""
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _splice_loop(buffer, update, index, axis):
+    """One row after the other, or all at once if they share `(1,)` index."""
+    if axis == len(buffer.shape) - 2 and buffer.shape[-1] < LANES:
+        # As a TPU keeps them. Another order would be a copy before and after.
+        flipped = (ops.swapaxes(array, -1, -2) for array in (buffer, update))
+        return ops.swapaxes(_splice_loop(*flipped, index, axis + 1), -1, -2)
+    (turns,), capacity, length = index.shape, buffer.shape[axis], update.shape[axis]
+    lands = ops.any(ops.logical_and(index > -length, index < capacity))
+
+    def write(turn, buffer):
+        first_row = [turn] + [0] * (len(update.shape) - 1)
+        rows = (buffer.shape[0] // turns, *update.shape[1:])
+        entries = ops.slice(update, first_row, rows)
+        return _splice_slice(buffer, entries, index[turn], axis, turn)
+
+    return ops.fori_loop(0, ops.where(lands, turns, 0), write, buffer)
+
+
+@_splice_loop.defjvp
+def _differentiate_loop(axis, primals, tangents):
+    """A loop that may not run has no gradient, but what it does is linear."""
+    of_buffer, of_update, _ = tangents
+    tangent = _splice_where(of_buffer, of_update, primals[2], axis)
+    return _splice_loop(*primals, axis), tangent
+
+
+def _splice_slice(buffer, update, index, axis, row=0):
+    """Reads the slots at a place that exists, keeps or replaces, writes back.
+
+    The rows of `update` go to those from `row` on.
+    """
     capacity, length = buffer.shape[axis], update.shape[axis]
     width = min(length, capacity)
     first = ops.clip(index, 0, capacity - width)
-    start = [0] * len(buffer.shape)
+    start = [row] + [0] * (len(buffer.shape) - 1)
     start[axis] = first
-    window = list(ops.shape(buffer))
+    window = list(ops.shape(update))
     window[axis] = width
     token = first - index + ops.arange(width, dtype="int32")
     fits = ops.logical_and(token >= 0, token < length)
@@ -121,5 +167,6 @@ def _splice_where(buffer, update, index, axis):
 STRATEGIES = {
     "slice": _splice_shared,
     "scatter": _splice_scatter,
+    "loop": _splice_loop,
     "where": _splice_where,
 }
