@@ -8,9 +8,11 @@ import numpy as np
 from keras_kvcache import samplers
 from keras_kvcache.generation.steps import DecodeState, Limits
 
-ARRAY = re.compile(r"= (bf16|f16|f32|s8)\[([\d,]+)\]\S* ([\w-]+)\(")
+RESULT = re.compile(r" = (.+?[\])}]) ([a-z][\w-]*)\(")
+ARRAY = re.compile(r"(bf16|f16|f32|s8)\[([\d,]+)\]")
 # What writes nothing, or only some slots.
-IN_PLACE = "parameter get-tuple-element bitcast dynamic-update-slice scatter".split()
+IN_PLACE = """parameter tuple get-tuple-element while bitcast
+    dynamic-update-slice scatter""".split()
 WIDTHS = {"bf16": 2, "f16": 2, "f32": 4, "s8": 1}
 
 
@@ -53,5 +55,9 @@ def written(text):
 def written_arrays(text):
     """Shape, dtype's name, operation and line of each such result."""
     for line in written(text):
-        for dtype, shape, operation in ARRAY.findall(line):
+        result = RESULT.search(line)
+        if not result:
+            continue
+        arrays, operation = result.groups()
+        for dtype, shape in ARRAY.findall(arrays):
             yield tuple(map(int, shape.split(","))), dtype, operation, line

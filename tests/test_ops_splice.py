@@ -29,6 +29,7 @@ def spliced(buffer, update, index, axis=2):
 SHAPES = {
     "dense": ((3, 2, 11, 5, 7), 2),
     "values": ((3, 5, 11, 7), 2),
+    "wide values": ((3, 2, 11, 131), 2),
     "keys": ((3, 5, 7, 11), 3),
 }
 
@@ -80,8 +81,24 @@ def test_strategies_are_equal(layout, length):
 
 
 @pytest.mark.jax_only
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_places_are_of_one_dtype(strategy):
+    """Where JAX computes in 64 bits, too."""
+    shape, axis = SHAPES["keys"]
+    buffer, update = cases.noise(*shape), cases.noise(3, 5, 7, 4, seed=1)
+    index = np.array([9], "int32")
+    jax.config.update("jax_enable_x64", True)
+    try:
+        splice_ = jax.jit(STRATEGIES[strategy], static_argnums=3)
+        got = cases.numpy(splice_(buffer, update, index, axis))
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    np.testing.assert_array_equal(got, spliced(buffer, update, index, axis))
+
+
+@pytest.mark.jax_only
 @pytest.mark.parametrize("index", [[4], [-2, 5, 10]])
-@pytest.mark.parametrize("layout", ["values", "keys"])
+@pytest.mark.parametrize("layout", ["values", "wide values", "keys"])
 def test_a_loop_has_gradients(layout, index):
     shape, axis = SHAPES[layout]
     buffer, update = cases.noise(*shape), cases.noise(*shape, seed=1)
@@ -122,6 +139,8 @@ def test_strategy_on_a_tpu(on_tpu, monkeypatch):
         assert choose_strategy(is_shared, False, *KEYS) == "where"
     assert choose_strategy(True, True, *DENSE) == "slice"
     assert choose_strategy(False, True, *DENSE) == "where"
+    for shape in ((3,), (3, 5), (3, 131)):  # of rows, into which one is put
+        assert choose_strategy(True, True, shape, 0) == "slice"
     monkeypatch.setattr(keras.distribution, "distribution", lambda: "spread")
     assert choose_strategy(True, True, *KEYS) == "slice"
 

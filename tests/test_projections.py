@@ -9,11 +9,14 @@ from keras_kvcache.layers.projections import project
 
 pytestmark = pytest.mark.jax_only
 
+DENSE = {"layout": "dense"}
+
 
 @pytest.mark.parametrize("platform", ["on_gpu", "on_tpu"])
 @pytest.mark.parametrize(
     "shape, feature_axes, rows",
     [
+        ((7,), 1, 7),
         ((1, 7), 1, 2),
         ((1, 1, 7), 1, 2),
         ((1, 1, 3, 5), 2, 2),
@@ -37,11 +40,17 @@ def test_only_one_row_is_doubled(shape, feature_axes, rows, platform, request):
 
 
 @pytest.mark.parametrize("prompts", [1, 3])
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "windowed"])
-def test_a_model_says_the_same_on_a_tpu(kind, prompts, request):
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        *((kind, {}) for kind in ("llama", "gpt2", "windowed")),
+        *(("llama", {"cache": cache}) for cache in ("int8", "int4", DENSE)),
+    ],
+)
+def test_a_model_says_the_same_on_a_tpu(kind, options, prompts, request):
     prompts = [[5, 3, 11, 2, 7], [13, 2], [17, 19, 23]][:prompts]
-    expected = make_lm(kind, dtype="float32").generate(prompts, max_new_tokens=13)
+    options = {"max_new_tokens": 13, **options}
+    expected = make_lm(kind, dtype="float32").generate(prompts, **options)
     request.getfixturevalue("on_tpu")
-    lm = make_lm(kind, dtype="float32")
-    generated = lm.generate(prompts, max_new_tokens=13)
+    generated = make_lm(kind, dtype="float32").generate(prompts, **options)
     assert list(map(list, generated)) == list(map(list, expected))

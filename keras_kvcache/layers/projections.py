@@ -9,11 +9,11 @@ from keras_kvcache.ops import has_triton, is_tpu
 def project(layer, inputs, feature_axes=1):
     """`layer(inputs)`; on a GPU or TPU one row is projected as two.
 
-    XLA takes a product of one row apart: on a GPU, of fewer than ten million weights,
-    into multiplications whose results it writes to memory and a sum that few
-    processors read, or it transposes the weights before a loop; on a TPU into what
-    its matrix units have no part in. A product of two rows it leaves to these, which
-    read the weights once and as they are.
+    Of a product of one row XLA's GPU backend makes multiplications and a sum, unless
+    there are ten million weights, and writes to memory what is to be summed or, before
+    a loop, transposed weights; on a TPU it doesn't use the matrix units. Two rows stay
+    a matrix product, which reads the weights once and, where there are more, costs
+    the same.
 
     Args:
         layer: Layer or function that projects row by row.
@@ -23,7 +23,8 @@ def project(layer, inputs, feature_axes=1):
     Returns:
         What `layer` returns for them.
     """
-    is_one = all(size == 1 for size in inputs.shape[:-feature_axes])
+    rows = inputs.shape[:-feature_axes]
+    is_one = len(rows) > 0 and all(size == 1 for size in rows)
     if not is_one or not (has_triton() or is_tpu()):
         return layer(inputs)
     return layer(ops.broadcast_to(inputs, (2, *inputs.shape[1:])))[:1]

@@ -179,8 +179,8 @@ def _by_head(product, equation, x, y):
     the two are merged. Where they are spread over devices each keeps to its own.
     """
     if x.shape[2] == 1 and is_tpu():
-        # The product of one row XLA would take apart, for units that aren't matrix
-        # units, and lay the slots out anew for them, at each step.
+        # For one row XLA wouldn't use matrix units, and would copy the slots to
+        # another layout at each step.
         two_rows = ops.concatenate([x, x], axis=2)
         return _by_head(product, equation, two_rows, y)[:, :, :1]
     of_x, of_y, result = re.split(",|->", equation)

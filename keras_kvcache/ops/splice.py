@@ -10,7 +10,7 @@ from keras_kvcache.ops.platform import is_tpu
 from keras_kvcache.ops.positions import as_int32
 from keras_kvcache.ops.sharding import rows_divide
 
-# A TPU keeps a last axis of fewer numbers in the place of the one before.
+# Where the last axis is shorter, a TPU's layout swaps the last two.
 LANES = 128
 
 
@@ -55,10 +55,10 @@ def choose_strategy(is_shared, is_known, shape, axis):
         A key of `STRATEGIES`. `"slice"` writes one run of slots in all rows;
         `"scatter"` one in each row, which XLA does in place, but across devices after
         gathering rows that they can't share evenly, and on a TPU in a copy of the
-        buffer; `"loop"` does what both do turn by turn, and none if nothing lands,
-        for a TPU with slots on one of the last two axes, which would otherwise put
-        them first and copy them before they are attended; `"where"` passes over the
-        whole buffer and needs no support by the backend.
+        buffer; `"loop"` does what both do in place on a TPU, where slots are on one of
+        the last two axes, turn by turn, and takes no turn if nothing lands. (With a
+        slice XLA would lay the buffer out for writing, and copy it to attend it.)
+        `"where"` passes over the whole buffer and needs no support by the backend.
     """
     if is_known and _suits_loop(shape, axis):
         return "loop"
@@ -72,7 +72,8 @@ def choose_strategy(is_shared, is_known, shape, axis):
 def _suits_loop(shape, axis):
     is_here = is_tpu() and keras.distribution.distribution() is None
     # A number of rows is a symbol in a program that JAX exports.
-    return is_here and axis >= len(shape) - 2 and isinstance(shape[0], int)
+    has_rows = isinstance(shape[0], int) and shape[0] > 0
+    return is_here and has_rows and axis > 0 and axis >= len(shape) - 2
 
 
 def _splice_known(buffer, update, index, axis):
@@ -111,36 +112,38 @@ def _splice_loop(buffer, update, index, axis):
         return ops.swapaxes(_splice_loop(*flipped, index, axis + 1), -1, -2)
     (turns,), capacity, length = index.shape, buffer.shape[axis], update.shape[axis]
     lands = ops.any(ops.logical_and(index > -length, index < capacity))
+    rows = 1 if turns > 1 else buffer.shape[0]
 
     def write(turn, buffer):
-        first_row = [turn] + [0] * (len(update.shape) - 1)
-        rows = (buffer.shape[0] // turns, *update.shape[1:])
-        entries = ops.slice(update, first_row, rows)
-        return _splice_slice(buffer, entries, index[turn], axis, turn)
+        start = _start([turn] + [0] * (len(update.shape) - 1))
+        entries = ops.slice(update, start, (rows, *update.shape[1:]))
+        return _splice_slice(buffer, entries, index[turn], axis, rows, turn)
 
     return ops.fori_loop(0, ops.where(lands, turns, 0), write, buffer)
 
 
 @_splice_loop.defjvp
 def _differentiate_loop(axis, primals, tangents):
-    """A loop that may not run has no gradient, but what it does is linear."""
+    """JAX can't reverse a loop whose number of turns is a tensor, but it's linear."""
     of_buffer, of_update, _ = tangents
     tangent = _splice_where(of_buffer, of_update, primals[2], axis)
     return _splice_loop(*primals, axis), tangent
 
 
-def _splice_slice(buffer, update, index, axis, row=0):
+def _splice_slice(buffer, update, index, axis, rows=None, first_row=0):
     """Reads the slots at a place that exists, keeps or replaces, writes back.
 
-    The rows of `update` go to those from `row` on.
+    That is in so many rows from one on, or in all.
     """
     capacity, length = buffer.shape[axis], update.shape[axis]
     width = min(length, capacity)
     first = ops.clip(index, 0, capacity - width)
-    start = [row] + [0] * (len(buffer.shape) - 1)
+    start = [first_row] + [0] * (len(buffer.shape) - 1)
     start[axis] = first
-    window = list(ops.shape(update))
+    start = _start(start)
+    window = list(ops.shape(buffer))
     window[axis] = width
+    window[0] = window[0] if rows is None else rows
     token = first - index + ops.arange(width, dtype="int32")
     fits = ops.logical_and(token >= 0, token < length)
     if length > 1:
@@ -148,6 +151,11 @@ def _splice_slice(buffer, update, index, axis, row=0):
     stored = ops.slice(buffer, start, window)
     fits = ops.reshape(fits, [-1] + [1] * (len(buffer.shape) - axis - 1))
     return ops.slice_update(buffer, start, ops.where(fits, update, stored))
+
+
+def _start(numbers):
+    """Of one dtype, which JAX insists on, also where it counts in 64 bits."""
+    return [ops.cast(number, "int32") for number in numbers]
 
 
 def _splice_where(buffer, update, index, axis):
