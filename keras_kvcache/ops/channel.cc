@@ -32,7 +32,8 @@ Channels& All() {
 
 // XLA calls a handler first to ask which version of the interface it was made for.
 bool TellsVersion(XLA_FFI_CallFrame* frame) {
-  XLA_FFI_Extension_Base* extension = frame->extension_start;
+  // Versions of the interface name the type of this differently.
+  auto* extension = frame->extension_start;
   if (extension == nullptr || extension->type != XLA_FFI_Extension_Metadata) {
     return false;
   }
