@@ -6,6 +6,7 @@ import shutil
 import keras
 import numpy as np
 import pytest
+import safetensors
 
 from keras_kvcache import DecoderLM, cli
 from keras_kvcache.loaders import hugging_face_files, read_hugging_face
@@ -13,6 +14,7 @@ from keras_kvcache.ops import preferred_dtype
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+pytest.importorskip("safetensors.torch")
 
 SIZES = dict(
     vocab_size=101,
@@ -274,6 +276,30 @@ def test_a_tied_head_may_be_stored_but_not_differ(tmp_path):
     rewrite(tmp_path, change_head)
     with pytest.raises(ValueError, match="`tie_word_embeddings`.*lm_head.weight"):
         DecoderLM.from_preset(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["qwen2_by_layer", "gpt2", "gemma2"])
+def test_a_tied_table_may_be_stored_as_the_head(family, tmp_path):
+    model = make_model(family)
+    save(model, tmp_path)
+    safetensors.torch.save_model(model, str(tmp_path / "model.safetensors"))
+    with safetensors.safe_open(tmp_path / "model.safetensors", "np") as file:
+        names = set(file.keys())
+    assert "lm_head.weight" in names
+    assert not any("embed_tokens" in name or "wte" in name for name in names)
+    assert_same_logits(DecoderLM.from_preset(tmp_path, dtype="float32"), model)
+
+    rewrite(tmp_path, lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(ValueError, match="hasn't: .*(embed_tokens|wte).weight"):
+        DecoderLM.from_preset(tmp_path)
+
+
+def test_an_untied_head_is_no_table(llama):
+    config = json.loads((llama / "config.json").read_text())
+    assert not config["tie_word_embeddings"]
+    rewrite(llama, lambda tensors: tensors.pop("model.embed_tokens.weight"))
+    with pytest.raises(ValueError, match="hasn't: model.embed_tokens.weight"):
+        DecoderLM.from_preset(llama)
 
 
 @pytest.fixture(scope="module")

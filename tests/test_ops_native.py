@@ -1,7 +1,11 @@
 """Libraries that are compiled on first use, and what keeps one from being made."""
 
+import os
+import subprocess
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -52,13 +56,53 @@ def test_another_processor_has_a_library_of_its_own(source, tmp_path, monkeypatc
     assert len(kept(tmp_path)) == 2
 
 
-def test_a_damaged_library_is_made_anew(source, tmp_path):
+def cut(data, size):
+    return data[:size]
+
+
+def zeroed(data, size):
+    return data[:size] + bytes(len(data) - size)
+
+
+@pytest.mark.parametrize("damage", [cut, zeroed])
+@pytest.mark.parametrize("size", [0, 61, 1009, 8009])
+def test_a_damaged_library_is_made_anew(source, tmp_path, damage, size):
+    # In a process of its own, as one that loads such a library is killed.
     native.load_library(source)
     (name,) = kept(tmp_path)
-    (tmp_path / "home" / "kernels" / name).unlink()
-    (tmp_path / "home" / "kernels" / name).write_bytes(b"")
-    assert native.load_library(source).Answer() == 42
+    library = tmp_path / "home" / "kernels" / name
+    whole = library.read_bytes()
+    library.unlink()  # This process has it mapped.
+    library.write_bytes(damage(whole, size))
+    program = (
+        "import pathlib, sys; from keras_kvcache.ops import native; "
+        "print(native.load_library(pathlib.Path(sys.argv[1])).Answer())"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(source)], capture_output=True, text=True
+    )
+    assert (run.returncode, run.stdout) == (0, "42\n"), run.stderr
     assert kept(tmp_path) == [name]
+    assert library.read_bytes() == whole
+
+
+def test_a_library_is_on_the_disk_before_its_name_is(source, tmp_path, monkeypatch):
+    done, fsync, replace = [], native.os.fsync, native.os.replace
+    kernels = tmp_path / "home" / "kernels"
+
+    def write_out(descriptor):
+        done.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def move(copy, library):
+        done.append("move")
+        replace(copy, library)
+
+    monkeypatch.setattr(native.os, "fsync", write_out)
+    monkeypatch.setattr(native.os, "replace", move)
+    native.load_library(source)
+    assert [Path(path).parent for path in done[:1]] == [kernels]
+    assert done[1:] == ["move", str(kernels)]
 
 
 def test_a_new_jaxlib_and_other_flags_have_libraries_of_their_own(

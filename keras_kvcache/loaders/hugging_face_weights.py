@@ -122,12 +122,12 @@ class Layout:
         """The token embedding, and the language head if it has its own weights."""
         V, D = self.config["vocabulary_size"], self.config["hidden_dim"]
         is_tied = self.config["tie_word_embeddings"]
-        self.add(
-            "token_embedding/embeddings",
-            tensor,
-            (V, D),
-            twin=LM_HEAD if is_tied else None,
-        )
+        name, table = "token_embedding/embeddings", self.named(tensor)
+        if is_tied and table not in self.names and LM_HEAD in self.names:
+            # Of two names for one tensor safetensors' `save_model` keeps the first.
+            self.sources[name] = Source((LM_HEAD,), (V, D), (V, D))
+        else:
+            self.add(name, tensor, (V, D), twin=LM_HEAD if is_tied else None)
         if not is_tied:
             self.sources["token_embedding/reverse_embeddings"] = Source(
                 (LM_HEAD,), (V, D), (D, V), transposed=True

@@ -1,5 +1,6 @@
 """C++ of the package's own, compiled for the machine at hand when it's first needed."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -88,17 +89,20 @@ def find_compiler():
 
 def _load(compiler, source):
     made_of = (source.read_bytes(), compiler, FLAGS, jaxlib.__version__, _processor())
-    digest = hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
-    library = cache_folder() / "kernels" / f"{source.stem}-{digest}.so"
-    if library.exists():
-        try:
-            return ctypes.CDLL(str(library))
-        except OSError:
-            pass  # Damaged, or of a system that isn't this one: it's made anew.
+    folder = cache_folder() / "kernels"
+    name = f"{source.stem}-{_digest(repr(made_of).encode())}"
+    for library in folder.glob(f"{name}-*.so"):
+        # To load one that was cut short kills the process, so its name tells what it
+        # has to hold. Whole, it may be of a system that isn't this one.
+        with contextlib.suppress(OSError):
+            if library.name == f"{name}-{_digest(library.read_bytes())}.so":
+                return ctypes.CDLL(str(library))
+            library.unlink()
     # A process that is killed leaves nothing but in the system's temporary folder.
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / library.name
+    with tempfile.TemporaryDirectory() as staging:
+        made = Path(staging) / f"{name}.so"
         _compile(compiler, source, made)
+        library = folder / f"{name}-{_digest(made.read_bytes())}.so"
         try:
             _keep(made, library)
             return ctypes.CDLL(str(library))
@@ -110,6 +114,10 @@ def _load(compiler, source):
                 stacklevel=3,
             )
             return loaded
+
+
+def _digest(data):
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _processor():
@@ -131,17 +139,32 @@ def _compile(compiler, source, library):
 
 
 def _keep(made, library):
-    """Copies a library to its place, where it's whole or not at all."""
+    """Copies a library to its place, where it's whole or not at all.
+
+    That holds if the power fails, too: the bytes are on the disk before the name is.
+    """
     library.parent.mkdir(parents=True, exist_ok=True)
     # A name that no other thread or process has, on whatever machine.
     handle, copy = tempfile.mkstemp(dir=library.parent)
     os.close(handle)
     try:
         shutil.copy(made, copy)
+        _write_out(copy, os.O_RDWR)
         os.replace(copy, library)
+        _write_out(library.parent, os.O_RDONLY)
     except OSError:
-        os.unlink(copy)
+        with contextlib.suppress(FileNotFoundError):  # moved to its place already
+            os.unlink(copy)
         raise
+
+
+def _write_out(path, mode):
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, mode)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _first_error(output):
