@@ -70,8 +70,8 @@ def read_prompts(inputs, tokenizer, vocabulary_size):
 def _tokenize(texts, tokenizer):
     if tokenizer is None:
         raise ValueError(
-            "`inputs` may be text only if there is a tokenizer; give token ids. "
-            f"Received: {texts[0]!r}"
+            "`inputs` may be text only if there is a tokenizer; give token ids, or "
+            f"set the model's `tokenizer`. Received: {texts[0]!r}"
         )
     for text in texts:
         if not text:

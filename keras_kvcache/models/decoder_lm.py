@@ -15,6 +15,7 @@ from keras_kvcache.models.decoder_config import (
 )
 from keras_kvcache.models.decoding import DecodingMethods
 from keras_kvcache.models.presets import PresetMethods
+from keras_kvcache.models.tokenizer_files import KeepsTokenizer
 from keras_kvcache.ops import token_positions
 
 # Arguments that a model hands on to all its blocks as they are.
@@ -41,7 +42,9 @@ BLOCK_OPTIONS = (
 
 
 @keras.saving.register_keras_serializable(package="keras_kvcache")
-class DecoderLM(PresetMethods, DecodingMethods, AdoptsParts, keras.Model):
+class DecoderLM(
+    PresetMethods, DecodingMethods, KeepsTokenizer, AdoptsParts, keras.Model
+):
     """Token ids in, logits out: embedding, blocks, final norm, projection.
 
     The defaults are a Llama's (Touvron et al., 2023,
@@ -84,8 +87,8 @@ class DecoderLM(PresetMethods, DecodingMethods, AdoptsParts, keras.Model):
         kernel_initializer: Initializer of kernels and embeddings; `None` for a
             normal distribution of deviation 0.02.
         tokenizer: Object with `encode(text) -> ids`, `decode(ids) -> text` and
-            `stop_token_ids`, for text in and out. It isn't part of the config;
-            presets save it.
+            `stop_token_ids`, for text in and out. It isn't part of the config; it's
+            saved beside it, as `keras_kvcache.models.tokenizer_files` says.
         **kwargs: Arguments of `keras.Model`, such as `dtype` and `name`.
 
     Call arguments:

@@ -171,4 +171,6 @@ class DecodingMethods(GenerateMethods):
                 is_endless=self.is_endless,
                 vocabulary_size=self.vocabulary_size,
             )
+        # It may have been set since.
+        self._generator.tokenizer = self.tokenizer
         return self._generator

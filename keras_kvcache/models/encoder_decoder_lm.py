@@ -10,6 +10,7 @@ from keras_kvcache.layers.adoption import AdoptsParts
 from keras_kvcache.layers.normalization import make_normalization
 from keras_kvcache.models.encoder_decoder_inputs import DECODER_IDS, PADDING_MASK
 from keras_kvcache.models.encoder_decoder_methods import EncoderDecoderMethods
+from keras_kvcache.models.tokenizer_files import KeepsTokenizer
 from keras_kvcache.ops import token_positions
 
 BLOCK_OPTIONS = (
@@ -28,7 +29,7 @@ BLOCK_OPTIONS = (
 
 
 @keras.saving.register_keras_serializable(package="keras_kvcache")
-class EncoderDecoderLM(EncoderDecoderMethods, AdoptsParts, keras.Model):
+class EncoderDecoderLM(EncoderDecoderMethods, KeepsTokenizer, AdoptsParts, keras.Model):
     """A decoder that attends what an encoder made of its inputs.
 
     The inputs are encoded once, each decoder layer projects the encoder's output to
@@ -59,7 +60,7 @@ class EncoderDecoderLM(EncoderDecoderMethods, AdoptsParts, keras.Model):
             output.
         tokenizer: Object with `encode_pairs(encoder_texts, decoder_texts) -> inputs`,
             `decode(ids) -> text` and `stop_token_ids`, for text in and out. It isn't
-            part of the config.
+            part of the config; it's saved beside it, as that of a `DecoderLM` is.
         **kwargs: Arguments of `keras.Model`, such as `dtype` and `name`.
 
     Call arguments:

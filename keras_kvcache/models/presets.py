@@ -9,11 +9,15 @@ import keras
 
 from keras_kvcache import loaders
 from keras_kvcache.models.decoder_config import get_initializer
+from keras_kvcache.models.tokenizer_files import (
+    load_tokenizer,
+    move_tokenizer,
+    save_tokenizer,
+)
 from keras_kvcache.ops import preferred_dtype
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.weights.h5"
-PRESET_FILES = (*loaders.TOKENIZER_FILES, WEIGHTS_FILE, CONFIG_FILE)
 # Raised when a folder of this version can't be read by older code.
 FORMAT_VERSION = 1
 # What a folder is known by: a key that only its writer's config has.
@@ -116,16 +120,13 @@ class PresetMethods:
             dir=directory.parent, prefix=f".{directory.name}."
         ) as staging:
             staging = Path(staging)
-            if self.tokenizer is not None:
-                self.tokenizer.save(staging)
+            save_tokenizer(self.tokenizer, staging)
             self.save_weights(staging / WEIGHTS_FILE)
             (staging / CONFIG_FILE).write_text(text, encoding="utf-8")
             directory.mkdir(exist_ok=True)
-            for name in PRESET_FILES:
-                if (staging / name).exists():
-                    os.replace(staging / name, directory / name)
-                else:
-                    (directory / name).unlink(missing_ok=True)
+            move_tokenizer(staging, directory)
+            for name in (WEIGHTS_FILE, CONFIG_FILE):
+                os.replace(staging / name, directory / name)
 
 
 def is_of_keras_hub(preset):
@@ -241,9 +242,7 @@ def _load_folder(cls, path, load_weights, kwargs):
             f"{config_path} must be of format version {FORMAT_VERSION}. "
             f"Received: {version!r}"
         )
-    tokenizer = None
-    if (path / loaders.TOKENIZER_FILES[0]).exists():
-        tokenizer = loaders.Tokenizer.load(path)
+    tokenizer = None if "tokenizer" in kwargs else load_tokenizer(path)
     dtype = config.get("dtype")
     if isinstance(dtype, dict):
         config["dtype"] = keras.dtype_policies.deserialize(dtype)

@@ -76,11 +76,12 @@ class SharedDecoderLM(SharesLayers, DecoderLM):
         own_copy(self).save_weights(*args, **kwargs)
 
     def save_to_preset(self, directory):
-        """As in `DecoderLM`; a tokenizer of keras-hub's is refused."""
-        if self.tokenizer is not None:
-            # Before all weights are copied.
-            self.tokenizer.save(directory)
+        """As in `DecoderLM`; one with weights of its own is saved."""
         own_copy(self).save_to_preset(directory)
+
+    def __reduce__(self):
+        """Pickles and copies a `DecoderLM` with weights of its own."""
+        return own_copy(self).__reduce__()
 
 
 class SharedEncoderDecoderLM(SharesLayers, EncoderDecoderLM):

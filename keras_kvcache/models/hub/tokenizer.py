@@ -4,6 +4,7 @@ import keras
 import numpy as np
 
 
+@keras.saving.register_keras_serializable(package="keras_kvcache")
 class HubTokenizer:
     """Encodes and decodes as `generate` of the keras-hub model does.
 
@@ -53,19 +54,27 @@ class HubTokenizer:
         packed = {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids, bool)}
         return self._preprocessor.generate_postprocess(packed)[0]
 
-    def save(self, directory):
-        """Refuses: there is no way back from keras-hub's files.
+    def save_assets(self, directory):
+        """Writes the vocabulary's files into a folder."""
+        self._preprocessor.tokenizer.save_assets(directory)
 
-        Raises:
-            ValueError: Always.
-        """
-        raise ValueError(
-            "`tokenizer` must be one of this package to be saved; set the model's "
-            "`tokenizer` to `None` to save it without. Received: keras-hub's "
-            f"{type(self._preprocessor.tokenizer).__name__}"
-        )
+    def load_assets(self, directory):
+        """Reads what `save_assets` wrote."""
+        self._preprocessor.tokenizer.load_assets(directory)
+
+    def get_config(self):
+        """Constructor arguments."""
+        preprocessor = keras.saving.serialize_keras_object(self._preprocessor)
+        return {"preprocessor": preprocessor, "end_of_turn": self._end_of_turn}
+
+    @classmethod
+    def from_config(cls, config):
+        """The tokenizer that `get_config` describes, without its vocabulary."""
+        preprocessor = keras.saving.deserialize_keras_object(config["preprocessor"])
+        return cls(preprocessor, config["end_of_turn"])
 
 
+@keras.saving.register_keras_serializable(package="keras_kvcache")
 class HubPairTokenizer(HubTokenizer):
     """Encodes and decodes as `generate` of an encoder-decoder model does.
 

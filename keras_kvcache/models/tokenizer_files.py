@@ -1,0 +1,142 @@
+"""Tokenizers in the files, pickles and copies of their models."""
+
+import contextvars
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import keras
+
+from keras_kvcache import loaders
+from keras_kvcache.quotes import quoted, shortened
+
+# A tokenizer that Keras can write as an object: its config, and a folder of its files.
+OBJECT_FILE, OBJECT_FOLDER = "tokenizer_object.json", "tokenizer_object"
+# All that `save_tokenizer` may write.
+TOKENIZER_FILES = (*loaders.TOKENIZER_FILES, OBJECT_FILE, OBJECT_FOLDER)
+# Set while a model is pickled, whose tokenizer goes beside the model's file.
+_goes_beside = contextvars.ContextVar("goes_beside", default=False)
+
+
+class KeepsTokenizer:
+    """Gives a model whose `tokenizer` is written and read with it."""
+
+    def save_assets(self, directory):
+        """Writes the tokenizer into the folder that Keras gives the model's files.
+
+        Args:
+            directory: Path of the folder.
+        """
+        if not _goes_beside.get():
+            save_tokenizer(self.tokenizer, directory)
+
+    def load_assets(self, directory):
+        """Reads what `save_assets` wrote.
+
+        Args:
+            directory: Path of the folder; `None` if there is none.
+        """
+        tokenizer = None if directory is None else load_tokenizer(directory)
+        if tokenizer is not None:
+            self.tokenizer = tokenizer
+
+    def __reduce__(self):
+        """Pickles and copies the model by Keras' file, the tokenizer as it is."""
+        token = _goes_beside.set(True)
+        try:
+            load, arguments = super().__reduce__()
+        finally:
+            _goes_beside.reset(token)
+        return _unpickle, (load, arguments, self.tokenizer)
+
+
+def _unpickle(load, arguments, tokenizer):
+    model = load(*arguments)
+    if tokenizer is not None:
+        model.tokenizer = tokenizer
+    return model
+
+
+def save_tokenizer(tokenizer, directory):
+    """Writes a tokenizer into a folder, or warns that it can't be.
+
+    It's written if it is a `keras_kvcache` tokenizer, or one of a class that is
+    registered by `keras.saving.register_keras_serializable` and has `get_config` and
+    `from_config`; it may have `save_assets(directory)` and `load_assets(directory)`.
+    Weights that took hours must not be lost for the sake of any other.
+
+    Args:
+        tokenizer: The tokenizer, or `None`, of which nothing is written.
+        directory: Path of an existing folder.
+    """
+    if tokenizer is None:
+        return
+    directory, kind = Path(directory), type(tokenizer)
+    if is_keras_object(tokenizer):
+        described = keras.saving.serialize_keras_object(tokenizer)
+        text = json.dumps(described, indent=2)
+        if hasattr(tokenizer, "save_assets"):
+            (directory / OBJECT_FOLDER).mkdir(exist_ok=True)
+            tokenizer.save_assets(str(directory / OBJECT_FOLDER))
+        (directory / OBJECT_FILE).write_text(text, encoding="utf-8")
+    elif isinstance(tokenizer, loaders.Tokenizer):
+        tokenizer.save(directory)
+    else:
+        warnings.warn(
+            f"The tokenizer, a {kind.__module__}.{kind.__qualname__}, isn't saved with "
+            "the model: set the loaded model's `tokenizer` again. To be saved, its "
+            "class must have `get_config` and `from_config` and be registered by "
+            "`keras.saving.register_keras_serializable`.",
+            stacklevel=3,
+        )
+
+
+def load_tokenizer(directory):
+    """The tokenizer that `save_tokenizer` wrote into a folder, or `None`.
+
+    Raises:
+        ValueError: A file is damaged.
+    """
+    directory = Path(directory)
+    if (directory / loaders.TOKENIZER_FILES[0]).exists():
+        return loaders.Tokenizer.load(directory)
+    if not (directory / OBJECT_FILE).exists():
+        return None
+    # It registers its classes, and its package imports models, which import this.
+    from keras_kvcache.models.hub import tokenizer as _  # noqa: F401
+
+    described = loaders.read_json(directory / OBJECT_FILE)
+    try:
+        tokenizer = keras.saving.deserialize_keras_object(described)
+    except TypeError as error:
+        warnings.warn(
+            "The model's tokenizer isn't loaded; the module of its class must be "
+            f"imported before. Received: {quoted(described.get('registered_name'))}, "
+            f"{shortened(error, 300)}",
+            stacklevel=3,
+        )
+        return None
+    if (directory / OBJECT_FOLDER).exists():
+        tokenizer.load_assets(str(directory / OBJECT_FOLDER))
+    return tokenizer
+
+
+def move_tokenizer(source, directory):
+    """Puts the tokenizer of one folder into another, in place of what is there."""
+    for name in TOKENIZER_FILES:
+        new, old = source / name, directory / name
+        if old.is_dir():
+            shutil.rmtree(old)
+        if new.exists():
+            os.replace(new, old)
+        else:
+            old.unlink(missing_ok=True)
+
+
+def is_keras_object(thing):
+    """Whether Keras can write an object's config and find its class again."""
+    is_registered = ">" in keras.saving.get_registered_name(type(thing))
+    has_config = hasattr(thing, "get_config") and hasattr(thing, "from_config")
+    return is_registered and has_config
