@@ -24,7 +24,16 @@ def compile_for(device, program, **arguments):
             return leaf
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
 
-    return program.lower(**jax.tree.map(describe, arguments)).compile()
+    with lowering_for(device):
+        return program.lower(**jax.tree.map(describe, arguments)).compile()
+
+
+def lowering_for(device):
+    """Tells Pallas which kind of GPU `device` is; else it looks for one here."""
+    (described,) = device.device_set
+    kind = jax.sharding.AbstractDevice(described.device_kind, None, described.platform)
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=kind)
+    return jax.sharding.use_abstract_mesh(mesh)
 
 
 def compile_decode(device, lm, cache, rows):

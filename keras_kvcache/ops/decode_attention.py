@@ -11,6 +11,7 @@ its place.
 """
 
 import functools
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -267,7 +268,10 @@ def _lower_for_gpu(context, *operands, **parameters):
     devices = getattr(context.module_context.axis_context, "num_devices", 1)
     stands_in = _is_export(context) or devices > 1 or not has_triton()
     lower = _lower_stand_in if stands_in else _lower_by_triton
-    return lower(context, *operands, **parameters)
+    with warnings.catch_warnings():
+        # It is for us, not for users; `triton_attention.py` says what comes next.
+        warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated")
+        return lower(context, *operands, **parameters)
 
 
 def _lower_for_cpu(context, *operands, **parameters):

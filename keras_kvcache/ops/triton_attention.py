@@ -5,7 +5,9 @@ skipping what is hidden by conditionals, segment by segment, costs more than rea
 The kernel looks itself how far a row is filled. Its programs share out the slots of
 each row and head, and what they make of their parts is merged by maxima and sums, as
 in flash decoding (Dao et al., 2023, https://pytorch.org/blog/flash-decoding/). It is
-written in Pallas and compiled by Triton, which JAX brings along.
+written in Pallas and compiled by Triton, which JAX brings along. JAX 0.11 deprecates
+that. What replaces it is the same kernel in Triton's own language, called by the
+package `jax-triton`, or in Pallas for Mosaic GPU.
 """
 
 import functools
