@@ -3,5 +3,6 @@
 from keras_kvcache.generation.generator import Generator
 from keras_kvcache.generation.methods import GenerateMethods
 from keras_kvcache.generation.program import make_program
+from keras_kvcache.generation.stream import TextStream
 
-__all__ = ["GenerateMethods", "Generator", "make_program"]
+__all__ = ["GenerateMethods", "Generator", "TextStream", "make_program"]

@@ -1,18 +1,23 @@
 """Generation from any Keras model built with caches."""
 
+from __future__ import annotations
+
 import copy
 import inspect
 import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_kvcache import samplers
-from keras_kvcache.caches import read_options
+from keras_kvcache.caches import Codec, Rolling, Static, read_options
 from keras_kvcache.caches.bits import as_bits
 from keras_kvcache.generation.bursts import LONGEST_BURST, make_reader
 from keras_kvcache.generation.detokenizer import Detokenizer
+from keras_kvcache.generation.foreign_arguments import ADVICE
 from keras_kvcache.generation.limits import read_stop_token_ids, row_ends
 from keras_kvcache.generation.program import make_program
 from keras_kvcache.generation.prompts import Prompts, read_prompts, write_answers
@@ -31,6 +36,7 @@ from keras_kvcache.generation.steps import (
     prefill,
 )
 from keras_kvcache.generation.stream import TextStream
+from keras_kvcache.unknown_arguments import explains_unknown
 
 
 class Generator:
@@ -83,6 +89,13 @@ class Generator:
         self._prefill = make_program(self._run_prefill, model, donate=("cache",))
         self._decode = make_program(self._run_decode, model, donate=("state",))
 
+    def __repr__(self):
+        return (
+            f"<Generator of {self._model!r}, sampler={self.sampler!r}, "
+            f"tokenizer={self.tokenizer!r}, "
+            f"max_sequence_length={self.max_sequence_length}>"
+        )
+
     def _run_prefill(self, **arguments):
         return prefill(self._functions, **arguments)
 
@@ -109,24 +122,31 @@ class Generator:
         other._init_cache = init_cache
         return other
 
+    @explains_unknown(ADVICE)
     def generate(
         self,
-        inputs,
-        max_length=None,
-        max_new_tokens=None,
-        stop_token_ids="auto",
-        strip_prompt=False,
-        sampler=None,
-        seed=None,
-        cache=None,
-    ):
-        """Continues prompts.
+        inputs: str | Sequence | Mapping,
+        max_length: int | None = None,
+        max_new_tokens: int | None = None,
+        stop_token_ids: Literal["auto"] | int | Sequence[int] | None = "auto",
+        strip_prompt: bool = False,
+        sampler: str | Callable | None = None,
+        seed: int | None = None,
+        cache: str | Static | Rolling | Codec | dict | None = None,
+    ) -> str | list | dict:
+        """Continues prompts, or answers messages.
 
         Args:
-            inputs: A string, a list of strings, a list of ids, a list of lists of
-                ids, or keras-hub's dictionary of `"token_ids"` and
-                `"padding_mask"`, arrays `(B, T)` padded on the right. Of these, a
-                row without room for a new token stays as it is.
+            inputs: One of
+
+                - a string, or a list of strings;
+                - a list of messages, `[{"role": "user", "content": "…"}, …]`, or a
+                  list of such lists: the model's chat template makes text of them,
+                  and what comes back is the answer alone;
+                - a list of ids, or a list of lists of ids;
+                - keras-hub's dictionary of `"token_ids"` and `"padding_mask"`,
+                  arrays `(B, T)` padded on the right. Of these, a row without room
+                  for a new token stays as it is.
             max_length: The most tokens of prompt and answer together.
             max_new_tokens: The most new tokens. The smallest of both and of the
                 model's own limit counts. For a dictionary without either, `T` is
@@ -145,12 +165,16 @@ class Generator:
 
         Returns:
             What came in, continued: a string, a list of strings, ids, lists of
-            ids, or a dictionary of NumPy arrays `(B, max_length)`.
+            ids, or a dictionary of NumPy arrays `(B, max_length)`. For messages
+            the text of the answer, without them; for a list of lists of messages
+            a list of answers.
 
         Raises:
-            TypeError: An argument is of the wrong kind.
-            ValueError: A prompt is empty, too long or not in the vocabulary, or
-                an argument is out of range.
+            TypeError: An argument is of the wrong kind or unknown; of names that
+                other packages have for it the message says what to write.
+            ValueError: A prompt is empty, too long or not in the vocabulary, an
+                argument is out of range, or messages came and there is no chat
+                template.
         """
         prompts = self._read(inputs)
         if prompts.form == "arrays" and max_length is None and max_new_tokens is None:
@@ -173,29 +197,36 @@ class Generator:
         width = max_length or int(ends.max())
         return write_answers(prompts, new_rows, texts, width, strip_prompt)
 
+    @explains_unknown(ADVICE)
     def stream(
         self,
-        inputs,
-        max_length=None,
-        max_new_tokens=None,
-        stop_token_ids="auto",
-        sampler=None,
-        seed=None,
-        cache=None,
-    ):
-        """Like `generate`, token by token and without the prompt.
+        inputs: str | Sequence,
+        max_length: int | None = None,
+        max_new_tokens: int | None = None,
+        stop_token_ids: Literal["auto"] | int | Sequence[int] | None = "auto",
+        sampler: str | Callable | None = None,
+        seed: int | None = None,
+        cache: str | Static | Rolling | Codec | dict | None = None,
+    ) -> TextStream:
+        """Continues prompts, or answers messages, piece by piece.
 
         On a CPU up to 16 tokens are computed ahead, and other programs of JAX that the
         same thread calls meanwhile wait for these.
 
         Args:
-            inputs: As in `generate`, dictionaries excepted.
-            max_length: As in `generate`.
-            max_new_tokens: As in `generate`.
-            stop_token_ids: As in `generate`.
-            sampler: As in `generate`.
-            seed: As in `generate`.
-            cache: As in `generate`.
+            inputs: A string, a list of messages or of ids, or a list of any of these,
+                as in `generate`; no dictionary of arrays.
+            max_length: The most tokens of prompt and answer together.
+            max_new_tokens: The most new tokens. The smallest of both and of the
+                model's own limit counts.
+            stop_token_ids: Ids that end a row: `"auto"` for the tokenizer's, `None`
+                for none, or ids.
+            sampler: As in `samplers.get`; `None` for the default.
+            seed: Integer. The same seed gives the same answer; `None` draws one
+                from Python's `random`.
+            cache: What to keep keys and values in: a kind, a codec, or a dictionary
+                of `"kind"`, `"codec"` and `"layout"`, as in `generate`. `None` for
+                the model's choice.
 
         Returns:
             A `TextStream`, an iterator over what was added: pieces of text for
@@ -204,8 +235,11 @@ class Generator:
             `strip_prompt=True`.
 
         Raises:
-            TypeError: As in `generate`, at once.
-            ValueError: As in `generate`, at once.
+            TypeError: An argument is of the wrong kind or unknown. This and the next
+                are raised at once, not when iteration begins.
+            ValueError: A prompt is empty, too long or not in the vocabulary, an
+                argument is out of range, or messages came and there is no chat
+                template.
         """
         prompts = self._read(inputs)
         if prompts.form == "arrays":

@@ -1,49 +1,34 @@
 """`generate` and `stream` as methods of a model."""
 
+import functools
+import inspect
+
+from keras_kvcache.generation.generator import Generator
+
+
+def _as_method(method):
+    """A method of the generator as that of a model, documented as it is."""
+
+    @functools.wraps(method)
+    def of_model(self, *arguments, **options):
+        return method(self.generator, *arguments, **options)
+
+    of_model.__qualname__ = f"GenerateMethods.{method.__name__}"
+    return of_model
+
+
+def takes_options_of(method):
+    """Gives a method that hands its `**options` on the signature of `method`."""
+
+    def decorate(function):
+        function.__signature__ = inspect.signature(method)
+        return function
+
+    return decorate
+
 
 class GenerateMethods:
     """Gives a model the methods of its `generator`, a `Generator`."""
 
-    def generate(
-        self,
-        inputs,
-        max_length=None,
-        max_new_tokens=None,
-        stop_token_ids="auto",
-        strip_prompt=False,
-        sampler=None,
-        seed=None,
-        cache=None,
-    ):
-        """Continues prompts; see `keras_kvcache.Generator.generate`."""
-        return self.generator.generate(
-            inputs,
-            max_length=max_length,
-            max_new_tokens=max_new_tokens,
-            stop_token_ids=stop_token_ids,
-            strip_prompt=strip_prompt,
-            sampler=sampler,
-            seed=seed,
-            cache=cache,
-        )
-
-    def stream(
-        self,
-        inputs,
-        max_length=None,
-        max_new_tokens=None,
-        stop_token_ids="auto",
-        sampler=None,
-        seed=None,
-        cache=None,
-    ):
-        """Continues prompts piece by piece; see `keras_kvcache.Generator.stream`."""
-        return self.generator.stream(
-            inputs,
-            max_length=max_length,
-            max_new_tokens=max_new_tokens,
-            stop_token_ids=stop_token_ids,
-            sampler=sampler,
-            seed=seed,
-            cache=cache,
-        )
+    generate = _as_method(Generator.generate)
+    stream = _as_method(Generator.stream)

@@ -1,7 +1,8 @@
-"""What users generate from: texts, token ids, keras-hub's dictionaries."""
+"""What users generate from: texts, messages, token ids, keras-hub's dictionaries."""
 
 import numbers
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 from keras import ops
@@ -17,6 +18,8 @@ class Prompts:
         single: Whether the user gave one prompt instead of a list.
         texts: The prompts as the user wrote them, for `"text"`.
         width: Columns of the user's arrays, for `"arrays"`.
+        answer_only: Whether answers come without the prompts, which aren't the
+            user's own text where a chat template wrote them.
     """
 
     rows: tuple[np.ndarray, ...]
@@ -24,16 +27,18 @@ class Prompts:
     single: bool
     texts: tuple[str, ...] = ()
     width: int | None = None
+    answer_only: bool = False
 
 
 def read_prompts(inputs, tokenizer, vocabulary_size):
     """Brings any form of `inputs` to rows of token ids.
 
     Args:
-        inputs: A string, a list of strings, a list of ids, a list of lists of ids
-            (or arrays), or a dictionary of `"token_ids"` and `"padding_mask"`,
-            arrays `(B, T)` padded on the right.
-        tokenizer: Needed for strings; else may be `None`.
+        inputs: A string, a list of strings, a list of messages, a list of such
+            lists, a list of ids, a list of lists of ids (or arrays), or a dictionary
+            of `"token_ids"` and `"padding_mask"`, arrays `(B, T)` padded on the
+            right.
+        tokenizer: Needed for strings and messages; else may be `None`.
         vocabulary_size: `V`; ids must be below. `None` if unknown.
 
     Returns:
@@ -42,7 +47,8 @@ def read_prompts(inputs, tokenizer, vocabulary_size):
     Raises:
         TypeError: `inputs` is none of these, or ids aren't integers.
         ValueError: A prompt is empty, an id is outside the vocabulary, a mask
-            isn't right-padded, or a string came and there is no tokenizer.
+            isn't right-padded, or a string came and there is no tokenizer, or
+            messages and there is no chat template.
     """
     if isinstance(inputs, dict):
         return _read_arrays(inputs, vocabulary_size)
@@ -52,12 +58,16 @@ def read_prompts(inputs, tokenizer, vocabulary_size):
     if not isinstance(inputs, (list, tuple)):
         if not (isinstance(inputs, np.ndarray) or ops.is_tensor(inputs)):
             raise TypeError(
-                "`inputs` must be a string, a list of strings, token ids or a "
-                f"dictionary. Received: {type(inputs).__name__}"
+                "`inputs` must be a string, a list of strings or of messages, token "
+                f"ids or a dictionary. Received: {type(inputs).__name__}"
             )
         inputs = list(ops.convert_to_numpy(inputs))
     if not inputs:
         raise ValueError("`inputs` must hold at least one prompt. Received: []")
+    if _are_messages(inputs):
+        return replace(_read_chats([inputs], tokenizer), single=True)
+    if all(_are_messages(prompt) for prompt in inputs):
+        return _read_chats(inputs, tokenizer)
     if all(isinstance(prompt, str) for prompt in inputs):
         texts = tuple(inputs)
         return Prompts(_tokenize(texts, tokenizer), "text", False, texts=texts)
@@ -65,6 +75,27 @@ def read_prompts(inputs, tokenizer, vocabulary_size):
         return Prompts((_check_row(inputs, vocabulary_size),), "ids", True)
     rows = tuple(_check_row(row, vocabulary_size) for row in inputs)
     return Prompts(rows, "ids", False)
+
+
+def _are_messages(prompt):
+    return (
+        isinstance(prompt, (list, tuple))
+        and len(prompt) > 0
+        and all(isinstance(message, Mapping) for message in prompt)
+    )
+
+
+def _read_chats(chats, tokenizer):
+    """Conversations as the text that the chat template makes of them."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError(
+            "`inputs` may be messages only if the model's tokenizer has a "
+            "`chat_template`; give text. Received: messages, and "
+            f"{'no tokenizer' if tokenizer is None else 'a tokenizer without one'}"
+        )
+    texts = tuple(tokenizer.apply_chat_template(chat) for chat in chats)
+    rows = _tokenize(texts, tokenizer)
+    return Prompts(rows, "text", False, texts=texts, answer_only=True)
 
 
 def _tokenize(texts, tokenizer):
@@ -82,10 +113,10 @@ def _tokenize(texts, tokenizer):
 def _check_row(row, vocabulary_size):
     """One prompt's ids as an int32 array."""
     ids = ops.convert_to_numpy(row)
-    if isinstance(row, str) or ids.ndim != 1:
+    if isinstance(row, str) or ids.ndim != 1 or ids.dtype == object:
         raise TypeError(
-            "`inputs` must be all strings or all rows of token ids. Received a row "
-            f"of type {type(row).__name__} and shape {ids.shape}"
+            "`inputs` must be all strings, all lists of messages or all rows of token "
+            f"ids. Received a row of type {type(row).__name__} and shape {ids.shape}"
         )
     if ids.size == 0:
         raise ValueError("`inputs` must not hold an empty prompt. Received: []")
@@ -105,6 +136,11 @@ def _check_row(row, vocabulary_size):
 
 def _read_arrays(inputs, vocabulary_size):
     missing = {"token_ids", "padding_mask"} - set(inputs)
+    if missing and "role" in inputs:
+        raise ValueError(
+            "`inputs` must have messages in a list, even if there is but one. "
+            "Received: a message alone"
+        )
     if missing:
         raise ValueError(
             "`inputs`, if a dictionary, must have the keys 'token_ids' and "
@@ -150,7 +186,7 @@ def write_answers(prompts, new_rows, texts, total_width, strip_prompt):
     """
     if prompts.form == "text":
         answers = [
-            new if strip_prompt else old + new
+            new if strip_prompt or prompts.answer_only else old + new
             for old, new in zip(prompts.texts, texts, strict=True)
         ]
         return answers[0] if prompts.single else answers

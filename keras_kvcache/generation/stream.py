@@ -19,6 +19,10 @@ class TextStream:
         self.token_ids = [[] for _ in prompts.rows]
         self._pieces = _pieces(bursts, prompts, tokenizer, self.token_ids)
 
+    def __repr__(self):
+        counts = ", ".join(str(len(row)) for row in self.token_ids)
+        return f"<TextStream, new tokens up to now: {counts}>"
+
     def __iter__(self):
         return self
 

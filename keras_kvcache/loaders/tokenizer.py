@@ -68,6 +68,14 @@ class Tokenizer:
         if add_eos and eos_token_id is None:
             raise ValueError("`add_eos=True` needs an `eos_token_id`; it is None.")
 
+    def __repr__(self) -> str:
+        template = "with" if self.chat_template is not None else "without"
+        return (
+            f"<{type(self).__name__} vocabulary_size={self.vocabulary_size}, "
+            f"bos_token_id={self.bos_token_id}, eos_token_id={self.eos_token_id}, "
+            f"stop_token_ids={self.stop_token_ids}, {template} chat_template>"
+        )
+
     def encode(self, text: str) -> list[int]:
         """The ids of a text.
 

@@ -75,6 +75,10 @@ class Acceleration:
         self._causal_lm, self._blocks = causal_lm, 0
         self._install()
 
+    def __repr__(self):
+        state = "active" if accelerated_by(self._causal_lm) is self else "restored"
+        return f"<Acceleration of {self._causal_lm!r}, {state}>"
+
     def _install(self):
         # keras-hub asks the first for a function that generates, and compiles the
         # second where the sampler brings its own loop.

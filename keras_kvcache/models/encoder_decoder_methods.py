@@ -4,7 +4,9 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from keras_kvcache.caches import CacheSpec, get_codec
-from keras_kvcache.generation import make_program
+from keras_kvcache.generation import Generator, TextStream, make_program
+from keras_kvcache.generation.foreign_arguments import ADVICE
+from keras_kvcache.generation.methods import takes_options_of
 from keras_kvcache.models.decoding import DecodingMethods
 from keras_kvcache.models.encoder_decoder_inputs import (
     DECODER_IDS,
@@ -13,6 +15,7 @@ from keras_kvcache.models.encoder_decoder_inputs import (
     check_encoder_names,
     read_pairs,
 )
+from keras_kvcache.unknown_arguments import explains_unknown
 
 
 class Encoded(NamedTuple):
@@ -68,7 +71,9 @@ class EncoderDecoderMethods(DecodingMethods):
         caches = tuple(project(block) for block in self.blocks)
         return Encoded(caches, inputs.get(PADDING_MASK))
 
-    def generate(self, inputs, **options):
+    @explains_unknown(ADVICE)
+    @takes_options_of(Generator.generate)
+    def generate(self, inputs, **options) -> str | list | dict:
         """Answers what the encoder reads, going on from what the decoder is given.
 
         Args:
@@ -78,16 +83,27 @@ class EncoderDecoderMethods(DecodingMethods):
                 ids, rows of ids, or, with a `"decoder_padding_mask"`, arrays
                 `(B, T)` padded on the right. An `"encoder_padding_mask"` may be left
                 out; what it hides of all rows at the end isn't computed.
-            **options: As in `keras_kvcache.Generator.generate`, of the decoder's
-                tokens. The codec and the layout of a `cache` hold for the encoder's
-                keys and values too.
+            max_length: The most tokens of the decoder's prompt and answer together.
+            max_new_tokens: The most new tokens. The smallest of both and of the
+                model's own limit counts. For arrays without either, `T` is the
+                `max_length`, as in keras-hub.
+            stop_token_ids: Ids that end a row, which keeps them: `"auto"` for the
+                tokenizer's, `None` for none, or ids.
+            strip_prompt: Whether to leave out what the decoder was given.
+            sampler: As in `samplers.get`; `None` for the default.
+            seed: Integer. The same seed gives the same answer; `None` draws one
+                from Python's `random`.
+            cache: What to keep keys and values in: a kind, a codec, or a dictionary
+                of `"kind"`, `"codec"` and `"layout"`, as in
+                `keras_kvcache.Generator.generate`. Codec and layout hold for the
+                encoder's keys and values too. `None` for the model's choice.
 
         Returns:
             What the decoder was given, continued: text, ids, or a dictionary of
             `"decoder_token_ids"` and `"decoder_padding_mask"`.
 
         Raises:
-            TypeError: An argument is of the wrong kind.
+            TypeError: An argument is of the wrong kind or unknown.
             ValueError: Inputs are missing, too long or don't fit together, or an
                 argument is out of range.
         """
@@ -100,10 +116,32 @@ class EncoderDecoderMethods(DecodingMethods):
             DECODER_MASK: answer["padding_mask"],
         }
 
-    def stream(self, inputs, **options):
-        """Answers piece by piece; see `keras_kvcache.Generator.stream`.
+    @explains_unknown(ADVICE)
+    @takes_options_of(Generator.stream)
+    def stream(self, inputs, **options) -> TextStream:
+        """Answers what the encoder reads, piece by piece.
 
-        `inputs` are those of `generate`; of arrays lists of ids are streamed.
+        Args:
+            inputs: As in `generate`; of arrays lists of ids are streamed.
+            max_length: The most tokens of the decoder's prompt and answer together.
+            max_new_tokens: The most new tokens. The smallest of both and of the
+                model's own limit counts.
+            stop_token_ids: Ids that end a row: `"auto"` for the tokenizer's, `None`
+                for none, or ids.
+            sampler: As in `samplers.get`; `None` for the default.
+            seed: Integer. The same seed gives the same answer; `None` draws one
+                from Python's `random`.
+            cache: As in `generate`.
+
+        Returns:
+            A `TextStream`, an iterator over what was added to the decoder's prompt:
+            pieces of text for text, lists of ids for ids; for several rows a list of
+            one such piece a row.
+
+        Raises:
+            TypeError: An argument is of the wrong kind or unknown.
+            ValueError: Inputs are missing, too long or don't fit together, or an
+                argument is out of range.
         """
         arrays, prompts = read_pairs(inputs, self)
         if prompts.form == "arrays":

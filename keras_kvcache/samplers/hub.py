@@ -17,7 +17,7 @@ from keras_kvcache.samplers.noise import seed_words, threefry
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=[], meta_fields=["sampler"]
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class HubSampler:
     """Calls a keras-hub sampler one token at a time, as a pure function.
 
@@ -48,6 +48,11 @@ class HubSampler:
                 "generation loop that calls the model here. Received: "
                 f"{type(self.sampler).__name__}."
             )
+
+    def __repr__(self):
+        settings = getattr(self.sampler, "get_config", dict)()
+        shown = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        return f"{type(self).__name__}({type(self.sampler).__name__}({shown}))"
 
     def __call__(self, logits, seed):
         """Draws one token a row, see `Sampler`."""

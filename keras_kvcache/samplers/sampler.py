@@ -6,7 +6,21 @@ from collections.abc import Callable
 
 import jax
 
-from keras_kvcache.samplers.draws import categorical
+from keras_kvcache.samplers.draws import categorical, most_likely
+from keras_kvcache.samplers.filters import (
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    scale_temperature,
+)
+
+# What `samplers.make` calls the parameters of these filters, in its order.
+_SETTINGS = {
+    scale_temperature: "temperature",
+    keep_top_k: "top_k",
+    keep_top_p: "top_p",
+    keep_min_p: "min_p",
+}
 
 
 @functools.partial(
@@ -14,7 +28,7 @@ from keras_kvcache.samplers.draws import categorical
     data_fields=["parameters"],
     meta_fields=["filters", "draw"],
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Sampler:
     """Turns logits into token ids; built by `chain` and the recipes.
 
@@ -45,6 +59,31 @@ class Sampler:
         for keep, parameter in zip(self.filters, self.parameters, strict=True):
             logits = keep(logits, parameter)
         return self.draw(logits, seed)
+
+    def __repr__(self):
+        """The shortest call that makes the sampler."""
+        steps = list(zip(self.filters, self.parameters, strict=True))
+        if not steps and self.draw is most_likely:
+            return "samplers.greedy()"
+        in_order = [keep for keep in _SETTINGS if keep in self.filters]
+        if self.draw is categorical and self.filters == tuple(in_order) != ():
+            settings = [f"{_SETTINGS[keep]}={_shown(value)}" for keep, value in steps]
+            return f"samplers.make({', '.join(settings)})"
+        shown = [f"({_name(keep)}, {_shown(value)})" for keep, value in steps]
+        shown += [f"draw={_name(self.draw)}"] * (self.draw is not categorical)
+        return f"samplers.chain({', '.join(shown)})"
+
+
+def _shown(parameter):
+    """A number as it is, of a tensor the shape and the dtype."""
+    shape = getattr(parameter, "shape", None)
+    if shape is None:
+        return repr(parameter)
+    return f"<tensor {tuple(shape)} {getattr(parameter, 'dtype', '')}>"
+
+
+def _name(function):
+    return getattr(function, "__name__", repr(function))
 
 
 def chain(*steps, draw=categorical):

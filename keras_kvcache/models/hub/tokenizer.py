@@ -21,6 +21,14 @@ class HubTokenizer:
         self._preprocessor = preprocessor
         self._end_of_turn = end_of_turn
 
+    def __repr__(self):
+        tokenizer = self._preprocessor.tokenizer
+        return (
+            f"<{type(self).__name__} of a {type(tokenizer).__name__}, "
+            f"vocabulary_size={tokenizer.vocabulary_size()}, "
+            f"stop_token_ids={self.stop_token_ids}>"
+        )
+
     @property
     def stop_token_ids(self):
         """See the class; those of keras-hub's `stop_token_ids="auto"`."""

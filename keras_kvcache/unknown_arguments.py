@@ -1,0 +1,108 @@
+"""Errors for arguments that a function doesn't have: they say what to write instead."""
+
+import difflib
+import functools
+import inspect
+
+# Characters of a value that an error shows.
+_MOST_SHOWN = 40
+
+
+def explains_unknown(advice):
+    """Decorates a method that is called with names of other packages, too.
+
+    Args:
+        advice: As in `refuse_unknown`.
+
+    Returns:
+        A decorator. The method keeps its signature.
+    """
+
+    def decorate(method):
+        @functools.wraps(method)
+        def checked(self, *arguments, **options):
+            refuse_unknown(type(self), method, options, advice)
+            return method(self, *arguments, **options)
+
+        return checked
+
+    return decorate
+
+
+def refuse_unknown(owner, method, options, advice, leaves_rest=False):
+    """Refuses names that a method doesn't have, and says what takes their place.
+
+    Args:
+        owner: The class that it's called for.
+        method: The method. Where it hands arguments on to base classes, names of their
+            methods are known, too.
+        options: Dictionary of the arguments that were given by name.
+        advice: Mapping from a name to what takes its place: a text, or a function that
+            makes it of all that was given by unknown names.
+        leaves_rest: Whether names of which there is nothing to say pass.
+
+    Raises:
+        TypeError: A name is unknown.
+    """
+    known = _parameters(owner, method)
+    unknown = {name: options[name] for name in options if name not in known}
+    advised = {name: _advise(name, unknown, known, advice) for name in unknown}
+    if any(advised.values()) or (unknown and not leaves_rest):
+        called = method.__name__
+        called = owner.__name__ if called == "__init__" else called
+        raise TypeError(_message(called, known, unknown, advised))
+
+
+def _parameters(owner, method):
+    """Names of a method's arguments; where it passes on, of its base classes', too."""
+    names, methods = {}, [method]
+    if _passes_on(method):
+        bases = (vars(base).get(method.__name__) for base in owner.__mro__)
+        methods += [base for base in bases if base is not None]
+    for each in methods:
+        for parameter in list(inspect.signature(each).parameters.values())[1:]:
+            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                names.setdefault(parameter.name)
+    return list(names)
+
+
+def _passes_on(method):
+    parameters = inspect.signature(method).parameters.values()
+    return any(each.kind is each.VAR_KEYWORD for each in parameters)
+
+
+def _advise(name, unknown, known, advice):
+    """What takes the place of a name, or `None`."""
+    if name not in advice:
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+        if close:
+            return f"write `{close[0]}`"
+        close = difflib.get_close_matches(name, advice, n=1, cutoff=0.8)
+        if not close:
+            return None
+        return f"if it is to be `{close[0]}`, {_text(advice[close[0]], unknown)}"
+    return _text(advice[name], unknown)
+
+
+def _text(advice, unknown):
+    return advice(unknown) if callable(advice) else advice
+
+
+def _short(value):
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 1]}…"
+
+
+def _message(called, known, unknown, advised):
+    by_advice = {}
+    for name, text in advised.items():
+        by_advice.setdefault(text, []).append(f"`{name}`")
+    parts = [
+        f"no argument {', '.join(names)}" + (f": {text}" if text else "")
+        for text, names in by_advice.items()
+    ]
+    received = ", ".join(f"{name}={_short(value)}" for name, value in unknown.items())
+    return (
+        f"`{called}` has {'; '.join(parts)}. It takes {', '.join(known)}. "
+        f"Received: {received}"
+    )
