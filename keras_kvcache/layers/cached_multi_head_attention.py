@@ -12,6 +12,9 @@ from keras_kvcache.layers.attention_checks import (
     check_left_to_keras,
 )
 from keras_kvcache.layers.cached_attention import attend_cache, write_and_view
+from keras_kvcache.layers.foreign_arguments import ExplainsForeignArguments
+from keras_kvcache.layers.foreign_files import ExplainsForeignFiles
+from keras_kvcache.layers.output_spec import output_spec
 from keras_kvcache.layers.projections import (
     make_output_projection,
     make_projection,
@@ -26,7 +29,12 @@ from keras_kvcache.ops import (
 
 
 @keras.saving.register_keras_serializable(package="keras_kvcache")
-class CachedMultiHeadAttention(AdoptsParts, keras.layers.MultiHeadAttention):
+class CachedMultiHeadAttention(
+    ExplainsForeignArguments,
+    ExplainsForeignFiles,
+    AdoptsParts,
+    keras.layers.MultiHeadAttention,
+):
     """Multi-head attention that can keep its keys and values in a cache.
 
     Three modes, told apart by the call:
@@ -360,20 +368,7 @@ class CachedMultiHeadAttention(AdoptsParts, keras.layers.MultiHeadAttention):
             attention_mask,
             **masks,
         )
-        if isinstance(cache, Cache):
-            raise TypeError(
-                "`cache` must be a dense tensor in a functional model, as Keras "
-                f"can't carry other objects there. Received: {type(cache).__name__}"
-            )
-        output_shape = (*query.shape[:2], *(self._output_shape or query.shape[2:]))
-        returned = (keras.KerasTensor(output_shape, self.compute_dtype),)
-        if return_attention_scores:
-            slots = value.shape[1] if cache is None else cache.shape[2]
-            shape = (query.shape[0], self._num_heads, query.shape[1], slots)
-            returned += (keras.KerasTensor(shape, self.compute_dtype),)
-        if cache is not None:
-            returned += (keras.KerasTensor(cache.shape, cache.dtype),)
-        return returned if len(returned) > 1 else returned[0]
+        return output_spec(self, query, value, cache, return_attention_scores)
 
     def get_config(self):
         """Constructor arguments."""
