@@ -7,6 +7,7 @@ from keras_kvcache.loaders.gguf import read_gguf
 from keras_kvcache.loaders.hugging_face import read_hugging_face
 from keras_kvcache.loaders.json_file import read_json
 from keras_kvcache.loaders.presets import PRESETS, Preset, known_presets
+from keras_kvcache.loaders.progress import progress_bar
 from keras_kvcache.loaders.tokenizer import TOKENIZER_FILES, Tokenizer
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Tokenizer",
     "fetch",
     "known_presets",
+    "progress_bar",
     "read_gguf",
     "read_hugging_face",
     "read_json",

@@ -1,6 +1,7 @@
 """Models from names, files and folders, and back into folders."""
 
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -159,14 +160,17 @@ def assign_weights(model, weights):
             "The checkpoint must have the model's weights. "
             f"Missing: {sorted(missing)[:5]}; unknown: {sorted(extra)[:5]}"
         )
-    for name, variable in variables.items():
-        value = weights[name]()
-        if tuple(value.shape) != tuple(variable.shape):
-            raise ValueError(
-                f"The weight {name!r} must have the shape {tuple(variable.shape)}. "
-                f"Received: {tuple(value.shape)}"
-            )
-        variable.assign(value)
+    sizes = {name: math.prod(variable.shape) for name, variable in variables.items()}
+    with loaders.progress_bar("Loading weights", sum(sizes.values())) as bar:
+        for name, variable in variables.items():
+            value = weights[name]()
+            if tuple(value.shape) != tuple(variable.shape):
+                raise ValueError(
+                    f"The weight {name!r} must have the shape {tuple(variable.shape)}. "
+                    f"Received: {tuple(value.shape)}"
+                )
+            variable.assign(value)
+            bar.update(sizes[name])
 
 
 def weight_name(variable):

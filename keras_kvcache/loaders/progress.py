@@ -1,0 +1,29 @@
+"""A bar for what takes a while."""
+
+from __future__ import annotations
+
+# Seconds after which a bar appears: what is done by then needs none.
+_DELAY = 1.0
+
+
+def progress_bar(description: str, total: int):
+    """A bar on standard error, if that is a terminal, gone once all is done.
+
+    Args:
+        description: What is going on, in two or three words.
+        total: How many numbers there are to load.
+
+    Returns:
+        A context manager whose `update(count)` moves the bar on.
+    """
+    from tqdm import tqdm
+
+    return tqdm(
+        desc=description,
+        total=total,
+        unit=" numbers",
+        unit_scale=True,
+        delay=_DELAY,
+        disable=None,
+        leave=False,
+    )
