@@ -9,7 +9,7 @@ from keras_kvcache.models.hub.convert import from_keras_hub
 from keras_kvcache.models.hub.families import FAMILIES
 from keras_kvcache.models.hub.shared import SharedDecoderLM
 
-INSTALL = 'pip install "keras-kvcache[hub]"'
+INSTALL = '`pip install -e ".[hub]"` in the clone of this package'
 # What can be changed of a model that exists already.
 OPTIONS = ("dtype", "max_sequence_length", "tokenizer")
 # Whose errors are about the way to a model, not about the model.
