@@ -4,8 +4,7 @@ import difflib
 import functools
 import inspect
 
-# Characters of a value that an error shows.
-_MOST_SHOWN = 40
+from keras_kvcache.quotes import quoted
 
 
 def explains_unknown(advice):
@@ -88,11 +87,6 @@ def _text(advice, unknown):
     return advice(unknown) if callable(advice) else advice
 
 
-def _short(value):
-    text = repr(value)
-    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 1]}…"
-
-
 def _message(called, known, unknown, advised):
     by_advice = {}
     for name, text in advised.items():
@@ -101,7 +95,9 @@ def _message(called, known, unknown, advised):
         f"no argument {', '.join(names)}" + (f": {text}" if text else "")
         for text, names in by_advice.items()
     ]
-    received = ", ".join(f"{name}={_short(value)}" for name, value in unknown.items())
+    received = ", ".join(
+        f"{name}={quoted(value, 40)}" for name, value in unknown.items()
+    )
     return (
         f"`{called}` has {'; '.join(parts)}. It takes {', '.join(known)}. "
         f"Received: {received}"

@@ -12,7 +12,7 @@ PACKAGE = Path(keras_kvcache.__file__).parent
 FLOORS = {
     "cache_folder": -1,
     "quotes": -1,
-    "unknown_arguments": -1,
+    "unknown_arguments": 0,
     "interrupt": 0,
     "ops": 0,
     "caches": 1,
