@@ -78,9 +78,9 @@ def test_an_answer_ends_where_the_tokenizer_says():
 @pytest.mark.parametrize(
     "inputs, error, message",
     [
-        ([HELLO, "hello"], TypeError, "all strings, all lists of messages or all rows"),
-        ([HELLO, [1, 2]], TypeError, "all lists of messages or all rows"),
-        ([HELLO, []], TypeError, "all strings, all lists of messages or all rows"),
+        ([HELLO, "hello"], TypeError, "all strings or all rows.*all lists of messages"),
+        ([HELLO, [1, 2]], TypeError, "all strings or all rows.*all lists of messages"),
+        ([HELLO, []], TypeError, "all strings or all rows.*all lists of messages"),
         (HELLO[0], ValueError, "in a list, even if there is but one"),
         ([{"role": "user"}], TypeError, "`messages`"),
         ([{"content": "he"}], TypeError, "`messages`"),

@@ -115,8 +115,9 @@ def _check_row(row, vocabulary_size):
     ids = ops.convert_to_numpy(row)
     if isinstance(row, str) or ids.ndim != 1 or ids.dtype == object:
         raise TypeError(
-            "`inputs` must be all strings, all lists of messages or all rows of token "
-            f"ids. Received a row of type {type(row).__name__} and shape {ids.shape}"
+            "`inputs` must be all strings or all rows of token ids, or all lists of "
+            f"messages. Received a row of type {type(row).__name__} and shape "
+            f"{ids.shape}"
         )
     if ids.size == 0:
         raise ValueError("`inputs` must not hold an empty prompt. Received: []")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 # Seconds after which a bar appears: what is done by then needs none.
 _DELAY = 1.0
+# Seconds between two looks of it.
+_BETWEEN = 0.1
 
 
 def progress_bar(description: str, total: int):
@@ -24,6 +26,7 @@ def progress_bar(description: str, total: int):
         unit=" numbers",
         unit_scale=True,
         delay=_DELAY,
+        mininterval=_BETWEEN,
         disable=None,
         leave=False,
     )

@@ -1,5 +1,6 @@
 """Models from names, files and folders, and back into folders."""
 
+import contextlib
 import json
 import math
 import os
@@ -228,6 +229,29 @@ def _construct(cls, config, load_weights):
     return model
 
 
+@contextlib.contextmanager
+def _bar_of_blocks(model):
+    """A bar that moves on whenever Keras comes to the weights of a block."""
+    with loaders.progress_bar("Loading weights", model.count_params()) as bar:
+
+        def counted(block):
+            load = block.load_own_variables
+
+            def load_and_count(store):
+                load(store)
+                bar.update(block.count_params())
+
+            return load_and_count
+
+        for block in model.blocks:
+            block.load_own_variables = counted(block)
+        try:
+            yield
+        finally:
+            for block in model.blocks:
+                del block.load_own_variables
+
+
 def _load_folder(cls, path, load_weights, kwargs):
     config_path = path / CONFIG_FILE
     if load_weights and not (path / WEIGHTS_FILE).exists():
@@ -260,7 +284,8 @@ def _load_folder(cls, path, load_weights, kwargs):
         ) from error
     if load_weights:
         try:
-            model.load_weights(path / WEIGHTS_FILE)
+            with _bar_of_blocks(model):
+                model.load_weights(path / WEIGHTS_FILE)
         except (OSError, KeyError, ValueError) as error:
             raise ValueError(
                 f"{path / WEIGHTS_FILE} must hold the model's weights: {error}"
