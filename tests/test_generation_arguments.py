@@ -59,6 +59,7 @@ INSTEAD = {
     "input_ids": "`inputs`",
     "prompt": "`inputs`",
     "messages": "`inputs`",
+    "tools": "tokenizer.apply_chat_template(messages",
     "prefill": "by themselves",
     "batch_size": "list of prompts",
     "return_dict_in_generate": "call_with_cache",

@@ -112,6 +112,12 @@ ADVICE = {
         _INPUTS + ", which may be a list of messages; the chat template is applied",
     ),
     **_for_all(
+        "tools documents chat_template chat_template_kwargs add_generation_prompt "
+        "continue_final_message enable_thinking",
+        "give what the model's `tokenizer.apply_chat_template(messages, …)` makes of "
+        "it as `inputs`",
+    ),
+    **_for_all(
         "attention_mask padding_mask",
         "lists of ids of any lengths need none; arrays that are padded on the right "
         'come as `inputs={"token_ids": …, "padding_mask": …}`',
