@@ -1,45 +1,125 @@
-"""Text from tokens that come one by one."""
+"""New text from tokens that come one by one.
+
+Which text is new: of the text of prompt and answer, decoded together, all but what it
+begins with in common with the text of the prompt. So where decoding them together gives
+the prompt and more, new is what comes after the prompt.
+"""
+
+import os
 
 # What a decoder puts where bytes don't make a character, or don't yet.
 REPLACEMENT = "\ufffd"
 
 
 class Detokenizer:
-    """Turns a growing row of tokens into pieces of text.
+    """Gives the new text of a growing row of tokens, piece by piece.
 
-    A character of several bytes may be spread over several tokens; it's held back
-    until it is whole. Some tokenizers write a token's leading space or not by
-    what stands before it, so a piece is the difference between two decodings that
-    begin at the same earlier token.
+    The pieces, joined, are the `new_text` of the row, however its tokens are parted.
+    Exactly so for the tokenizers of this package; for others if a token changes
+    decoded text at its end only, by completing characters and appending.
 
     Args:
-        tokenizer: Object with `decode(ids) -> text`.
+        tokenizer: Object with `decode(ids) -> text`. If it has a method
+            `decode_stream()`, that gives, unless it gives `None`, an object with
+            `push(ids) -> text` and `flush() -> text`, which decodes in parts.
         prompt_ids: The tokens before the first new one.
+        prompt: The text that they were made of, if there is one.
     """
 
-    # Enough tokens before a piece for the tokenizer to see what it follows.
-    CONTEXT = 5
-
-    def __init__(self, tokenizer, prompt_ids):
-        self._tokenizer = tokenizer
-        self._ids = [int(token) for token in prompt_ids][-self.CONTEXT :]
-        self._shown = len(self._ids)
+    def __init__(self, tokenizer, prompt_ids, prompt=None):
+        make_stream = getattr(tokenizer, "decode_stream", lambda: None)
+        self._stream = make_stream() or WindowedStream(tokenizer.decode)
+        shown = shown_text(tokenizer, prompt_ids, prompt)
+        settled = self._stream.push([int(token) for token in prompt_ids])
+        # What of the prompt may still turn out otherwise.
+        self._shown = shown.removeprefix(settled)
 
     def push(self, token_ids):
-        """The text that became certain with `token_ids`; may be empty."""
-        self._ids.extend(int(token) for token in token_ids)
-        return self._take(is_last=False)
+        """The new text that became certain with `token_ids`; may be empty."""
+        return self._new(self._stream.push([int(token) for token in token_ids]))
 
     def flush(self):
         """What was held back and won't become whole any more."""
-        return self._take(is_last=True)
+        return self._new(self._stream.flush())
 
-    def _take(self, is_last):
-        # A prompt may end within a character that the first new tokens complete.
-        before = self._tokenizer.decode(self._ids[: self._shown]).rstrip(REPLACEMENT)
-        after = self._tokenizer.decode(self._ids)
-        if after.endswith(REPLACEMENT) and not is_last:
-            return ""
-        self._ids = self._ids[-self.CONTEXT :]
-        self._shown = len(self._ids)
-        return after[len(before) :]
+    def _new(self, text):
+        common = len(os.path.commonprefix([self._shown, text]))
+        self._shown = "" if common < len(text) else self._shown[common:]
+        return text[common:]
+
+
+def new_text(tokenizer, prompt_ids, new_ids, prompt=None):
+    """The text that new tokens add to a prompt's. Arguments as in `Detokenizer`."""
+    shown = shown_text(tokenizer, prompt_ids, prompt)
+    whole = tokenizer.decode([int(token) for token in (*prompt_ids, *new_ids)])
+    return whole[len(os.path.commonprefix([shown, whole])) :]
+
+
+def shown_text(tokenizer, prompt_ids, prompt):
+    """The text of a prompt as decoding gives it: without special tokens, say.
+
+    Some decoders write a space before the next word only. If the prompt ends in it,
+    the next word has none before it.
+    """
+    decoded = tokenizer.decode([int(token) for token in prompt_ids])
+    if prompt is not None and prompt.startswith(decoded):
+        if prompt[len(decoded) :].isspace():
+            return prompt
+    return decoded
+
+
+class WindowedStream:
+    """Decodes in parts by a function that decodes whole rows.
+
+    The newest tokens are decoded again and again, behind as many of those before
+    them as the decoder needs to see what they follow. U+FFFD at the end of a text is
+    held back, as it may become a character.
+
+    Args:
+        decode: Function of a list of ids that gives their text.
+    """
+
+    # So many ids are decoded at a time before a window begins anew, with so many
+    # before the newest.
+    LONGEST, CONTEXT = 48, 8
+    # More U+FFFD than these are no bytes of a run that becomes valid.
+    MOST_HELD = 256
+
+    def __init__(self, decode):
+        self._decode = decode
+        self._ids = []
+        self._given = 0
+        self._longest = self.LONGEST
+
+    def push(self, ids):
+        """The text that became certain with `ids`; may be empty."""
+        self._ids += ids
+        text = self._decode(self._ids)
+        settled = text.rstrip(REPLACEMENT)
+        if 0 < len(text) - len(settled) <= self.MOST_HELD:
+            return self._give(settled)
+        piece = self._give(text)
+        if len(self._ids) > self._longest:
+            self._begin_anew(text)
+        return piece
+
+    def flush(self):
+        """What was held back."""
+        return self._give(self._decode(self._ids))
+
+    def _give(self, text):
+        piece = text[self._given :]
+        self._given = max(self._given, len(text))
+        return piece
+
+    def _begin_anew(self, text):
+        """Forgets ids that the text of later ones doesn't depend on."""
+        for length in range(self.CONTEXT, self.LONGEST):
+            ids = self._ids[-length:]
+            context = self._decode(ids)
+            # A decoder may leave out the space before its first token.
+            if context.strip() and text.endswith(context.lstrip(" ")):
+                self._ids, self._given = ids, len(context)
+                self._longest = self.LONGEST
+                return
+        self._longest = 2 * len(self._ids)

@@ -16,7 +16,7 @@ from keras_kvcache import samplers
 from keras_kvcache.caches import Codec, Rolling, Static, read_options
 from keras_kvcache.caches.bits import as_bits
 from keras_kvcache.generation.bursts import LONGEST_BURST, make_reader
-from keras_kvcache.generation.detokenizer import Detokenizer
+from keras_kvcache.generation.detokenizer import new_text
 from keras_kvcache.generation.foreign_arguments import ADVICE
 from keras_kvcache.generation.limits import read_stop_token_ids, row_ends
 from keras_kvcache.generation.program import make_program
@@ -190,10 +190,8 @@ class Generator:
                 row.extend(burst[burst != NO_TOKEN].tolist())
         texts = None
         if prompts.form == "text":
-            texts = []
-            for prompt, new in zip(prompts.rows, new_rows, strict=True):
-                detokenizer = Detokenizer(self.tokenizer, prompt)
-                texts.append(detokenizer.push(new) + detokenizer.flush())
+            rows = zip(prompts.rows, new_rows, prompts.texts, strict=True)
+            texts = [new_text(self.tokenizer, *row) for row in rows]
         width = max_length or int(ends.max())
         return write_answers(prompts, new_rows, texts, width, strip_prompt)
 

@@ -34,7 +34,8 @@ class TextStream:
 # that was left before its end.
 def _pieces(bursts, prompts, tokenizer, token_ids):
     is_text = prompts.form == "text"
-    detokenizers = [Detokenizer(tokenizer, row) for row in prompts.rows if is_text]
+    texts = zip(prompts.rows, prompts.texts, strict=True) if is_text else ()
+    detokenizers = [Detokenizer(tokenizer, row, text) for row, text in texts]
     for tokens in bursts:
         added = [burst[burst != NO_TOKEN].tolist() for burst in tokens]
         for row, new in zip(token_ids, added, strict=True):

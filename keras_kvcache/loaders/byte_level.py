@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -43,6 +44,15 @@ _SPLITS = {
 WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3")
 # Qwen composes characters before it splits.
 _COMPOSED = ("qwen2", "deepseek-r1-qwen")
+
+
+@lru_cache(maxsize=1)
+def byte_of_letter() -> dict[str, int]:
+    """GPT-2's alphabet: printable bytes are themselves, others letters from U+0100."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    letters = {chr(byte): byte for byte in shown}
+    return letters | {chr(256 + index): byte for index, byte in enumerate(hidden)}
 
 
 def byte_level_backend(

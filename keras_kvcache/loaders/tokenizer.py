@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from keras_kvcache.loaders.chat_template import render_chat_template
+from keras_kvcache.loaders.decode_stream import DecodeStream, read_steps
 
 if TYPE_CHECKING:
     import tokenizers
@@ -125,6 +126,20 @@ class Tokenizer:
         return self._backend.decode(
             ids.tolist(), skip_special_tokens=skip_special_tokens
         )
+
+    def decode_stream(self, skip_special_tokens: bool = True) -> DecodeStream | None:
+        """Decodes in parts: what `push(ids)` and `flush()` give, joined, is `decode`'s.
+
+        Args:
+            skip_special_tokens: Whether to leave out special tokens.
+
+        Returns:
+            A new `DecodeStream`; `None` if `backend` has a decoder of its own kind.
+        """
+        steps = read_steps(self._backend.decoder)
+        if steps is None:
+            return None
+        return DecodeStream(self._backend, steps, skip_special_tokens)
 
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
