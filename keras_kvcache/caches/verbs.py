@@ -233,7 +233,7 @@ def resize(cache, capacity, fill):
         resized = _as_cache(cache).resize(capacity, fill)
         return resized if isinstance(cache, Cache) else resized.to_dense()
 
-    return map_caches(one, cache)
+    return distributed(map_caches(one, cache))
 
 
 def resize_window(cache, window, fill):

@@ -8,7 +8,6 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
-import keras
 import numpy as np
 from keras import ops
 
@@ -18,15 +17,16 @@ from keras_kvcache.caches.bits import as_bits
 from keras_kvcache.generation.bursts import LONGEST_BURST, make_reader
 from keras_kvcache.generation.detokenizer import new_text
 from keras_kvcache.generation.foreign_arguments import ADVICE
+from keras_kvcache.generation.growth import Growth, growing_capacities
 from keras_kvcache.generation.limits import read_stop_token_ids, row_ends
 from keras_kvcache.generation.program import make_program
-from keras_kvcache.generation.prompts import Prompts, read_prompts, write_answers
-from keras_kvcache.generation.sizes import (
-    CHUNKS,
-    SMALLEST_CAPACITY,
-    capacity_for,
-    chunk_sizes,
+from keras_kvcache.generation.prompts import (
+    Prompts,
+    padded_chunks,
+    read_prompts,
+    write_answers,
 )
+from keras_kvcache.generation.sizes import SMALLEST_CAPACITY, capacity_for
 from keras_kvcache.generation.steps import (
     NO_TOKEN,
     DecodeState,
@@ -59,6 +59,10 @@ class Generator:
             positions may nevertheless go on. `None` if they never may.
         vocabulary_size: `V`, to check ids against; `None` to leave them unchecked.
         sampler: What to sample with unless told otherwise; see `samplers.get`.
+        resize_cache: `(cache, capacity, fill) -> cache` with so many slots, of which
+            `fill` hold tokens, as `keras_kvcache.caches.resize`. With it, caches whose
+            end is far begin with fewer slots, which `init_cache` is told as `room`, and
+            grow as the text does. `None` if they have all from the start.
 
     On JAX, generation compiles: one program that decodes and up to three that
     run prompts, for each batch size, cache capacity and kind of sampler met.
@@ -77,10 +81,12 @@ class Generator:
         is_endless=None,
         vocabulary_size=None,
         sampler="greedy",
+        resize_cache=None,
     ):
         self._model = model
         self._functions = StepFunctions(step, logits or (lambda outputs: outputs))
         self._init_cache = init_cache
+        self._resize_cache = resize_cache
         self.tokenizer = tokenizer
         self.max_sequence_length = max_sequence_length
         self._is_endless = is_endless or (lambda **options: False)
@@ -311,7 +317,7 @@ class Generator:
             batch_size: `B`.
             capacity: `S`.
             **options: What `generate` is told of the cache: `kind`, `codec`,
-                `layout`.
+                `layout`, and the `room` that caches begin with.
 
         Raises:
             ValueError: The model's own `init_cache` doesn't take the options.
@@ -329,12 +335,15 @@ class Generator:
 
     def _run(self, rows, limits, sampler, seed, options, streams):
         self._build()
-        # 1. Room for the longest row, in one of few sizes.
+        # 1. Room for the longest row, in one of few sizes, or for its beginning.
         lengths = np.array([len(row) for row in rows], "int32")
-        longest = max(int(limits.end.max()), int(lengths.max()))
+        end = max(int(limits.end.max()), int(lengths.max()))
         limit = None if self._is_endless(**options) else self.max_sequence_length
-        capacity = capacity_for(longest, limit)
-        cache = self.init_cache(len(rows), capacity, **options)
+        capacities = (capacity_for(end, limit),)
+        if self._resize_cache is not None:
+            capacities = growing_capacities(int(lengths.max()), end, limit)
+        at_first = {"room": capacities[0]} if len(capacities) > 1 else {}
+        cache = self.init_cache(len(rows), capacities[-1], **options, **at_first)
         # 2. The prompts, chunk by chunk; each row's first new token.
         cache, token = self._run_prompts(cache, rows, lengths, sampler, seed)
         is_full = lengths >= limits.end
@@ -343,8 +352,8 @@ class Generator:
         if done.all():
             return
         # 3. The rest. While the caller looks at one burst the next one is
-        # computed, at worst for nothing.
-        index = np.minimum(lengths, capacity - 1)
+        # computed, at worst for nothing, unless caches must grow for it.
+        index = np.minimum(lengths, capacities[0] - 1)
         state = DecodeState(cache, token, index, done, step=np.int32(1))
         reader = make_reader(len(rows), streams)
         try:
@@ -355,40 +364,35 @@ class Generator:
                 steps=np.int32(reader.steps),
                 channel=reader.channel,
             )
+            growth = Growth(self._resize_cache, capacities, int(lengths.max()))
             state, tokens = decode_burst(state=state)
+            growth.advance(reader.steps)
             while True:
-                state, following = decode_burst(state=state)
+                following = None
+                if growth.has_room(reader.steps):
+                    state, following = decode_burst(state=state)
                 yield from reader.read(tokens)
                 last = ops.convert_to_numpy(tokens)[:, reader.steps - 1]
                 if (last == NO_TOKEN).all():
                     return
+                if following is None:
+                    state = state._replace(cache=growth.grow(state.cache))
+                    state, following = decode_burst(state=state)
+                growth.advance(reader.steps)
                 tokens = following
         finally:
             reader.close()
 
     def _run_prompts(self, cache, rows, lengths, sampler, seed):
-        longest = int(lengths.max())
-        if keras.backend.backend() == "jax":
-            sizes = chunk_sizes(longest)
-        else:
-            # Nothing is compiled, so nothing need be padded.
-            sizes = [
-                min(CHUNKS[-1], longest - first)
-                for first in range(0, longest, CHUNKS[-1])
-            ]
-        token_ids = np.zeros((len(rows), sum(sizes)), "int32")
-        for padded, row in zip(token_ids, rows, strict=True):
-            padded[: len(row)] = row
-        token, first = np.full(len(rows), NO_TOKEN, "int32"), 0
-        for size in sizes:
+        token = np.full(len(rows), NO_TOKEN, "int32")
+        for first, token_ids in padded_chunks(rows):
             cache, token = self._prefill(
                 cache=cache,
                 token=token,
-                token_ids=token_ids[:, first : first + size],
+                token_ids=token_ids,
                 first=np.int32(first),
                 lengths=lengths,
                 sampler=sampler,
                 seed=np.array([seed, 0], "uint32"),
             )
-            first += size
         return cache, ops.convert_to_numpy(token)

@@ -4,8 +4,11 @@ import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import keras
 import numpy as np
 from keras import ops
+
+from keras_kvcache.generation.sizes import CHUNKS, chunk_sizes
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,32 @@ def _read_arrays(inputs, vocabulary_size):
         for row, length in zip(ids, lengths, strict=True)
     )
     return Prompts(rows, "arrays", single, width=ids.shape[1])
+
+
+def padded_chunks(rows):
+    """Cuts prompts into the chunks that they are run in.
+
+    Args:
+        rows: One int32 array a prompt.
+
+    Yields:
+        Pairs of a position and the token ids from there on, int32 `(B, C)`, padded on
+        the right with zeros.
+    """
+    longest = max(len(row) for row in rows)
+    if keras.backend.backend() == "jax":
+        sizes = chunk_sizes(longest)
+    else:
+        # Nothing is compiled, so nothing need be padded.
+        starts = range(0, longest, CHUNKS[-1])
+        sizes = [min(CHUNKS[-1], longest - first) for first in starts]
+    token_ids = np.zeros((len(rows), sum(sizes)), "int32")
+    for padded, row in zip(token_ids, rows, strict=True):
+        padded[: len(row)] = row
+    first = 0
+    for size in sizes:
+        yield first, token_ids[:, first : first + size]
+        first += size
 
 
 def write_answers(prompts, new_rows, texts, total_width, strip_prompt):

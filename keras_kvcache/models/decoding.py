@@ -1,9 +1,17 @@
 """What a language model needs to generate: steps, caches and a generator."""
 
 import functools
+from dataclasses import replace
 from typing import NamedTuple
 
-from keras_kvcache.caches import CacheSpec, Rolling, Static, choose_kind, get_codec
+from keras_kvcache.caches import (
+    CacheSpec,
+    Rolling,
+    Static,
+    choose_kind,
+    get_codec,
+    resize,
+)
 from keras_kvcache.generation import GenerateMethods, Generator
 from keras_kvcache.layers.projections import project
 from keras_kvcache.models.logits import vocabulary_logits
@@ -111,11 +119,29 @@ class DecodingMethods(GenerateMethods):
         )
 
     def init_cache(
-        self, batch_size, max_length=None, kind="auto", codec=None, layout="head_major"
+        self,
+        batch_size,
+        max_length=None,
+        kind="auto",
+        codec=None,
+        layout="head_major",
+        room=None,
     ):
-        """Empty caches, a tuple of one a layer. Arguments as in `cache_specs`."""
+        """Empty caches, a tuple of one a layer.
+
+        Args:
+            batch_size, max_length, kind, codec, layout: As in `cache_specs`.
+            room: Slots that static caches begin with, if fewer than `max_length`;
+                `keras_kvcache.caches.resize` gives them more. `None` for all.
+        """
         specs = self.cache_specs(batch_size, max_length, kind, codec, layout)
+        if room is not None:
+            specs = [replace(spec, capacity=min(room, spec.capacity)) for spec in specs]
         return tuple(spec.allocate() for spec in specs)
+
+    def _resize_cache(self, cache, capacity, fill):
+        """What `init_cache` gave, with another number of slots."""
+        return resize(cache, capacity, fill)
 
     @property
     def has_last_position(self):
@@ -161,6 +187,8 @@ class DecodingMethods(GenerateMethods):
     def generator(self):
         """The `Generator` behind `generate` and `stream`."""
         if self._generator is None:
+            # A subclass's own caches may be of any kind.
+            has_own = type(self).init_cache is not DecodingMethods.init_cache
             self._generator = Generator(
                 self,
                 step=self.hidden_with_cache,
@@ -170,6 +198,7 @@ class DecodingMethods(GenerateMethods):
                 max_sequence_length=self.max_sequence_length,
                 is_endless=self.is_endless,
                 vocabulary_size=self.vocabulary_size,
+                resize_cache=None if has_own else self._resize_cache,
             )
         # It may have been set since.
         self._generator.tokenizer = self.tokenizer

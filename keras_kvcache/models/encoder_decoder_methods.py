@@ -71,6 +71,11 @@ class EncoderDecoderMethods(DecodingMethods):
         caches = tuple(project(block) for block in self.blocks)
         return Encoded(caches, inputs.get(PADDING_MASK))
 
+    def _resize_cache(self, cache, capacity, fill):
+        """As in the class above; what was encoded stays as it is."""
+        cache, encoded = cache
+        return super()._resize_cache(cache, capacity, fill), encoded
+
     @explains_unknown(ADVICE)
     @takes_options_of(Generator.generate)
     def generate(self, inputs, **options) -> str | list | dict:

@@ -1,0 +1,62 @@
+"""Caches that begin small and get more slots as the text grows."""
+
+import itertools
+
+from keras_kvcache.caches.sizes import segment_sizes
+from keras_kvcache.generation.sizes import capacity_for
+
+# New tokens for which there are slots from the start. Where there may be more, caches
+# begin with place for at least as many as here, which most answers don't reach: slots
+# take time to allocate, and programs that read many segments take time to compile.
+MOST_AT_ONCE = 1024
+FEWEST_AT_FIRST = 128
+
+
+def growing_capacities(length, end, limit=None):
+    """How many slots caches have, one number after the other.
+
+    Each is where a segment ends (256, 1024, 2048, 4096, …), so that growing adds
+    segments and copies nothing.
+
+    Args:
+        length: Of the longest prompt.
+        end: The position past the last possible token of all rows.
+        limit: The most slots, or `None`.
+
+    Returns:
+        A tuple of increasing integers; the last is enough for `end`.
+    """
+    last = capacity_for(end, limit)
+    if end - length <= MOST_AT_ONCE:
+        return (last,)
+    ends = itertools.accumulate(segment_sizes(last, kernels_read=False))
+    at_first = length + FEWEST_AT_FIRST
+    return tuple(slots for slots in ends if slots >= at_first or slots == last)
+
+
+class Growth:
+    """Gives caches more slots before a burst that would not fit.
+
+    Args:
+        resize: `(cache, capacity, fill) -> cache`.
+        capacities: How many slots the caches have now, and will have.
+        fill: Slots that hold tokens, of the fullest row.
+    """
+
+    def __init__(self, resize, capacities, fill):
+        self._resize = resize
+        self._capacity, *self._larger = capacities
+        self._fill = fill
+
+    def has_room(self, steps):
+        """Whether so many steps fit as it is."""
+        return not self._larger or self._fill + steps <= self._capacity
+
+    def grow(self, cache):
+        """The cache with the next number of slots."""
+        self._capacity = self._larger.pop(0)
+        return self._resize(cache, self._capacity, self._fill)
+
+    def advance(self, steps):
+        """Notes that so many steps are made, or fewer."""
+        self._fill += steps
