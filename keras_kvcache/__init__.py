@@ -3,25 +3,27 @@
 Keras asks for TensorFlow unless told otherwise. This package is fast on JAX, so
 JAX is the backend if nobody chose one: neither `KERAS_BACKEND` in the
 environment nor an `import keras` before this one.
+
+Importing the package imports neither Keras nor JAX, unless Keras is there already;
+the first use does, or the first `import keras`.
 """
 
+import importlib as _importlib
 import os as _os
 import sys as _sys
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-from keras_kvcache import interrupt as _interrupt
-
-# Before what takes long to import.
-if _interrupt.is_command():
-    _interrupt.set_handler(_interrupt.end_process)
+from keras_kvcache.registration import register_with_keras as _register_with_keras
 
 if "keras" not in _sys.modules:
     _os.environ.setdefault("KERAS_BACKEND", "jax")
 
-from keras_kvcache import caches, generation, layers, models, samplers
-from keras_kvcache.generation import Generator
-from keras_kvcache.models import DecoderLM, EncoderDecoderLM
-from keras_kvcache.models.accelerate import accelerate
-from keras_kvcache.models.hub import from_keras_hub
+if _TYPE_CHECKING:
+    from keras_kvcache import caches, generation, layers, models, samplers
+    from keras_kvcache.generation import Generator
+    from keras_kvcache.models import DecoderLM, EncoderDecoderLM
+    from keras_kvcache.models.accelerate import accelerate
+    from keras_kvcache.models.hub import from_keras_hub
 
 __version__ = "0.1.0"
 
@@ -37,3 +39,29 @@ __all__ = [
     "models",
     "samplers",
 ]
+
+_FOLDERS = ("caches", "generation", "layers", "loaders", "models", "ops", "samplers")
+_HOMES = {
+    "DecoderLM": "models",
+    "EncoderDecoderLM": "models",
+    "Generator": "generation",
+    "accelerate": "models.accelerate",
+    "from_keras_hub": "models.hub",
+}
+
+
+def __getattr__(name):
+    if name in _FOLDERS:
+        return _importlib.import_module(f"keras_kvcache.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'keras_kvcache' has no attribute {name!r}")
+    module = _importlib.import_module(f"keras_kvcache.{_HOMES[name]}")
+    value = globals()[name] = getattr(module, name)
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *_FOLDERS, *_HOMES})
+
+
+_register_with_keras(_FOLDERS)

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
+
+HOW_TO_MOVE = "The environment variable KERAS_KVCACHE_HOME names another folder."
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_UNUSABLE = (
+    *(errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.EEXIST),  # A file is where a folder should be.
+)
 
 
 def cache_folder() -> Path:
@@ -18,3 +26,21 @@ def cache_folder() -> Path:
     shared = os.environ.get("XDG_CACHE_HOME")
     base = Path(shared).expanduser() if shared else Path.home() / ".cache"
     return base / "keras-kvcache"
+
+
+def explain(error: OSError) -> str | None:
+    """Why nothing can be kept in the folder, and how to have another.
+
+    Args:
+        error: What writing there failed with.
+
+    Returns:
+        Two sentences, or `None` if the error is about something else.
+    """
+    if error.errno in _FULL:
+        what = "has no space left"
+    elif error.errno in _UNUSABLE:
+        what = "can't be written to"
+    else:
+        return None
+    return f"{cache_folder()} {what} ({os.strerror(error.errno)}). {HOW_TO_MOVE}"

