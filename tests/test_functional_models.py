@@ -228,6 +228,10 @@ def step(token_ids, caches, index):
 }
 
 
+# TensorFlow's words where JAX writes in a newer format than it knows, any model.
+TOO_NEW = "failed to deserialize portable artifact"
+
+
 def run_script(script, *arguments, **environment):
     result = subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)],
@@ -235,6 +239,8 @@ def run_script(script, *arguments, **environment):
         capture_output=True,
         text=True,
     )
+    if TOO_NEW in result.stderr:
+        pytest.skip("this TensorFlow is too old for what this JAX exports")
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
