@@ -127,7 +127,7 @@ def test_each_argument_is_documented_where_users_look(cls, method):
     names = list(signature.parameters)[1:]
     assert names[:3] == ["inputs", "max_length", "max_new_tokens"]
     assert {"stop_token_ids", "sampler", "seed", "cache"} <= set(names)
-    documented = re.findall(r"^ {12}(\w+): ", function.__doc__, re.M)
+    documented = re.findall(r"^ {4}(\w+): ", inspect.getdoc(function), re.M)
     assert documented[: len(names)] == names
     for parameter in list(signature.parameters.values())[1:]:
         assert parameter.annotation is not parameter.empty
