@@ -196,3 +196,19 @@ def test_bad_metadata_is_named(changes, words):
 def test_scores_must_be_there():
     with pytest.raises(ValueError, match=r"tokenizer\.ggml\.scores.*missing"):
         build_tokenizer(sentence_piece(scores=None))
+
+
+def test_named_tokens_and_templates_of_a_file():
+    values = byte_level(padding_token_id=265, seperator_token_id=266)
+    key = "tokenizer.chat_template"
+    values |= {key: "{{ pad_token }}{{ sep_token }}", f"{key}.tool_use": "{{ tools }}"}
+    tokenizer = build_tokenizer(values)
+    assert tokenizer.apply_chat_template([]) == "<|im_end|><think>"
+    assert tokenizer.apply_chat_template([], tools=[]) == "[]"
+
+
+def test_a_model_may_stop_at_an_id_that_no_token_has():
+    values = byte_level(eos_token_id=271)
+    assert build_tokenizer(values, vocabulary_size=272).stop_token_ids[0] == 271
+    with pytest.raises(ValueError, match="one of 271 tokens; it is 271"):
+        build_tokenizer(values, vocabulary_size=271)

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
+
+import numpy as np
+
+from keras_kvcache.loaders.final_message import (
+    REASONING,
+    cut_after_ending,
+    mark_ending,
+)
+from keras_kvcache.quotes import quoted
 
 _MAX_TEMPLATE_LENGTH = 200_000
 _MAX_OUTPUT_LENGTH = 10_000_000
@@ -14,51 +24,93 @@ _MAX_OUTPUT_LENGTH = 10_000_000
 
 def render_chat_template(
     template: str,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     *,
-    bos_token: str = "",
-    eos_token: str = "",
-    add_generation_prompt: bool = True,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    documents: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool | None = None,
+    continue_final_message: bool | str = False,
+    **variables: Any,
 ) -> str:
     """Writes a conversation as the text a model was trained on.
 
-    The template runs in Jinja's immutable sandbox and sees the messages only as
-    plain data. What it returns is limited in length; what it computes is limited
-    no further than Jinja does, so a hostile template can still waste time.
+    It does so as transformers does. The template runs in Jinja's immutable sandbox
+    and sees what it is given only as plain data. What it returns is limited in length;
+    what it computes is limited no further than Jinja does, so a hostile template can
+    still waste time.
 
     Args:
         template: A Jinja template, as in a model's `chat_template`.
-        messages: The turns, each with a `"role"` and a `"content"`.
-        bos_token: The text of the token that begins a sequence.
-        eos_token: The text of the token that ends one.
-        add_generation_prompt: Whether to open the assistant's turn at the end.
+        messages: The turns, each with a `"role"` and most often a `"content"`: a
+            string, a list of parts or `None`.
+        tools: JSON schemas of the functions that the model may call.
+        documents: What the model may read, dictionaries, often with a `"title"` and
+            a `"text"`.
+        add_generation_prompt: Whether to open the assistant's turn at the end; `None`
+            for `True`, or `False` where the last message is continued.
+        continue_final_message: Whether to leave the last message open, to be gone on
+            with; or which of its keys, if not `"content"`.
+        **variables: What else the template asks for, such as `bos_token`.
 
     Returns:
         The text, special tokens written out.
 
     Raises:
-        TypeError: If `template` isn't a string or `messages` not a list of
-            dictionaries with strings.
+        TypeError: If `template` isn't a string, `messages`, `tools` or `documents`
+            not a list of dictionaries, or one of them holds other than JSON types.
         ValueError: If the template is too long, has a syntax error, tries to
             leave the sandbox, uses what isn't defined, refuses the messages or
-            fails in any other way. The message says which and why.
+            fails in any other way, the message says which and why; or if there is
+            nothing to continue.
     """
     if not isinstance(template, str):
-        raise TypeError(f"`template` must be a string; got {template!r}.")
+        raise TypeError(f"`template` must be a string; got {quoted(template)}.")
     if len(template) > _MAX_TEMPLATE_LENGTH:
         raise ValueError(
             f"`template` must have at most {_MAX_TEMPLATE_LENGTH} characters; it has "
             f"{len(template)}."
         )
+    if add_generation_prompt and continue_final_message:
+        raise ValueError(
+            "`add_generation_prompt` and `continue_final_message` exclude each other. "
+            "Received: True for both"
+        )
+    if add_generation_prompt is None:
+        add_generation_prompt = not continue_final_message
+    messages = _read_messages(messages)
+    ending = None
+    if continue_final_message:
+        key = continue_final_message
+        key = key if isinstance(key, str) else "content"
+        ending = mark_ending(template, messages, key)
     values = {
-        "messages": _plain(messages),
-        "bos_token": bos_token,
-        "eos_token": eos_token,
+        # Templates rely on these two being there.
+        "bos_token": "",
+        "eos_token": "",
+        **_plain("variables", variables),
+        "messages": messages,
+        "tools": None if tools is None else _read_list("tools", tools),
+        "documents": None if documents is None else _read_list("documents", documents),
         "add_generation_prompt": add_generation_prompt,
-        # Templates ask for these; absent, as None, they skip them.
-        "tools": None,
-        "documents": None,
     }
+    text = _render(template, values)
+    return text if ending is None else cut_after_ending(text, ending)
+
+
+def without_nulls(messages: Any) -> Any:
+    """Messages without entries that are `None`, which many templates would write."""
+    if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence):
+        return messages
+    messages = [_as_mapping(message) for message in messages]
+    return [
+        {key: value for key, value in message.items() if value is not None}
+        if isinstance(message, Mapping)
+        else message
+        for message in messages
+    ]
+
+
+def _render(template: str, values: dict[str, Any]) -> str:
     import jinja2
     from jinja2.sandbox import SecurityError
 
@@ -90,31 +142,97 @@ class _Refusal(Exception):
     """Raised by a template that calls `raise_exception`."""
 
 
-def _plain(messages: Any) -> list[dict[str, Any]]:
-    """A copy of the messages made of JSON types only.
+def _read_messages(messages: Any) -> list[dict[str, Any]]:
+    messages = _read_list("messages", messages)
+    for message in messages:
+        if not isinstance(message.get("role"), str):
+            raise TypeError(
+                "every one of `messages` must be a dictionary whose 'role' is a "
+                f"string; got {quoted(message)}."
+            )
+    return [_with_reasoning(message) for message in messages]
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """Reasoning goes by three names; templates read the first or the second."""
+    found = (message.get(name) for name in REASONING)
+    reasoning = next((text for text in found if text is not None), None)
+    if reasoning is None:
+        return message
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def _read_list(name: str, values: Any) -> list[dict[str, Any]]:
+    """A copy of a list of dictionaries made of JSON types only."""
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
+        raise TypeError(
+            f"`{name}` must be a list of dictionaries; got {quoted(values)}."
+        )
+    values = [_as_mapping(value) for value in values]
+    for value in values:
+        if callable(value):
+            raise TypeError(
+                f"`{name}` must be dictionaries, for a function its JSON schema: "
+                "{'type': 'function', 'function': {'name': …, 'description': …, "
+                "'parameters': …}}, which `transformers.utils.get_json_schema` makes "
+                f"of one; got {quoted(value)}."
+            )
+        if not isinstance(value, Mapping):
+            raise TypeError(
+                f"every one of `{name}` must be a dictionary; got {quoted(value)}."
+            )
+    return _plain(name, values)
+
+
+def _as_mapping(value: Any) -> Any:
+    """What answers of other libraries' clients are as dictionaries."""
+    if isinstance(value, type):
+        return value
+    if dataclasses.is_dataclass(value):
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if callable(getattr(value, "model_dump", None)):
+        return value.model_dump()
+    return value
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A copy made of JSON types only, tuples included.
 
     Any other object may have methods that the sandbox would let a template call.
     """
-    if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence):
-        raise TypeError(f"`messages` must be a list of dictionaries; got {messages!r}.")
-    for message in messages:
-        if not isinstance(message, Mapping) or not all(
-            isinstance(message.get(key), str) for key in ("role", "content")
-        ):
-            raise TypeError(
-                "every one of `messages` must be a dictionary whose 'role' and "
-                f"'content' are strings; got {message!r}."
-            )
     try:
-        return json.loads(json.dumps([dict(message) for message in messages]))
+        return _copy(value)
     except TypeError as error:
-        raise TypeError(f"`messages` must hold JSON types only: {error}.") from error
+        raise TypeError(f"`{name}` must hold JSON types only: {error}.") from error
+    except RecursionError as error:
+        raise ValueError(f"`{name}` must not hold itself.") from error
+
+
+def _copy(value: Any) -> Any:
+    value = _as_mapping(value)
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    # Of a subclass only what it is besides its methods.
+    for kind in (str, int, float):
+        if isinstance(value, kind):
+            return getattr(kind, f"__{kind.__name__}__")(value)
+    if isinstance(value, np.generic):
+        return _copy(value.item())
+    if isinstance(value, Mapping):
+        return {_copy(key): _copy(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [_copy(item) for item in value]
+        return tuple(items) if isinstance(value, tuple) else items
+    raise TypeError(f"it holds {quoted(value)} of type {type(value).__name__}")
 
 
 @lru_cache(maxsize=1)
 def _environment():
     """Jinja as the usual chat templates expect it."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+    from jinja2.utils import Cycler, Joiner
 
     class Sandbox(ImmutableSandboxedEnvironment):
         """Raises where Jinja's would quietly write nothing."""
@@ -124,17 +242,56 @@ def _environment():
                 f"it reads the attribute {attribute!r} of a {type(obj).__name__}"
             )
 
+    class Generation(Extension):
+        """`{% generation %}`, around what the assistant says, writes what's in it."""
+
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            call = self.call_method("write")
+            return nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+        def write(self, caller):
+            return caller()
+
     environment = Sandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols", Generation],
     )
     # Templates write JSON for a model to read, not for a web page.
     environment.filters["tojson"] = _to_json
     kept = {name: environment.globals[name] for name in ("range", "dict", "namespace")}
     environment.globals = kept | {
+        "joiner": _Function(Joiner),
+        "cycler": _Function(Cycler),
         "raise_exception": _raise_exception,
         "strftime_now": lambda form: datetime.now().strftime(form),
     }
     return environment
+
+
+class _Function:
+    """A function that has no attributes for a template."""
+
+    def __init__(self, function):
+        self._function = function
+
+    def __call__(self, *args, **kwargs):
+        return self._function(*args, **kwargs)
+
+    def __getattr__(self, name):
+        from jinja2 import UndefinedError
+
+        # What Jinja itself asks for.
+        if name.startswith(("_", "jinja_")) or name in (
+            "unsafe_callable",
+            "alters_data",
+        ):
+            raise AttributeError(name)
+        raise UndefinedError(f"a function has no attribute {name!r}")
 
 
 def _raise_exception(message: str) -> None:

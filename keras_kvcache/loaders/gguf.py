@@ -53,7 +53,7 @@ def read_gguf(path: str | os.PathLike) -> Checkpoint:
                     f"frequencies are divided by; its least is {factors.min()}."
                 )
             config["rope_frequency_factors"] = factors.tolist()
-        tokenizer = build_tokenizer(header.metadata)
+        tokenizer = build_tokenizer(header.metadata, config["vocabulary_size"])
         if tokenizer.vocabulary_size > config["vocabulary_size"]:
             raise ValueError(
                 "the embedding must have a row for every token; it has "

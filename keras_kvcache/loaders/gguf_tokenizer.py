@@ -27,11 +27,15 @@ _END_OF_TURN = (
 )
 
 
-def build_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
+def build_tokenizer(
+    metadata: dict[str, Any], vocabulary_size: int | None = None
+) -> Tokenizer:
     """Builds the tokenizer that a GGUF file describes.
 
     Args:
         metadata: The file's metadata, by key.
+        vocabulary_size: `V` of the model, which may have more ids than there are
+            tokens; `None` for the number of tokens.
 
     Raises:
         ValueError: If a key is missing or malformed, or if the tokenizer is of a
@@ -53,12 +57,13 @@ def build_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
         kinds = _get_list(metadata, "token_type", int, len(tokens))
     backend, usually_add_bos = _BACKENDS[model](metadata, tokens, kinds)
     _add_whole_tokens(backend, tokens, kinds)
-    bos_token_id = _token_id(metadata, "bos", tokens)
+    size = max(vocabulary_size or 0, len(tokens))
+    bos_token_id = _token_id(metadata, "bos", size)
     return Tokenizer(
         backend,
         bos_token_id=bos_token_id,
-        eos_token_id=_token_id(metadata, "eos", tokens),
-        stop_token_ids=_stop_token_ids(metadata, tokens, kinds),
+        eos_token_id=_token_id(metadata, "eos", size),
+        stop_token_ids=_stop_token_ids(metadata, tokens, kinds, size),
         add_bos=get_value(
             metadata,
             f"{_PREFIX}.add_bos_token",
@@ -66,7 +71,8 @@ def build_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
             usually_add_bos and bos_token_id is not None,
         ),
         add_eos=get_value(metadata, f"{_PREFIX}.add_eos_token", bool, False),
-        chat_template=get_value(metadata, "tokenizer.chat_template", str, None),
+        chat_template=_chat_template(metadata),
+        special_tokens=_special_tokens(metadata, tokens),
     )
 
 
@@ -86,7 +92,7 @@ def _build_sentence_piece(
     metadata: dict[str, Any], tokens: list[str], kinds: list[int]
 ) -> tuple[tokenizers.Tokenizer, bool]:
     """The backend, and whether such tokenizers usually begin with BOS."""
-    unknown_id = _token_id(metadata, "unknown", tokens)
+    unknown_id = _token_id(metadata, "unknown", len(tokens))
     if unknown_id is None and _UNKNOWN in kinds:
         unknown_id = kinds.index(_UNKNOWN)
     backend = sentence_piece_backend(
@@ -123,11 +129,33 @@ def _add_whole_tokens(
     backend.add_tokens(defined)
 
 
+def _chat_template(metadata: dict[str, Any]) -> str | dict[str, str] | None:
+    """The template, or several by name."""
+    key = "tokenizer.chat_template"
+    default = get_value(metadata, key, str, None)
+    names = [name for name in metadata if name.startswith(f"{key}.")]
+    named = {n.removeprefix(f"{key}."): get_value(metadata, n, str) for n in names}
+    if not named:
+        return default
+    return named if default is None else {**named, "default": default}
+
+
+def _special_tokens(metadata: dict[str, Any], tokens: list[str]) -> dict[str, str]:
+    """The texts of tokens that templates call by name, in the format's spelling."""
+    names = {"unk": "unknown", "sep": "seperator", "pad": "padding"}
+    found = {}
+    for name in ("unk", "sep", "pad", "cls", "mask"):
+        token_id = _token_id(metadata, names.get(name, name), len(tokens))
+        if token_id is not None:
+            found[f"{name}_token"] = tokens[token_id]
+    return found
+
+
 def _stop_token_ids(
-    metadata: dict[str, Any], tokens: list[str], kinds: list[int]
+    metadata: dict[str, Any], tokens: list[str], kinds: list[int], size: int
 ) -> tuple[int, ...]:
     """The ids that end a text or a turn, EOS first, each once."""
-    named = [_token_id(metadata, name, tokens) for name in ("eos", "eot", "eom")]
+    named = [_token_id(metadata, name, size) for name in ("eos", "eot", "eom")]
     ids = {token: index for index, token in enumerate(tokens)}
     usual = [
         ids[token]
@@ -137,12 +165,12 @@ def _stop_token_ids(
     return tuple(dict.fromkeys(i for i in named + usual if i is not None))
 
 
-def _token_id(metadata: dict[str, Any], name: str, tokens: list[str]) -> int | None:
+def _token_id(metadata: dict[str, Any], name: str, size: int) -> int | None:
     key = f"{_PREFIX}.{name}_token_id"
     token_id = get_value(metadata, key, int, None)
-    if token_id is not None and not 0 <= token_id < len(tokens):
+    if token_id is not None and not 0 <= token_id < size:
         raise ValueError(
-            f"{key!r} must be the id of one of {len(tokens)} tokens; it is {token_id}."
+            f"{key!r} must be the id of one of {size} tokens; it is {token_id}."
         )
     return token_id
 

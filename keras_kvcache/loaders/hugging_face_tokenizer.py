@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keras_kvcache.loaders.json_file import read_json
-from keras_kvcache.loaders.tokenizer import Tokenizer
+from keras_kvcache.loaders.tokenizer import Tokenizer, vocabulary_size_of
 
 if TYPE_CHECKING:
     import tokenizers
@@ -16,6 +16,7 @@ _VOCABULARY_FILE = "tokenizer.json"
 _CONFIG_FILE = "tokenizer_config.json"
 _OLDER_CONFIG_FILE = "special_tokens_map.json"
 _TEMPLATE_FILE = "chat_template.jinja"
+_TEMPLATE_FOLDER = "additional_chat_templates"
 _GENERATION_FILE = "generation_config.json"
 
 
@@ -47,7 +48,7 @@ def read_tokenizer(folder: Path, model: dict[str, Any]) -> Tokenizer | None:
     bos_id = _added_token("bos", before, bos_id)
     eos_id = _added_token("eos", after, eos_id)
     stop_ids = generation.get("eos_token_id", model.get("eos_token_id"))
-    stop_ids = _known_ids(backend, "eos_token_id", stop_ids)
+    stop_ids = _known_ids(backend, model, "eos_token_id", stop_ids)
     return Tokenizer(
         backend,
         bos_token_id=bos_id,
@@ -58,6 +59,7 @@ def read_tokenizer(folder: Path, model: dict[str, Any]) -> Tokenizer | None:
         add_bos=bool(before),
         add_eos=bool(after),
         chat_template=_chat_template(folder, config),
+        special_tokens=_special_tokens(config),
     )
 
 
@@ -84,7 +86,7 @@ def _special_id(
     """The id of the first or last token of a text, by its name or by the model."""
     key = f"{name}_token"
     if key not in config:
-        ids = _known_ids(backend, f"{key}_id", model.get(f"{key}_id"))
+        ids = _known_ids(backend, model, f"{key}_id", model.get(f"{key}_id"))
         return ids[0] if ids else None
     token = config[key]
     if isinstance(token, dict):
@@ -100,16 +102,34 @@ def _special_id(
     return token_id
 
 
-def _known_ids(backend: tokenizers.Tokenizer, key: str, value: Any) -> list[int]:
-    """An id or a list of ids as a list, without those that no token has.
+def _known_ids(
+    backend: tokenizers.Tokenizer, model: dict[str, Any], key: str, value: Any
+) -> list[int]:
+    """An id or a list of ids as a list, without those that the model hasn't.
 
-    Such ids, like GPT-2's in a config of a smaller vocabulary, never occur.
+    Such ids, like GPT-2's in a config of a smaller vocabulary, never occur. The model
+    may well have ids that no token of the tokenizer has.
     """
     ids = value if isinstance(value, list) else [value] if value is not None else []
     for token_id in ids:
         if not isinstance(token_id, int) or isinstance(token_id, bool):
             raise ValueError(f"`{key}` must be an id or ids. Received: {value!r}")
-    return [i for i in ids if 0 <= i < backend.get_vocab_size()]
+    size = model.get("vocab_size")
+    if not isinstance(size, int):
+        size = vocabulary_size_of(backend)
+    return [i for i in ids if 0 <= i < size]
+
+
+def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """The texts of tokens that have a name, which chat templates call them by."""
+    extra = config.get("extra_special_tokens")
+    named = {**config, **(extra if isinstance(extra, dict) else {})}
+    tokens = {}
+    for name, token in named.items():
+        token = token.get("content") if isinstance(token, dict) else token
+        if name.endswith("_token") and isinstance(token, str):
+            tokens[name] = token
+    return tokens
 
 
 def _added_ids(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
@@ -141,10 +161,17 @@ def _added_token(name: str, added: list[int], token_id: int | None) -> int | Non
     return added[0] if added else token_id
 
 
-def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    """The template in a file of its own, or else in the config, by name or alone."""
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | dict[str, str] | None:
+    """The template or templates in files of their own, or else in the config."""
+    named = {
+        path.stem: path.read_text(encoding="utf-8")
+        for path in sorted((folder / _TEMPLATE_FOLDER).glob("*.jinja"))
+    }
     if (folder / _TEMPLATE_FILE).exists():
-        return (folder / _TEMPLATE_FILE).read_text(encoding="utf-8")
+        default = (folder / _TEMPLATE_FILE).read_text(encoding="utf-8")
+        return {**named, "default": default} if named else default
+    if named:
+        return named
     templates = config.get("chat_template")
     if templates is None or isinstance(templates, str):
         return templates
@@ -157,9 +184,4 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
         ) from error
     if len(by_name) == 1:
         return next(iter(by_name.values()))
-    if "default" not in by_name:
-        raise ValueError(
-            f"`chat_template` of {_CONFIG_FILE}, if there are several, must have one "
-            f"named 'default'. Received: {', '.join(map(str, by_name))}"
-        )
-    return by_name["default"]
+    return by_name

@@ -6,12 +6,16 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from keras_kvcache.loaders.chat_template import render_chat_template
+from keras_kvcache.loaders.chat_template import (
+    render_chat_template,
+    without_nulls,
+)
 from keras_kvcache.loaders.decode_stream import DecodeStream, read_steps
+from keras_kvcache.quotes import quoted
 
 if TYPE_CHECKING:
     import tokenizers
@@ -20,6 +24,17 @@ _VOCABULARY_FILE = "tokenizer.json"
 _CONFIG_FILE = "tokenizer_config.json"
 # What `save` writes.
 TOKENIZER_FILES = (_VOCABULARY_FILE, _CONFIG_FILE)
+# Of transformers' `apply_chat_template`. Taken for variables they'd be ignored.
+_FOREIGN_ARGUMENTS = {
+    "max_length",
+    "padding",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "sanitize_control_tokens",
+    "tokenizer_kwargs",
+    "truncation",
+}
 
 
 class Tokenizer:
@@ -32,10 +47,17 @@ class Tokenizer:
         stop_token_ids: The ids after which generation should stop.
         add_bos: Whether `encode` begins with `bos_token_id`.
         add_eos: Whether `encode` ends with `eos_token_id`.
-        chat_template: The Jinja template of the model's conversations.
+        chat_template: The Jinja template of the model's conversations, or several by
+            name: `"default"`, and `"tool_use"` for those with tools.
+        special_tokens: Texts of further tokens that templates ask for, by names like
+            `"pad_token"`.
+
+    Attributes:
+        vocabulary_size: The largest id of a token, plus one; some between may name
+            none. A model's own may be larger.
 
     Raises:
-        ValueError: If an id isn't in the vocabulary, or an id to add is None.
+        ValueError: If an id isn't an int32 from 0 on, or an id to add is None.
     """
 
     def __init__(
@@ -47,16 +69,18 @@ class Tokenizer:
         stop_token_ids: Sequence[int] = (),
         add_bos: bool = False,
         add_eos: bool = False,
-        chat_template: str | None = None,
+        chat_template: str | Mapping[str, str] | None = None,
+        special_tokens: Mapping[str, str] | None = None,
     ):
         self._backend = backend
-        self.vocabulary_size = backend.get_vocab_size()
+        self.vocabulary_size = vocabulary_size_of(backend)
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
         self.stop_token_ids = tuple(stop_token_ids)
         self.add_bos = add_bos
         self.add_eos = add_eos
         self.chat_template = chat_template
+        self.special_tokens = dict(special_tokens or {})
         for name, token_id in (
             ("bos_token_id", bos_token_id),
             ("eos_token_id", eos_token_id),
@@ -142,33 +166,85 @@ class Tokenizer:
         return DecodeStream(self._backend, steps, skip_special_tokens)
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
-    ) -> str:
-        """A conversation as the text the model was trained on.
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool | str = False,
+        chat_template: str | None = None,
+        tokenize: bool = False,
+        **variables: Any,
+    ) -> str | list[int]:
+        """A conversation as the text the model was trained on, as in transformers.
 
         Special tokens written in a message become special tokens of the prompt:
         whoever writes messages can write turns. Don't pass on strangers' text
         where that matters.
 
         Args:
-            messages: The turns, each with a `"role"` and a `"content"`.
-            add_generation_prompt: Whether to open the assistant's turn at the end.
+            messages: The turns, each with a `"role"` and most often a `"content"`.
+                Entries that are `None` count as absent.
+            add_generation_prompt: Whether to open the assistant's turn at the end;
+                `None` for `True`, or `False` where the last message is continued.
+            tools: As in `render_chat_template`.
+            documents: As in `render_chat_template`.
+            continue_final_message: As in `render_chat_template`.
+            chat_template: Another template than the model's, or the name of one of
+                its own.
+            tokenize: Whether to give the text's ids instead, none added.
+            **variables: What else the template asks for, such as `enable_thinking`;
+                they go before special tokens of the same names.
 
         Raises:
-            TypeError: If `messages` isn't a list of such dictionaries.
+            TypeError: If `messages` isn't a list of such dictionaries, or an argument
+                is one of transformers' that has no meaning here.
             ValueError: If the model has no template, or the template fails.
         """
-        if self.chat_template is None:
+        foreign = sorted(_FOREIGN_ARGUMENTS & set(variables))
+        if foreign:
+            raise TypeError(
+                "`apply_chat_template` gives a string, or a list of ids with "
+                f"`tokenize=True`. Received: {', '.join(foreign)}"
+            )
+        text = render_chat_template(
+            self._choose_template(chat_template, tools),
+            without_nulls(messages),
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            **{
+                "bos_token": self._text_of(self.bos_token_id),
+                "eos_token": self._text_of(self.eos_token_id),
+                **self.special_tokens,
+                **variables,
+            },
+        )
+        if tokenize:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        return text
+
+    def _choose_template(self, chosen: str | None, tools: Any) -> str:
+        """The template that was asked for, or the one for tools, or the default."""
+        templates = self.chat_template
+        if isinstance(templates, Mapping):
+            if chosen is None:
+                suits_tools = tools is not None and "tool_use" in templates
+                chosen = "tool_use" if suits_tools else "default"
+                if chosen not in templates:
+                    raise ValueError(
+                        "`chat_template` must be chosen of the model's, of which none "
+                        f"is the default: {quoted(', '.join(templates))}"
+                    )
+            return templates.get(chosen, chosen)
+        chosen = templates if chosen is None else chosen
+        if chosen is None:
             raise ValueError(
                 "`apply_chat_template` needs a chat template; this model has none."
             )
-        return render_chat_template(
-            self.chat_template,
-            messages,
-            bos_token=self._text_of(self.bos_token_id),
-            eos_token=self._text_of(self.eos_token_id),
-            add_generation_prompt=add_generation_prompt,
-        )
+        return chosen
 
     def save(self, directory: str | os.PathLike) -> None:
         """Writes the tokenizer into a folder, making it if need be.
@@ -184,6 +260,7 @@ class Tokenizer:
             "add_bos": self.add_bos,
             "add_eos": self.add_eos,
             "chat_template": self.chat_template,
+            "special_tokens": self.special_tokens,
         }
         _write(directory / _VOCABULARY_FILE, self._backend.to_str())
         _write(directory / _CONFIG_FILE, json.dumps(config, indent=2))
@@ -212,14 +289,20 @@ class Tokenizer:
             ) from error
 
     def _check_id(self, name: str, token_id: int) -> None:
-        if not 0 <= token_id < self.vocabulary_size:
+        # A model may have more ids than its tokenizer has tokens, and stop at one.
+        if not 0 <= token_id < 2**31:
             raise ValueError(
-                f"`{name}` must be ids from 0 to {self.vocabulary_size - 1}; got "
-                f"{token_id}."
+                f"`{name}` must be ids from 0 to 2**31 - 1; got {token_id}."
             )
 
     def _text_of(self, token_id: int | None) -> str:
-        return "" if token_id is None else self._backend.id_to_token(token_id)
+        text = None if token_id is None else self._backend.id_to_token(token_id)
+        return text or ""
+
+
+def vocabulary_size_of(backend: tokenizers.Tokenizer) -> int:
+    """The largest id plus one: a vocabulary may have gaps."""
+    return max(backend.get_vocab().values(), default=-1) + 1
 
 
 def _write(path: Path, text: str) -> None:
