@@ -246,3 +246,16 @@ def test_damaged_files_are_refused(write, name):
     with pytest.raises(ValueError, match=f"can't be loaded: .*{name}.json"):
         read_hugging_face(folder, load_weights=False)
     assert read_hugging_face(folder, False, load_tokenizer=False).tokenizer is None
+
+
+@pytest.mark.parametrize("names", [["tokenizer.model"], ["vocab.json", "merges.txt"]])
+def test_older_files_are_named_where_text_is_asked_for(tmp_path, names):
+    assert read_tokenizer(tmp_path, {}) is None
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    model = dict(vocab_size=331, eos_token_id=[317, 331])
+    tokenizer = read_tokenizer(tmp_path, model)
+    assert tokenizer.stop_token_ids == (317,)
+    for ask in (lambda: tokenizer.encode("a"), lambda: tokenizer.decode([1])):
+        with pytest.raises(ValueError, match=f"tokenizer.json.*{', '.join(names)}"):
+            ask()

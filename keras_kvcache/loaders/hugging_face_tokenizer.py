@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from keras_kvcache.loaders.json_file import read_json
 from keras_kvcache.loaders.tokenizer import Tokenizer, vocabulary_size_of
+from keras_kvcache.loaders.unread_tokenizer import UnreadTokenizer, find_older_files
 
 if TYPE_CHECKING:
     import tokenizers
@@ -20,7 +21,9 @@ _TEMPLATE_FOLDER = "additional_chat_templates"
 _GENERATION_FILE = "generation_config.json"
 
 
-def read_tokenizer(folder: Path, model: dict[str, Any]) -> Tokenizer | None:
+def read_tokenizer(
+    folder: Path, model: dict[str, Any]
+) -> Tokenizer | UnreadTokenizer | None:
     """Reads the tokenizer of a model.
 
     Args:
@@ -28,16 +31,17 @@ def read_tokenizer(folder: Path, model: dict[str, Any]) -> Tokenizer | None:
         model: Its config, which names ids where the tokenizer's doesn't.
 
     Returns:
-        The tokenizer; `None` if there is no `tokenizer.json`. It stops at the ids
-        that `generation_config.json` names, or else the model's config, and at the
-        tokenizer's own end of text.
+        The tokenizer; `None` if there are no files of one; if there are, but no
+        `tokenizer.json`, one that names them where text is asked for. It stops at the
+        ids that `generation_config.json` names, or else the model's config, and at
+        the tokenizer's own end of text.
 
     Raises:
         ValueError: If a file is damaged or says what can't be done; the message
             names the file and the key.
     """
     if not (folder / _VOCABULARY_FILE).exists():
-        return None
+        return _unread_tokenizer(folder, model)
     backend = _read_backend(folder / _VOCABULARY_FILE)
     config = read_json(folder / _OLDER_CONFIG_FILE, {})
     config = {**config, **read_json(folder / _CONFIG_FILE, {})}
@@ -60,6 +64,17 @@ def read_tokenizer(folder: Path, model: dict[str, Any]) -> Tokenizer | None:
         add_eos=bool(after),
         chat_template=_chat_template(folder, config),
         special_tokens=_special_tokens(config),
+    )
+
+
+def _unread_tokenizer(folder: Path, model: dict[str, Any]) -> UnreadTokenizer | None:
+    files = find_older_files(folder)
+    if not files:
+        return None
+    generation = read_json(folder / _GENERATION_FILE, {})
+    stop_ids = generation.get("eos_token_id", model.get("eos_token_id"))
+    return UnreadTokenizer(
+        folder, files, _known_ids(None, model, "eos_token_id", stop_ids)
     )
 
 
@@ -103,7 +118,7 @@ def _special_id(
 
 
 def _known_ids(
-    backend: tokenizers.Tokenizer, model: dict[str, Any], key: str, value: Any
+    backend: tokenizers.Tokenizer | None, model: dict[str, Any], key: str, value: Any
 ) -> list[int]:
     """An id or a list of ids as a list, without those that the model hasn't.
 
@@ -116,7 +131,7 @@ def _known_ids(
             raise ValueError(f"`{key}` must be an id or ids. Received: {value!r}")
     size = model.get("vocab_size")
     if not isinstance(size, int):
-        size = vocabulary_size_of(backend)
+        size = 0 if backend is None else vocabulary_size_of(backend)
     return [i for i in ids if 0 <= i < size]
 
 

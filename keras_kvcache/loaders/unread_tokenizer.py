@@ -1,0 +1,60 @@
+"""The tokenizer of a model whose tokenizer files can't be read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+# Of tokenizers that were saved without a `tokenizer.json`.
+_OLDER_FILES = (
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tekken.json",
+)
+
+
+class UnreadTokenizer:
+    """Stops generation from ids as the model's own would, and says why text fails.
+
+    Args:
+        folder: Of the model.
+        files: The names of the tokenizer's files.
+        stop_token_ids: The ids after which generation should stop.
+    """
+
+    def __init__(
+        self, folder: Path, files: Sequence[str], stop_token_ids: Sequence[int] = ()
+    ):
+        self._reason = (
+            f"Text needs the tokenizer's `tokenizer.json`; {folder} has "
+            f"{', '.join(files)}, which aren't read. transformers makes one: "
+            "`AutoTokenizer.from_pretrained(folder).save_pretrained(folder)`. "
+            "Token ids work without"
+        )
+        self.stop_token_ids = tuple(stop_token_ids)
+
+    def encode(self, text: str) -> list[int]:
+        """Refuses.
+
+        Raises:
+            ValueError: Always; the message names the files.
+        """
+        raise ValueError(f"{self._reason}. Received: text")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Refuses.
+
+        Raises:
+            ValueError: Always; the message names the files.
+        """
+        raise ValueError(f"{self._reason}. Received: ids to be decoded")
+
+
+def find_older_files(folder: Path) -> list[str]:
+    """The names of the files of a tokenizer that has no `tokenizer.json`."""
+    named = [name for name in _OLDER_FILES if (folder / name).exists()]
+    return named + sorted(path.name for path in folder.glob("*.tiktoken"))
