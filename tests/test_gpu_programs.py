@@ -27,6 +27,7 @@ from program_cases import (
 )
 
 from keras_kvcache import samplers
+from keras_kvcache.ops.platform import has_triton
 from keras_kvcache.ops.triton_attention import attend_by_triton
 
 PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
@@ -63,6 +64,8 @@ H200 = (Path(__file__).parent / "data" / "h200.txtpb").read_text()
 
 @pytest.fixture(scope="module")
 def gpu():
+    if has_triton():
+        return jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return gpu_of(H200)
 
 
@@ -122,7 +125,9 @@ def test_decode_loop(batch_size, heads, layout, codec, gpu):
     text = check_program(program, cache)
     assert text.count(" while(") == 1
     temporaries = program.memory_analysis().temp_size_in_bytes
-    assert temporaries < 0.2 * cache[0].nbytes
+    # Where XLA finds cuBLAS the faster, that has a workspace of some megabytes.
+    workspaces = map(int, re.findall(r", s8\[(\d+)\]\S* custom-call\(", text))
+    assert temporaries - max(workspaces, default=0) < 0.2 * cache[0].nbytes
     check_weights_are_read(text, lm)
 
 

@@ -1,6 +1,7 @@
-"""The kernel for GPUs, as JAX interprets it on a CPU: its numbers, and where it's used.
+"""The kernel for GPUs: its numbers, and where it's used.
 
-What Triton makes of it is `test_gpu_programs.py`'s.
+On a GPU of NVIDIA's it runs; elsewhere JAX interprets it, and what Triton makes of it
+is `test_gpu_programs.py`'s.
 """
 
 import attention_cases as cases
@@ -22,6 +23,8 @@ from keras_kvcache.ops.triton_attention import (
 
 pytestmark = pytest.mark.jax_only
 
+INTERPRET = not platform.has_triton()
+
 
 def attend(query, view, masks, soft_cap=None):
     """As `ops.attend`, by the kernel."""
@@ -38,7 +41,7 @@ def attend(query, view, masks, soft_cap=None):
         length,
         view.value_dim,
         soft_cap,
-        interpret=True,
+        interpret=INTERPRET,
     )
     assert output.dtype == "float32"
     output = output.reshape(batch, heads, length, view.value_dim)
@@ -172,7 +175,7 @@ def test_more_parts_than_are_merged_at_a_time():
     assert tiling.parts > 32
     arrays = tuple(map(jax.numpy.asarray, (keys, values)))
     output = attend_by_triton(
-        jax.numpy.asarray(query), [(arrays, 0, mask)], 1, value_dim, None, True
+        jax.numpy.asarray(query), [(arrays, 0, mask)], 1, value_dim, None, INTERPRET
     )
     scores = np.where(mask, query @ keys, -np.inf)
     weights = np.exp(scores - scores.max())
@@ -221,21 +224,21 @@ def test_programs_share_out_all_slots_and_queries(dtype, heads, rows, slots):
     assert rows <= tiling.groups * tiling.queries
 
 
-def test_gpus_of_nvidia_have_triton(on_gpu, monkeypatch):
+def test_gpus_of_nvidia_have_triton(fake_gpu, monkeypatch):
     assert platform.has_triton()
-    on_gpu.compute_capability = "7.5"
+    fake_gpu.compute_capability = "7.5"
     assert not platform.has_triton()
-    on_gpu.compute_capability = "12.0"
+    fake_gpu.compute_capability = "12.0"
     assert platform.has_triton()
     monkeypatch.setattr(keras.distribution, "distribution", lambda: "spread")
     assert not platform.has_triton()
     monkeypatch.undo()
-    assert not platform.has_triton()
+    assert platform.has_triton() == (not INTERPRET)
 
 
-def test_gpus_of_others_have_none(on_gpu):
-    on_gpu.client.platform_version = "PJRT C API\nrocm 60443484"
-    on_gpu.compute_capability = "gfx942"
+def test_gpus_of_others_have_none(fake_gpu):
+    fake_gpu.client.platform_version = "PJRT C API\nrocm 60443484"
+    fake_gpu.compute_capability = "gfx942"
     assert not platform.has_triton()
 
 
