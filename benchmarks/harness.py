@@ -18,9 +18,16 @@ PAUSE = 0.1
 PACKAGES = ("keras", "jax", "keras-hub", "transformers", "torch", "llama-cpp-python")
 
 
-def read_arguments(description):
-    """The options of every benchmark: `--quick` and `--output`."""
+def read_arguments(description, **choices):
+    """The options of every benchmark: `--quick` and `--output`.
+
+    Args:
+        description: What it does.
+        **choices: For each argument of its own what that may be.
+    """
     parser = argparse.ArgumentParser(description=description)
+    for name, values in choices.items():
+        parser.add_argument(name, choices=values)
     parser.add_argument(
         "--quick", action="store_true", help="small sizes, for a look that it runs"
     )
@@ -106,7 +113,9 @@ class MemoryReader:
         import jax
         import jax.numpy as jnp
 
-        self.nbytes = 2**26 if quick else 2**30
+        # What takes a CPU a twentieth of a second takes an accelerator none.
+        large = 2**30 if jax.default_backend() == "cpu" else 2**32
+        self.nbytes = 2**26 if quick else large
         self._buffer = jnp.ones(self.nbytes // 4, jnp.float32)
         self._sum = jax.jit(jnp.sum)
 
@@ -161,10 +170,13 @@ class Report:
         self._rows.append(row)
         shown = ", ".join(f"{key}={_format(value)}" for key, value in row.items())
         print(f"# {shown}", file=sys.stderr, flush=True)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._path, "w", encoding="utf-8") as file:
-            for line in ({"benchmark": self.name, **self._context}, *self._rows):
-                file.write(json.dumps(line) + "\n")
+        lines = [row]
+        if len(self._rows) == 1:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.unlink(missing_ok=True)
+            lines.insert(0, {"benchmark": self.name, **self._context})
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
 
     def finish(self):
         """Prints the table."""
