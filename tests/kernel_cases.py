@@ -65,3 +65,31 @@ def expect(query, keys, values, mask, soft_cap=None):
         for row in rows
     )
     return np.stack(list(attended))
+
+
+def make_spoilt_case(length, soft_cap=None, sizes=(11, 11)):
+    """A case some of whose slots hold what may not count, and what comes of it.
+
+    Of each row and key/value head, slots that no query attends hold NaN or infinite
+    keys and values. One more value is NaN, and one query alone attends it.
+
+    Returns:
+        The query, keys, values, the mask `(B, N, T, S)`, and what NumPy makes of them,
+        NaN for that one query.
+    """
+    query, keys, values = make_case(length=length, sizes=sizes)
+    batch, kv_heads = len(query), keys.shape[2]
+    mask = np.random.default_rng(3).random((batch, 6, length, S)) < 0.3
+    mask[..., S - 5 :] = False
+    mask[1, 4, 0, 611] = True
+    others = np.ones((6, length), bool)
+    others[4, 0] = False
+    mask[1, others, 611] = False
+    clean = expect(query, keys, values, mask, soft_cap)
+    groups = mask.reshape(batch, kv_heads, -1, S)
+    rows, heads, slots = np.nonzero(~groups.any(axis=2))
+    garbage = np.where(slots % 3, np.nan, np.inf)[:, None]
+    keys[rows, slots, heads] = values[rows, slots, heads] = garbage
+    values[1, 611, 4 // (6 // kv_heads)] = np.nan
+    clean[1, 0, 4] = np.nan
+    return query, keys, values, mask, clean

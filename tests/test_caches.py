@@ -158,7 +158,7 @@ def test_values_may_have_another_size(layout):
         (dict(head_dim="7"), ["`head_dim`", "'7'"]),
         (dict(value_dim=0), ["`value_dim`", "0"]),
         (dict(codec="int7"), ["`codec`", "'int7'", "bfloat16", "int8", "int4"]),
-        (dict(codec="float64"), ["`codec`", "'float64'", "float32"]),
+        (dict(codec="float8"), ["`codec`", "'float8'", "float32"]),
         (dict(codec=8), ["`codec`", "8"]),
         (dict(layout="sparse"), ["`layout`", "'sparse'", "dense", "head_major"]),
         (dict(kind="ring"), ["`kind`", "'ring'", "static", "Rolling"]),

@@ -7,12 +7,21 @@ import jax
 import numpy as np
 import pytest
 from conftest import make_lm
-from kernel_cases import SCALE, S, cut, expect, make_case, make_view
+from kernel_cases import (
+    SCALE,
+    S,
+    cut,
+    expect,
+    make_case,
+    make_spoilt_case,
+    make_view,
+)
 
 from keras_kvcache.caches import CacheSpec
 from keras_kvcache.caches.bits import as_bits
 from keras_kvcache.ops import (
     attend,
+    attend_with_scores,
     head_major_segment,
     native,
     view_masks,
@@ -124,6 +133,21 @@ def test_slots_outside_of_what_is_attended_are_not_read(layout):
     keys[:, ~mask] = values[:, ~mask] = np.nan
     view = make_view(keys, values, layout)
     check(attend(query, view, cut(mask[None, None, None]), SCALE), expected)
+
+
+@pytest.mark.parametrize("soft_cap", [None, 1.5])
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("length", [1, 3, 29])
+@LAYOUTS
+def test_what_is_hidden_never_counts(layout, length, kernel, soft_cap, request):
+    """Whatever it holds, be it hidden from all queries or from all but one."""
+    if not kernel:
+        request.getfixturevalue("without_compiler")
+    query, keys, values, mask, expected = make_spoilt_case(length, soft_cap)
+    view = make_view(keys, values, layout)
+    check(attend(query, view, cut(mask), SCALE, soft_cap), expected)
+    beside, _ = attend_with_scores(query, view, cut(mask), SCALE, soft_cap)
+    check(beside, expected)
 
 
 def test_layouts_side_by_side():

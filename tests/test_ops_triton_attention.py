@@ -9,7 +9,15 @@ import jax
 import keras
 import numpy as np
 import pytest
-from kernel_cases import SCALE, S, cut, expect, make_case, make_view
+from kernel_cases import (
+    SCALE,
+    S,
+    cut,
+    expect,
+    make_case,
+    make_spoilt_case,
+    make_view,
+)
 
 from keras_kvcache.caches import CacheSpec
 from keras_kvcache.ops import View, platform, view_masks
@@ -91,6 +99,14 @@ def test_what_is_hidden_is_not_touched(layout):
     keys, values = np.nan_to_num(keys, posinf=0), np.nan_to_num(values, posinf=0)
     check(output[:1], expect(query, keys, values, mask)[:1])
     assert (output[1] == 0).all()
+
+
+@pytest.mark.parametrize("length", [1, 29])
+@pytest.mark.parametrize("layout", ["head_major", "dense"])
+def test_what_is_hidden_never_counts(layout, length):
+    """Whatever it holds, be it hidden from all queries or from all but one."""
+    query, keys, values, mask, expected = make_spoilt_case(length)
+    check(attend(query, make_view(keys, values, layout), cut(mask)), expected)
 
 
 @pytest.mark.parametrize("codec", ["bfloat16", "int8"])

@@ -10,6 +10,7 @@ from keras import ops
 from keras_kvcache.ops import (
     Read,
     dequantize_int4_groups,
+    has_float64,
     has_triton,
     is_accelerator,
     pack_int4,
@@ -21,8 +22,8 @@ from keras_kvcache.ops import (
 )
 
 DTYPES = ("float32", "float16", "bfloat16")
-# What a tensor that a user brings may be besides.
-WIDE = "float64"
+# And what is for comparisons rather than for decoding.
+FLOATS = (*DTYPES, "float64")
 
 # What bfloat16 numbers that belong to codes are held as: whole numbers of their bits.
 # On a CPU, XLA would widen an array of them for every slot it writes (see `bits.py`).
@@ -72,9 +73,9 @@ class Codec(abc.ABC):
     kernels_read = False
 
     def __post_init__(self):
-        if self.dtype not in (*DTYPES, WIDE):
+        if self.dtype not in FLOATS:
             raise ValueError(
-                f"`dtype` must be one of {list(DTYPES)}. Received: {self.dtype!r}"
+                f"`dtype` must be one of {list(FLOATS)}. Received: {self.dtype!r}"
             )
 
     @property
@@ -124,7 +125,7 @@ class Exact(Codec):
     @property
     def block(self):
         """All slots where nothing need be widened for a product, as on a CPU."""
-        is_wide = self.dtype in ("float32", WIDE) or is_accelerator()
+        is_wide = self.dtype in ("float32", "float64") or is_accelerator()
         return None if is_wide else CODED_BLOCK
 
     @property
@@ -257,9 +258,10 @@ def get_codec(identifier, dtype="float32"):
     """A codec by name.
 
     Args:
-        identifier: `"float32"`, `"float16"`, `"bfloat16"`, `"int8"`, `"int4"`, a
-            `Codec`, or `None` for entries of `dtype` as they are.
-        dtype: Dtype of what a codec by name keeps exactly.
+        identifier: `"float32"`, `"float16"`, `"bfloat16"`, `"float64"`, `"int8"`,
+            `"int4"`, a `Codec`, or `None` for entries of `dtype` as they are.
+        dtype: Dtype of what a codec by name keeps exactly; float64 stands for float32
+            where the backend computes in that instead.
 
     Returns:
         A `Codec`.
@@ -269,11 +271,14 @@ def get_codec(identifier, dtype="float32"):
     """
     if isinstance(identifier, Codec):
         return identifier
+    dtype = keras.backend.standardize_dtype(dtype)
+    if dtype == "float64" and not has_float64():
+        dtype = "float32"
     name = dtype if identifier is None else identifier
     if isinstance(name, str) and name in CODECS:
-        return CODECS[name](keras.backend.standardize_dtype(dtype))
-    if isinstance(name, str) and name in DTYPES:
+        return CODECS[name](dtype)
+    if isinstance(name, str) and name in FLOATS:
         return Exact(name)
     raise ValueError(
-        f"`codec` must be one of {[*DTYPES, *CODECS]} or a Codec. Received: {name!r}"
+        f"`codec` must be one of {[*FLOATS, *CODECS]} or a Codec. Received: {name!r}"
     )

@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_kvcache.caches.sizes import segment_sizes
 from keras_kvcache.caches.storage import Field, Storage, decoded, read_slots
-from keras_kvcache.ops import dense_segment, slots_of
+from keras_kvcache.ops import dense_segment, slots_of, start_of_slice
 
 # Axes of the head size and of the slots: where keys and values share arrays
 # `(B, 2, S, K, H)`, and where each have their own `(B, S, K, H)`.
@@ -160,5 +160,6 @@ def _half(array, half, start, count):
     batch, _, slots, heads, width = ops.shape(array)
     if count == slots:
         return array[:, half]
-    part = ops.slice(array, (0, half, start, 0, 0), (batch, 1, count, heads, width))
+    place = start_of_slice((0, half, start, 0, 0))
+    part = ops.slice(array, place, (batch, 1, count, heads, width))
     return part[:, 0]

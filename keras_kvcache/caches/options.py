@@ -1,6 +1,6 @@
 """What users say of the caches they want."""
 
-from keras_kvcache.caches.codecs import CODECS, DTYPES, Codec
+from keras_kvcache.caches.codecs import CODECS, FLOATS, Codec
 from keras_kvcache.caches.kinds import Rolling, Static
 
 # `"auto"`: rolling where a layer slides and the text may outgrow its window.
@@ -31,12 +31,12 @@ def read_options(cache):
             )
         return dict(cache)
     name = cache if isinstance(cache, str) else None
-    if isinstance(cache, Codec) or name in (*DTYPES, *CODECS):
+    if isinstance(cache, Codec) or name in (*FLOATS, *CODECS):
         return {"codec": cache}
     if isinstance(cache, (Static, Rolling)) or name in KINDS:
         return {"kind": cache}
     raise ValueError(
-        f"`cache` must be one of {[*KINDS, *DTYPES, *CODECS]}, an object of these, or "
+        f"`cache` must be one of {[*KINDS, *FLOATS, *CODECS]}, an object of these, or "
         f"a dictionary. Received: {cache!r}"
     )
 

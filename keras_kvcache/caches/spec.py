@@ -38,8 +38,8 @@ class CacheSpec:
         num_key_value_heads: `K`.
         head_dim: `H`, size of a key head.
         value_dim: Size of a value head; `None` for `head_dim`.
-        codec: `"float32"`, `"float16"` or `"bfloat16"` for entries as they are,
-            `"int8"`, `"int4"`, or a `Codec`.
+        codec: `"float32"`, `"float16"`, `"bfloat16"` or `"float64"` for entries as
+            they are, `"int8"`, `"int4"`, or a `Codec`.
         layout: `"head_major"`, or `"dense"` for slots before heads.
         kind: `"static"`, `Static()` or a `Rolling`.
 

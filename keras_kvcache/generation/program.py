@@ -43,7 +43,7 @@ def make_program(function, model, donate=(), static=()):
             return function(**arguments)
 
     def weights():
-        return [variable.value for variable in model.variables]
+        return weights_of(model)
 
     def run(**arguments):
         return program(weights(), **arguments)
@@ -68,6 +68,29 @@ def make_program(function, model, donate=(), static=()):
     run.bind = bind
     run.lower = lambda **arguments: program.lower(weights(), **arguments)
     return run
+
+
+def weights_of(model):
+    """The values of a model's variables, those that a running `fit` holds included.
+
+    Within an epoch Keras' trainer on JAX has the values of what it trains, and the
+    variables have none. It gives them back, as it does for a callback's `self.model`.
+
+    Args:
+        model: A `keras.Model`.
+
+    Raises:
+        RuntimeError: Another model has the variables, and trains them now.
+    """
+    model.jax_state_sync()
+    try:
+        return [variable.value for variable in model.variables]
+    except TypeError as error:
+        raise RuntimeError(
+            "`model` must have its weights, but a model that it is a part of is being "
+            "trained and holds them until the epoch ends. Call that model's "
+            f"`jax_state_sync()` before. Received: {model.name!r}"
+        ) from error
 
 
 def _make_eager(function):

@@ -331,9 +331,10 @@ class CachedMultiHeadAttention(
 
     def _has_kernel(self):
         """Whether Keras' fused attention computes what the layer is to compute."""
-        # JAX's wants one head size. Asked for flash attention it shall say so.
-        one_size = self._key_dim == self._value_dim or self._flash_attention
-        return one_size and self.logit_soft_cap is None
+        # JAX's wants one head size, and its softmax is float32's whatever comes in.
+        suits = self._key_dim == self._value_dim and self.compute_dtype != "float64"
+        # Asked for flash attention it shall say so.
+        return (suits or self._flash_attention) and self.logit_soft_cap is None
 
     def _attends_one_axis(self, query):
         return self._attention_axes == (1,) and len(query.shape) == 3

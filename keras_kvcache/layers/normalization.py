@@ -3,6 +3,8 @@
 import keras
 from keras import ops
 
+from keras_kvcache.ops import sum_dtype
+
 
 @keras.saving.register_keras_serializable(package="keras_kvcache")
 class UnitOffsetRMSNormalization(keras.layers.Layer):
@@ -16,7 +18,7 @@ class UnitOffsetRMSNormalization(keras.layers.Layer):
         inputs: Tensor `(…, D)`.
 
     Returns:
-        A tensor like `inputs`; computed in float32.
+        A tensor like `inputs`; computed in float32 at least.
     """
 
     def __init__(self, epsilon=1e-6, **kwargs):
@@ -32,9 +34,10 @@ class UnitOffsetRMSNormalization(keras.layers.Layer):
 
     def call(self, inputs):
         """See the class."""
-        gain = 1.0 + ops.cast(self.scale, "float32")
+        dtype = sum_dtype(inputs)
+        gain = 1.0 + ops.cast(self.scale, dtype)
         normed = ops.rms_normalization(
-            ops.cast(inputs, "float32"), scale=gain, epsilon=self.epsilon
+            ops.cast(inputs, dtype), scale=gain, epsilon=self.epsilon
         )
         return ops.cast(normed, self.compute_dtype)
 

@@ -3,6 +3,7 @@
 import sys
 
 import jax
+import keras
 import numpy as np
 from keras import ops
 
@@ -122,6 +123,9 @@ class Acceleration:
             ValueError: There are more positions than the model knows, or it was
                 quantized in a way that can't be shared.
         """
+        if keras.backend.backend() == "jax":
+            # A `fit` that goes on holds the weights; see `weights_of`.
+            self._causal_lm.jax_state_sync()
         check_quantization(self._causal_lm.backbone)
         token_ids = ops.convert_to_numpy(inputs[self._ids])
         mask = ops.convert_to_numpy(inputs[self._mask]).astype(bool)

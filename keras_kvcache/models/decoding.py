@@ -78,8 +78,8 @@ class DecodingMethods(GenerateMethods):
             kind: `"static"`, `"rolling"` or a `keras_kvcache.caches.Rolling` for all
                 layers, or `"auto"`: rolling where a layer has a sliding window that
                 `max_length` outgrows, static elsewhere.
-            codec: `"float32"`, `"float16"`, `"bfloat16"`, `"int8"`, `"int4"` or a
-                `Codec`; `None` for the model's compute dtype.
+            codec: `"float32"`, `"float16"`, `"bfloat16"`, `"float64"`, `"int8"`,
+                `"int4"` or a `Codec`; `None` for the model's compute dtype.
             layout: `"head_major"` or `"dense"`.
 
         Returns:

@@ -6,6 +6,7 @@ from keras_kvcache.ops.known import is_integer, known_integers, known_value
 from keras_kvcache.ops.masks import align_mask, check_mask_shape, view_masks
 from keras_kvcache.ops.platform import (
     compiler_options,
+    has_float64,
     has_triton,
     is_accelerator,
     is_jax_on_cpu,
@@ -23,7 +24,7 @@ from keras_kvcache.ops.products import (
     dense_segment,
     head_major_segment,
     sequence_view,
-    slots_of,
+    sum_dtype,
     turn_back,
 )
 from keras_kvcache.ops.quantize import (
@@ -39,7 +40,7 @@ from keras_kvcache.ops.ring import ring_positions, write_ring
 from keras_kvcache.ops.rotary import inverse_frequencies, rotate
 from keras_kvcache.ops.sharding import distribute
 from keras_kvcache.ops.splice import splice
-from keras_kvcache.ops.view import Segment, View
+from keras_kvcache.ops.view import Segment, View, slots_of, start_of_slice
 
 __all__ = [
     "NO_CHANNEL",
@@ -62,6 +63,7 @@ __all__ = [
     "distribute",
     "head_major_segment",
     "inverse_frequencies",
+    "has_float64",
     "has_triton",
     "is_accelerator",
     "is_integer",
@@ -80,6 +82,8 @@ __all__ = [
     "sequence_view",
     "slots_of",
     "splice",
+    "start_of_slice",
+    "sum_dtype",
     "token_positions",
     "turn_back",
     "unpack_int4",

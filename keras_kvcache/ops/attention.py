@@ -4,6 +4,7 @@ from keras import ops
 
 from keras_kvcache.ops.decode_attention import decode_attention, has_decode_kernel
 from keras_kvcache.ops.online_softmax import attend_segments
+from keras_kvcache.ops.platform import has_float16_products
 from keras_kvcache.ops.products import sum_dtype
 from keras_kvcache.ops.softmax import masked_softmax
 
@@ -65,10 +66,11 @@ def attend_with_scores(query, view, masks, scale, soft_cap=None, dropout=None):
     weights = masked_softmax(scores, _join(masks, view, (batch, query_heads, length)))
     dropped = weights if dropout is None else dropout(weights)
     dropped = ops.reshape(dropped, (*ops.shape(query)[:3], -1))
+    hides = dropout is not None or any(mask is not None for mask in masks)
     output, first = 0.0, 0
     for segment, size in zip(view.segments, sizes, strict=True):
         part = dropped[..., first : first + size]
-        output = output + segment.mix(part, 0, size)
+        output = output + segment.mix(part, 0, size, hides)
         first += size
     return _ungroup_heads(output, shape), weights
 
@@ -86,8 +88,11 @@ def attend_fused(query, key, value, mask, scale, causal, flash_attention):
         flash_attention: As in `keras.ops.dot_product_attention`.
 
     Returns:
-        A tensor `(B, T, N, Hv)`, zero for a query with nothing to attend.
+        A tensor `(B, T, N, Hv)`, zero for a query with nothing to attend; float32 for
+        float16 where the kernel has no such products.
     """
+    if query.dtype == "float16" and not has_float16_products():
+        query, key, value = (ops.cast(x, "float32") for x in (query, key, value))
     group = query.shape[2] // key.shape[2]
     output = ops.dot_product_attention(
         query,

@@ -284,6 +284,20 @@ void Mix(const float* weights, const T* values, int64_t stride, int64_t count,
   });
 }
 
+// The sums (Hv) of `Mix` for one row once more, where they aren't finite: what a slot
+// holds that weighs nothing may be NaN or infinite, and 0 times that is NaN.
+template <typename T>
+void MixAgain(const float* weights, const T* values, int64_t stride, int64_t count,
+              float* output, int64_t value_dim) {
+  const auto is_finite = [](float number) { return std::isfinite(number); };
+  if (std::all_of(output, output + value_dim, is_finite)) return;
+  std::fill_n(output, value_dim, 0.0f);
+  for (int64_t slot = 0; slot < count; ++slot) {
+    if (weights[slot] == 0.0f) continue;
+    Mix<1, 0>(weights + slot, values + slot * stride, stride, 1, output, value_dim);
+  }
+}
+
 // What all pieces share. Queries are scaled.
 struct Sizes {
   int64_t rows;       // R
@@ -384,8 +398,10 @@ void Softmax(float* scores, Scales key_scales, Scales value_scales,
   *total = Sum(sums);
   if (value_scales.data == nullptr) return;
   ForVectors(count, [&](int64_t slot, int64_t lanes) {
-    const Vector weight = Load(scores + slot, lanes) * value_scales.Of(slot, lanes);
-    Store(scores + slot, weight, lanes);
+    const Vector weight = Load(scores + slot, lanes);
+    // A slot that weighs nothing may have any scale.
+    Store(scores + slot,
+          weight != 0.0f ? weight * value_scales.Of(slot, lanes) : Vector{}, lanes);
   });
 }
 
@@ -416,6 +432,10 @@ void AttendHeadMajor(const Sizes& sizes, const float* query, const Piece& piece,
     Mix<rows, kPiece>(scores + row * kPiece, values, sizes.value_dim, piece.count,
                       partial.output + row * sizes.value_dim, sizes.value_dim);
   });
+  for (int64_t row = 0; row < sizes.rows; ++row) {
+    MixAgain(scores + row * kPiece, values, sizes.value_dim, piece.count,
+             partial.output + row * sizes.value_dim, sizes.value_dim);
+  }
 }
 
 // Calls `body(entries, slot, slots)` for blocks of slots, `width` entries each, while
@@ -475,6 +495,10 @@ void AttendDense(const Sizes& sizes, const float* query, const Piece& piece,
       });
     }
   });
+  for (int64_t row = 0; row < heads * sizes.rows; ++row) {
+    MixAgain(scores + row * kDensePiece, values + row / sizes.rows * head_dim, width,
+             piece.count, partial.output + row * head_dim, head_dim);
+  }
 }
 
 template <typename T>

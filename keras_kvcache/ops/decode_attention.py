@@ -28,10 +28,10 @@ from keras_kvcache.ops.products import (
     dense_segment,
     head_major_segment,
     is_few,
-    slots_of,
     sum_dtype,
 )
 from keras_kvcache.ops.triton_attention import attend_by_triton, suits_triton
+from keras_kvcache.ops.view import slots_of
 
 NAME = "keras_kvcache_decode_attention"
 SOURCE = Path(__file__).with_suffix(".cc")

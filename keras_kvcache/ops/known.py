@@ -45,6 +45,20 @@ def known_value(value):
     return keras.ops.convert_to_numpy(value)
 
 
+def either(predicate, then, otherwise):
+    """`then()` where a predicate `()` holds, else `otherwise()`, and only that.
+
+    Args:
+        predicate: A bool, or a boolean tensor that may be traced.
+        then, otherwise: Functions without arguments that give a tensor, or tuples of
+            tensors, alike.
+    """
+    known = known_value(predicate)
+    if known is None:
+        return keras.ops.cond(predicate, then, otherwise)
+    return then() if known else otherwise()
+
+
 def known_integers(name, value, rows=None):
     """One integer or, if there are rows, one for each of them.
 

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
-from keras_kvcache.ops.known import known_value
+from keras_kvcache.ops.known import either
 from keras_kvcache.ops.products import is_few, sum_dtype
 from keras_kvcache.ops.softmax import LOWEST
+from keras_kvcache.ops.view import slots_of
 
 # The maximum of no scores: so far above the score of a hidden slot that this weighs
 # nothing, and below any other.
@@ -85,14 +86,14 @@ class _Attended(NamedTuple):
         maximum = ops.maximum(maximum, NOTHING_SEEN)
         weights = ops.exp(scores - maximum)
         total = ops.sum(weights, axis=-1, keepdims=True)
-        return _Partial(maximum, total, self.segment.mix(weights, first, count))
+        output = self.segment.mix(weights, first, count, mask is not None)
+        return _Partial(maximum, total, output)
 
     def mask_of(self, first, count):
         """The mask of these slots."""
-        if self.mask is None or self.mask.shape[3] in (None, 1, count):
+        if self.mask is None or self.mask.shape[3] == 1:
             return self.mask
-        shape = (*ops.shape(self.mask)[:3], count)
-        return ops.slice(self.mask, (0, 0, 0, first), shape)
+        return slots_of(self.mask, first, count, axis=3)
 
     def add_block(self, running, first, count):
         """Merges a block in, unless it's hidden; a mask that hides nothing costs."""
@@ -171,9 +172,6 @@ def _any(mask):
 
 def _either(predicate, then, otherwise):
     """`then()` where the predicate holds, else `otherwise()`; `_Partial`s both."""
-    known = known_value(predicate)
-    if known is not None:
-        return then() if known else otherwise()
     return _Partial(
-        *ops.cond(predicate, lambda: tuple(then()), lambda: tuple(otherwise()))
+        *either(predicate, lambda: tuple(then()), lambda: tuple(otherwise()))
     )

@@ -29,6 +29,27 @@ def is_tpu():
     return jax.default_backend() == "tpu"
 
 
+def has_float16_products():
+    """Whether the backend's fused attention multiplies float16.
+
+    JAX's asks for products of it that only GPUs have.
+    """
+    if keras.backend.backend() != "jax":
+        return True
+    import jax
+
+    return jax.default_backend() == "gpu"
+
+
+def has_float64():
+    """Whether the backend has numbers of 64 bits; of JAX they have to be asked for."""
+    if keras.backend.backend() != "jax":
+        return True
+    import jax
+
+    return jax.config.jax_enable_x64
+
+
 def has_triton():
     """Whether JAX is the backend and compiles Triton's kernels for what it runs on.
 

@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
+from keras_kvcache.ops.known import either
+from keras_kvcache.ops.mix import contract, in_blocks, make_mix
 from keras_kvcache.ops.platform import is_tpu
-from keras_kvcache.ops.view import Segment, View
+from keras_kvcache.ops.view import Segment, View, slots_of
 
 # The most queries, all heads together, that count as few: reading the slots takes
 # longer than computing with them.
@@ -64,12 +66,12 @@ def head_major_segment(
         product = _by_head(_score, "rh,hn->rn", query, keys)
         return _scaled(product, scale, (0, 1, 2, 3))
 
-    def mix(weights, first, count):
+    def mix_slots(product, weights, first, count):
         values, scale, rotation = read_values(first, count)
-        weights = _scaled(weights, scale, (0, 1, 3, 2))
-        return turn_back(_by_head(_mix, "rn,nh->rh", weights, values), rotation)
+        weights = _weighed(weights, scale, (0, 1, 3, 2))
+        return turn_back(_by_head(product, "rn,nh->rh", weights, values), rotation)
 
-    return Segment(scores, mix, positions, block, first, arrays)
+    return Segment(scores, make_mix(mix_slots), positions, block, first, arrays)
 
 
 def sequence_view(keys, values):
@@ -117,45 +119,54 @@ def dense_segment(
 
     def scores(query, first, count):
         keys, scale, _ = read_keys(first, count)
-        batch, head_dim = ops.shape(keys)[0], keys.shape[3]
+
+        def by_head(keys):
+            keys_last = ops.transpose(keys, (0, 2, 3, 1))
+            return _by_head(_score, "rh,hn->rn", query, keys_last)
+
         if is_few(query):
-            keys = ops.reshape(keys, (batch, count, heads * head_dim))
-            product = _score("brf,bnf->brn", _spread(query), keys)
+            batch, head_dim = ops.shape(keys)[0], keys.shape[3]
+            flat = ops.reshape(keys, (batch, count, heads * head_dim))
+            product = _score("brf,bnf->brn", _spread(query), flat)
             product = ops.reshape(product, (*ops.shape(query)[:3], count))
+            if keras.distribution.distribution() is None:
+                # Keys of other heads may be infinite, and 0 times that is NaN.
+                is_finite = ops.all(ops.isfinite(product))
+                product = either(
+                    is_finite,
+                    lambda: product,
+                    lambda: in_blocks(
+                        lambda start, size: by_head(
+                            read_keys(first + start, size).matrix
+                        ),
+                        product,
+                    ),
+                )
         else:
-            keys = ops.transpose(keys, (0, 2, 3, 1))
-            product = _by_head(_score, "rh,hn->rn", query, keys)
+            product = by_head(keys)
         return _scaled(product, scale, (0, 2, 3, 1))
 
-    def mix(weights, first, count):
+    def mix_slots(product, weights, first, count):
         values, scale, rotation = read_values(first, count)
         batch, value_dim = ops.shape(values)[0], values.shape[3]
-        weights = _scaled(weights, scale, (0, 2, 3, 1))
+        weights = _weighed(weights, scale, (0, 2, 3, 1))
         if is_few(weights):
             rows = weights.shape[2]
             weights = ops.reshape(weights, (batch, heads * rows, count))
             values = ops.reshape(values, (batch, count, heads * value_dim))
-            product = _mix("brn,bnf->brf", weights, values)
-            mixed = _gather(product, (batch, heads, rows, value_dim))
+            mixed = product("brn,bnf->brf", weights, values)
+            mixed = _gather(mixed, (batch, heads, rows, value_dim))
             return turn_back(mixed, rotation)
         values = ops.transpose(values, (0, 2, 1, 3))
-        return turn_back(_by_head(_mix, "rn,nh->rh", weights, values), rotation)
+        return turn_back(_by_head(product, "rn,nh->rh", weights, values), rotation)
 
+    mix = make_mix(mix_slots)
     return Segment(scores, mix, positions, DENSE_BLOCK, first, arrays, start)
 
 
 def reader(tensor, axis):
     """A function that reads slots on an axis of a tensor as they are."""
     return lambda first, count: Read(slots_of(tensor, first, count, axis))
-
-
-def slots_of(tensor, first, count, axis):
-    """`count` slots on an axis; the tensor itself if these are all."""
-    if tensor.shape[axis] in (None, count):
-        return tensor
-    start, shape = [0] * len(tensor.shape), list(ops.shape(tensor))
-    start[axis], shape[axis] = first, count
-    return ops.slice(tensor, start, shape)
 
 
 def turn_back(values, rotation):
@@ -170,6 +181,13 @@ def _scaled(product, scale, axes):
     if scale is None:
         return product
     return product * ops.cast(ops.transpose(scale, axes), product.dtype)
+
+
+def _weighed(weights, scale, axes):
+    """`_scaled` weights; those of 0 stay, whatever the scale."""
+    if scale is None:
+        return weights
+    return ops.where(weights == 0, weights, _scaled(weights, scale, axes))
 
 
 def _by_head(product, equation, x, y):
@@ -219,24 +237,10 @@ def _own_head(heads, dtype):
 
 
 def sum_dtype(operand):
-    """What scores and sums are computed in, however narrow queries and slots are."""
+    """What its sums are computed in: float32, however narrow it is, or float64."""
     dtype = keras.backend.standardize_dtype(operand.dtype)
     return "float64" if dtype == "float64" else "float32"
 
 
-def contract(equation, x, y, dtype):
-    """`einsum` that sums in `dtype`; JAX can without widening the operands first."""
-    if keras.backend.backend() == "jax":
-        import jax.numpy as jnp
-
-        return jnp.einsum(equation, x, y, preferred_element_type=dtype)
-    return ops.einsum(equation, ops.cast(x, dtype), ops.cast(y, dtype))
-
-
 def _score(equation, query, keys):
     return contract(equation, query, keys, sum_dtype(query))
-
-
-def _mix(equation, weights, values):
-    """Weights become as narrow as the values; their sum doesn't."""
-    return contract(equation, ops.cast(weights, values.dtype), values, weights.dtype)

@@ -3,6 +3,8 @@
 import numpy as np
 from keras import ops
 
+from keras_kvcache.ops.products import sum_dtype
+
 
 def inverse_frequencies(rotary_dim, max_wavelength, frequency_factors=None):
     """Angle in radians per position of each rotated pair.
@@ -33,14 +35,14 @@ def rotate(inputs, positions, inverse_frequencies):
         inverse_frequencies: Floats `(rotary_dim // 2,)`, `rotary_dim <= H`.
 
     Returns:
-        A tensor like `inputs`. The angles are computed in float32, since
+        A tensor like `inputs`. The angles are computed in float32 at least, since
         bfloat16 can't tell positions past 256 apart.
     """
-    half = inverse_frequencies.shape[0]
-    frequencies = ops.convert_to_tensor(inverse_frequencies, "float32")
-    angle = ops.cast(positions, "float32")[:, :, None, None] * frequencies
+    half, dtype = inverse_frequencies.shape[0], sum_dtype(inputs)
+    frequencies = ops.convert_to_tensor(inverse_frequencies, dtype)
+    angle = ops.cast(positions, dtype)[:, :, None, None] * frequencies
     cos, sin = ops.cos(angle), ops.sin(angle)
-    x = ops.cast(inputs, "float32")
+    x = ops.cast(inputs, dtype)
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     turned = [first * cos - second * sin, second * cos + first * sin, rest]
     return ops.cast(ops.concatenate(turned, axis=-1), inputs.dtype)

@@ -19,6 +19,16 @@ from jax.experimental import pallas as pl
 
 from keras_kvcache.ops.online_softmax import NOTHING_SEEN
 from keras_kvcache.ops.softmax import LOWEST
+from keras_kvcache.ops.triton_tiles import (
+    LEAST,
+    divide,
+    dot,
+    dot_of_weighed,
+    load,
+    padded_range,
+    padded_size,
+    store,
+)
 
 # As many programs keep all multiprocessors of the largest GPUs busy.
 PROGRAMS = 1024
@@ -37,9 +47,6 @@ SUMS = 2**13
 
 # The largest heads of which tiles are small enough.
 LARGEST_HEAD = 256
-
-# A matrix unit's least rows and columns.
-LEAST = 16
 
 
 class Tiling(NamedTuple):
@@ -65,9 +72,9 @@ def choose_tiling(heads, rows, slots, head_dim, dtype):
     Returns:
         A `Tiling`.
     """
-    nbytes, head_dim = jnp.dtype(dtype).itemsize, _padded(head_dim)
+    nbytes, head_dim = jnp.dtype(dtype).itemsize, padded_size(head_dim)
     most = min(QUERIES, SUMS // head_dim) if nbytes == 2 else LEAST
-    queries = min(most, _padded(rows))
+    queries = min(most, padded_size(rows))
     groups = pl.cdiv(rows, queries)
     # Many queries take room, too.
     tile = max(LEAST, TILE // nbytes // head_dim // (1 if queries == LEAST else 2))
@@ -167,13 +174,16 @@ def _kernel(query_ref, ends_ref, mask_ref, *refs, sizes, tiling, start, soft_cap
     """Some queries of a row and head over one part of the slots, tile by tile."""
     *slot_refs, maximum_ref, total_ref, output_ref = refs
     part, head_and_group, row = (pl.program_id(axis) for axis in range(3))
-    head, group = _divide(head_and_group, tiling.groups)
+    head, group = divide(head_and_group, tiling.groups)
     segment = _Slots(slot_refs, row, head, start, mask_ref.shape[3])
-    queries = group * tiling.queries + _range(tiling.queries)
-    features, value_features = _range(sizes.head_dim), _range(sizes.value_dim)
+    queries = group * tiling.queries + padded_range(tiling.queries)
+    features, value_features = (
+        padded_range(sizes.head_dim),
+        padded_range(sizes.value_dim),
+    )
 
     is_query = queries < sizes.rows
-    query = _load(
+    query = load(
         query_ref,
         (row, head, queries[:, None], features[None, :]),
         is_query[:, None] & (features < sizes.head_dim)[None, :],
@@ -184,12 +194,13 @@ def _kernel(query_ref, ends_ref, mask_ref, *refs, sizes, tiling, start, soft_cap
 
     def add_tile(number, running):
         maximum, total, output = running
-        slots = number * tiling.tile + _range(tiling.tile)
+        slots = number * tiling.tile + padded_range(tiling.tile)
         seen = mask.of(slots, sizes)
-        # Values that nobody attends may be infinite: they aren't weighed, even by 0.
+        # Values that no query of this program attends may be infinite: they aren't
+        # weighed, even by 0.
         is_read = jnp.max(seen.astype(jnp.int32), axis=0) > 0
         keys = segment.keys(slots, features, sizes.head_dim)
-        scores = _dot(query, keys.astype(dtype))
+        scores = dot(query, keys.astype(dtype))
         if segment.has_scales:
             scores *= segment.scales(0, slots, is_read)[None, :]
         if soft_cap is not None:
@@ -200,9 +211,11 @@ def _kernel(query_ref, ends_ref, mask_ref, *refs, sizes, tiling, start, soft_cap
         weights = jnp.exp(scores - new_maximum[:, None])
         total = total * keep + jnp.sum(weights, axis=1)
         if segment.has_scales:
-            weights *= segment.scales(1, slots, is_read)[None, :]
+            scaled = weights * segment.scales(1, slots, is_read)[None, :]
+            weights = jnp.where(weights == 0, weights, scaled)
         values = segment.values(slots, value_features, sizes.value_dim, is_read)
-        mixed = _dot(weights.astype(dtype), values.astype(dtype))
+        mix = dot if mask.is_shared else dot_of_weighed
+        mixed = mix(weights.astype(dtype), values.astype(dtype))
         return new_maximum, total, output * keep[:, None] + mixed
 
     row_ends = _own(row, ends_ref.shape[0])
@@ -213,13 +226,13 @@ def _kernel(query_ref, ends_ref, mask_ref, *refs, sizes, tiling, start, soft_cap
         jnp.zeros(queries.shape, jnp.float32),
         jnp.zeros((queries.size, value_features.size), jnp.float32),
     )
-    first, _ = _divide(first, tiling.tile)
-    end, _ = _divide(end + tiling.tile - 1, tiling.tile)
+    first, _ = divide(first, tiling.tile)
+    end, _ = divide(end + tiling.tile - 1, tiling.tile)
     maximum, total, output = jax.lax.fori_loop(first, end, add_tile, running)
     place = (row, head, part, queries)
-    _store(maximum_ref, place, maximum, is_query)
-    _store(total_ref, place, total, is_query)
-    _store(
+    store(maximum_ref, place, maximum, is_query)
+    store(total_ref, place, total, is_query)
+    store(
         output_ref,
         (row, head, part, queries[:, None], value_features[None, :]),
         output,
@@ -253,22 +266,22 @@ def _merge_kernel(maximum_ref, total_ref, output_ref, merged_ref):
     """One query of a row and head, some parts at a time."""
     query, head, row = (pl.program_id(axis) for axis in range(3))
     _, _, count, _, value_dim = output_ref.shape
-    features = _range(value_dim)
+    features = padded_range(value_dim)
     is_feature = features < value_dim
-    tile = min(_padded(count), SUMS // features.size)
+    tile = min(padded_size(count), SUMS // features.size)
 
     def add_parts(number, running):
         maximum, total, output = running
         parts = number * tile + jnp.arange(tile, dtype=jnp.int32)
         is_part = parts < count
         place = (row, head, parts, query)
-        maxima = _load(maximum_ref, place, is_part)
+        maxima = load(maximum_ref, place, is_part)
         maxima = jnp.where(is_part, maxima, NOTHING_SEEN)
         new_maximum = jnp.maximum(maximum, jnp.max(maxima))
         keep = jnp.exp(maximum - new_maximum)
         weights = jnp.exp(maxima - new_maximum)
-        totals = _load(total_ref, place, is_part)
-        outputs = _load(
+        totals = load(total_ref, place, is_part)
+        outputs = load(
             output_ref,
             (row, head, parts[:, None], query, features[None, :]),
             is_part[:, None] & is_feature[None, :],
@@ -288,7 +301,7 @@ def _merge_kernel(maximum_ref, total_ref, output_ref, merged_ref):
     _, total, output = jax.lax.fori_loop(jnp.int32(0), tiles, add_parts, running)
     place = (row, head, query, features)
     merged = output / jnp.where(total > 0, total, 1)
-    _store(merged_ref, place, merged.astype(merged_ref.dtype), is_feature)
+    store(merged_ref, place, merged.astype(merged_ref.dtype), is_feature)
 
 
 class _Mask(NamedTuple):
@@ -299,19 +312,23 @@ class _Mask(NamedTuple):
     head: jax.Array
     queries: jax.Array  # of the head's rows, its group's heads times the tokens
 
+    @property
+    def is_shared(self):
+        """Whether all queries attend the same slots."""
+        return self.ref.shape[1] == self.ref.shape[2] == 1
+
     def of(self, slots, sizes):
         """For some slots: `(1 | queries, slots)`."""
         batch, heads, length, count = self.ref.shape
-        is_shared = heads == length == 1
-        queries = jnp.zeros(1, jnp.int32) if is_shared else self.queries
-        of_group, token = _divide(queries, sizes.length)
+        queries = jnp.zeros(1, jnp.int32) if self.is_shared else self.queries
+        of_group, token = divide(queries, sizes.length)
         place = (
             _own(self.row, batch),
             _own(self.head * (sizes.rows // sizes.length) + of_group[:, None], heads),
             _own(token[:, None], length),
             slots[None, :],
         )
-        return _load(self.ref, place, (slots < count)[None, :])
+        return load(self.ref, place, (slots < count)[None, :])
 
 
 class _Slots(NamedTuple):
@@ -358,42 +375,9 @@ class _Slots(NamedTuple):
             place = (self.row, self.head, features, slots)
         else:
             place = (self.row, self.head, slots, features)
-        return _load(ref, place, is_there)
+        return load(ref, place, is_there)
 
 
 def _own(number, count):
     """The number, or 0 where there is one for all."""
     return number if count > 1 else number * 0
-
-
-def _load(ref, place, is_there):
-    from jax.experimental.pallas import triton
-
-    return triton.load(ref.at[place], mask=is_there, other=jnp.zeros((), ref.dtype))
-
-
-def _store(ref, place, value, is_there):
-    from jax.experimental.pallas import triton
-
-    triton.store(ref.at[place], value, mask=is_there)
-
-
-def _dot(x, y):
-    """A product summed in float32, of float32 factors in full precision."""
-    return jax.lax.dot(x, y, precision="highest", preferred_element_type=jnp.float32)
-
-
-def _divide(number, by):
-    """Quotient and rest of an int32 that isn't negative, of 32 bits under x64, too."""
-    by = jnp.int32(by)
-    return jax.lax.div(number, by), jax.lax.rem(number, by)
-
-
-def _range(size):
-    """At least so many numbers from 0 on, as many as a tile has on an axis."""
-    return jnp.arange(_padded(size), dtype=jnp.int32)
-
-
-def _padded(size):
-    """The least power of two that isn't below the size and that tiles may have."""
-    return max(LEAST, 1 << (size - 1).bit_length())

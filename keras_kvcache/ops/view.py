@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from keras import ops
+
 
 class Segment(NamedTuple):
     """A run of cache slots that isn't read if no query may attend it.
@@ -14,8 +16,9 @@ class Segment(NamedTuple):
         scores: Function of queries `(B, K, R, H)` and of `first` and `count`: the
             products with the keys of `count` slots from `first` on,
             `(B, K, R, count)`, of float32 or float64. `first` may be traced.
-        mix: Function of weights `(B, K, R, count)`, `first` and `count`: the sums
-            of values that they weigh, `(B, K, R, Hv)`, of the weights' dtype.
+        mix: Function of weights `(B, K, R, count)`, `first`, `count` and whether
+            weights may be 0 as slots are hidden, else `False`: the sums of values
+            that they weigh, `(B, K, R, Hv)`, of the weights' dtype.
         positions: Absolute position of each slot, int32 `(1, n)` or `(B, n)`;
             -1 where a slot has none.
         block: The most slots for a product with few queries; `None` for all.
@@ -60,3 +63,22 @@ class View(NamedTuple):
     fill: Any = None
     window: int | None = None
     sinks: int = 0
+
+
+def slots_of(tensor, first, count, axis):
+    """`count` slots on an axis; the tensor itself if these are all."""
+    if tensor.shape[axis] in (None, count):
+        return tensor
+    start, shape = [0] * len(tensor.shape), list(ops.shape(tensor))
+    start[axis], shape[axis] = first, count
+    return ops.slice(tensor, start_of_slice(start), shape)
+
+
+def start_of_slice(numbers):
+    """Where a slice begins on each axis, for JAX of one dtype if one is a tensor.
+
+    Where JAX counts in 64 bits, a Python integer beside an int32 isn't.
+    """
+    if all(isinstance(number, int) for number in numbers):
+        return numbers
+    return [ops.cast(number, "int32") for number in numbers]

@@ -1,0 +1,106 @@
+"""Sums of values by weights, to which values that weigh nothing add nothing.
+
+What a hidden slot holds may be NaN or infinite: memory that nothing was written to, or
+what a failed request left. Times a weight of 0 that is NaN, so a plain product isn't
+enough. It's made all the same and looked at, as looking at the values would be one more
+pass over the cache; only where something isn't finite are the values looked at, too.
+"""
+
+import keras
+from keras import ops
+
+from keras_kvcache.ops.known import either
+from keras_kvcache.ops.view import slots_of
+
+# Slots that are looked at, at a time: few, so that this takes no memory.
+BLOCK = 16
+
+
+def make_mix(mix_slots):
+    """The `mix` of a `Segment`.
+
+    Args:
+        mix_slots: Function of `product`, weights, `first` and `count`: the sums of
+            values, by a `product` of weights and values such as `mix_all`.
+    """
+
+    def mix(weights, first, count, hides=True):
+        if not hides:
+            return mix_slots(mix_all, weights, first, count)
+        if keras.distribution.distribution() is not None:
+            # Devices would have to ask each other whether all is finite.
+            return mix_slots(mix_seen, weights, first, count)
+        mixed = mix_slots(mix_all, weights, first, count)
+        return either(
+            ops.all(ops.isfinite(mixed)),
+            lambda: mixed,
+            lambda: _mix_in_blocks(mix_slots, weights, first, count),
+        )
+
+    return mix
+
+
+def _mix_in_blocks(mix_slots, weights, first, count):
+    if keras.backend.backend() != "jax" or count <= BLOCK:
+        return mix_slots(mix_weighed, weights, first, count)
+
+    def add(number, mixed):
+        # The last block reaches back to where one fits.
+        begin = ops.cast(number, "int32") * BLOCK
+        start = ops.minimum(begin, count - BLOCK)
+        part = slots_of(weights, start, BLOCK, axis=3)
+        is_new = start + ops.arange(BLOCK, dtype="int32") >= begin
+        part = ops.where(is_new[None, None, None], part, ops.zeros_like(part))
+        return mixed + mix_slots(mix_weighed, part, first + start, BLOCK)
+
+    mixed = mix_slots(mix_weighed, weights[..., :BLOCK], first, BLOCK)
+    return ops.fori_loop(1, -(-count // BLOCK), add, mixed)
+
+
+def in_blocks(make, like):
+    """`make(0, count)` in little memory, for all `count` slots on the last axis.
+
+    Args:
+        make: Function of the first slot and the number of slots.
+        like: Tensor of the shape and dtype of what it makes.
+    """
+    count = like.shape[-1]
+    if keras.backend.backend() != "jax" or count <= BLOCK:
+        return make(0, count)
+
+    def put(number, made):
+        start = ops.minimum(ops.cast(number, "int32") * BLOCK, count - BLOCK)
+        place = (*[ops.zeros_like(start)] * (len(like.shape) - 1), start)
+        return ops.slice_update(made, place, make(start, BLOCK))
+
+    return ops.fori_loop(0, -(-count // BLOCK), put, ops.zeros_like(like))
+
+
+def contract(equation, x, y, dtype):
+    """`einsum` that sums in `dtype`; JAX can without widening the operands first."""
+    if keras.backend.backend() == "jax":
+        import jax.numpy as jnp
+
+        return jnp.einsum(equation, x, y, preferred_element_type=dtype)
+    return ops.einsum(equation, ops.cast(x, dtype), ops.cast(y, dtype))
+
+
+def mix_all(equation, weights, values):
+    """The product. Weights become as narrow as the values; their sum doesn't."""
+    return contract(equation, ops.cast(weights, values.dtype), values, weights.dtype)
+
+
+def mix_seen(equation, weights, values):
+    """The product without values that no query weighs, of the same row and head."""
+    is_seen = ops.any(weights != 0, axis=-2)[..., None]
+    return mix_all(equation, weights, ops.where(is_seen, values, 0))
+
+
+def mix_weighed(equation, weights, values):
+    """The product to which a query's values that it doesn't weigh add nothing."""
+    zeros, is_finite = ops.zeros_like(values), ops.isfinite(values)
+    finite = mix_all(equation, weights, ops.where(is_finite, values, zeros))
+    is_weighed = ops.cast(ops.cast(weights, values.dtype) != 0, weights.dtype)
+    others = ops.where(is_finite, zeros, ops.ones_like(values))
+    counts = mix_all(equation, is_weighed, others)
+    return ops.where(counts > 0, mix_all(equation, weights, values), finite)
