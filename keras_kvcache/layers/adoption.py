@@ -4,8 +4,10 @@ from types import MappingProxyType
 
 import keras
 
+from keras_kvcache.layers.quantization import KeepsQuantization
 
-class AdoptsParts:
+
+class AdoptsParts(KeepsQuantization):
     """Gives a layer `adopt`, by which it takes parts that were built elsewhere."""
 
     _parts = MappingProxyType({})
@@ -40,6 +42,7 @@ class AdoptsParts:
         part = given = self._parts.get(name)
         if not isinstance(given, keras.layers.Layer):
             part = make()
+            self._hand_down(part)
             if given is not None:
                 part.adopt(**given)
         if shapes and not part.built:

@@ -1,5 +1,7 @@
 """Multi-head attention with a key/value cache."""
 
+import functools
+
 import keras
 from keras import ops
 
@@ -174,9 +176,9 @@ class CachedMultiHeadAttention(
             "value", value_shape, group_heads, self._value_dim
         )
         self._build_attention(len(query_shape) + 1)
-        self._output_dense = self._part(
-            "output_dense", lambda: make_output_projection(self, query_shape)
-        )
+        make = functools.partial(make_output_projection, self, query_shape)
+        shape = (*query_shape[:-1], heads, self._value_dim)
+        self._output_dense = self._part("output_dense", make, shape)
         for layer, shape, layer_heads in (
             (self.query_norm, query_shape, heads),
             (self.key_norm, key_shape, group_heads),
@@ -185,10 +187,9 @@ class CachedMultiHeadAttention(
             if layer is not None and not layer.built:
                 layer.build((*shape[:-1], layer_heads, self._key_dim))
 
-    def _projection(self, name, *arguments, **options):
-        return self._part(
-            f"{name}_dense", lambda: make_projection(self, name, *arguments, **options)
-        )
+    def _projection(self, name, shape, *sizes, **options):
+        make = functools.partial(make_projection, self, name, shape, *sizes, **options)
+        return self._part(f"{name}_dense", make, shape)
 
     def call(
         self,

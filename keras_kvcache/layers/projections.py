@@ -42,10 +42,10 @@ def make_projection(attention, name, input_shape, heads, head_dim, activation=No
         activation: Applied to what comes out.
 
     Returns:
-        A built layer, `(B, …, D)` to `(B, …, heads, head_dim)`.
+        A layer, `(B, …, D)` to `(B, …, heads, head_dim)`.
     """
     free = "abcdefgh"[: len(input_shape) - 1]
-    layer = keras.layers.EinsumDense(
+    return keras.layers.EinsumDense(
         f"{free}x,xnh->{free}nh",
         output_shape=[None] * (len(free) - 1) + [heads, head_dim],
         bias_axes="nh" if attention._use_bias else None,
@@ -53,8 +53,6 @@ def make_projection(attention, name, input_shape, heads, head_dim, activation=No
         name=name,
         **attention._get_common_kwargs_for_sublayer(),
     )
-    layer.build(input_shape)
-    return layer
 
 
 def make_output_projection(attention, query_shape):
@@ -65,12 +63,12 @@ def make_output_projection(attention, query_shape):
         query_shape: `(B, …, D)`.
 
     Returns:
-        A built layer, `(B, …, N, Hv)` to `(B, …, D)`.
+        A layer, `(B, …, N, Hv)` to `(B, …, D)`.
     """
     free = "abcdefgh"[: len(query_shape) - 1]
     shape = list(attention._output_shape or query_shape[-1:])
     out = "opqrstuv"[: len(shape)]
-    layer = keras.layers.EinsumDense(
+    return keras.layers.EinsumDense(
         # Letters in Keras' order, by which JAX orders the sum: bit for bit the same.
         f"{free}ij,ij{out}->{free}{out}",
         output_shape=[None] * (len(free) - 1) + shape,
@@ -78,5 +76,3 @@ def make_output_projection(attention, query_shape):
         name="attention_output",
         **attention._get_common_kwargs_for_sublayer(),
     )
-    layer.build((*query_shape[:-1], attention._num_heads, attention._value_dim))
-    return layer

@@ -14,6 +14,7 @@ from keras_kvcache.models.decoder_config import (
     window_of_layer,
 )
 from keras_kvcache.models.decoding import DecodingMethods
+from keras_kvcache.models.exporting import Exports, token_ids_input
 from keras_kvcache.models.presets import PresetMethods
 from keras_kvcache.models.tokenizer_files import KeepsTokenizer
 from keras_kvcache.ops import token_positions
@@ -43,7 +44,7 @@ BLOCK_OPTIONS = (
 
 @keras.saving.register_keras_serializable(package="keras_kvcache")
 class DecoderLM(
-    PresetMethods, DecodingMethods, KeepsTokenizer, AdoptsParts, keras.Model
+    PresetMethods, DecodingMethods, KeepsTokenizer, Exports, AdoptsParts, keras.Model
 ):
     """Token ids in, logits out: embedding, blocks, final norm, projection.
 
@@ -283,6 +284,11 @@ class DecoderLM(
         for block in self.blocks:
             x = block(x, training=training)
         return self.logits(self.final_norm(x))
+
+    @property
+    def call_inputs(self):
+        """What `call` takes, as a symbolic tensor."""
+        return token_ids_input("token_ids")
 
     def hidden_with_cache(self, token_ids, cache, cache_update_index):
         """`call_with_cache` without the logits: `(hidden_states, cache)`."""

@@ -8,8 +8,11 @@ from keras import ops
 from keras_kvcache.layers import DecoderBlock
 from keras_kvcache.layers.adoption import AdoptsParts
 from keras_kvcache.layers.normalization import make_normalization
+from keras_kvcache.layers.quantization import KEY as QUANTIZATION
+from keras_kvcache.layers.quantization import quantize_built
 from keras_kvcache.models.encoder_decoder_inputs import DECODER_IDS, PADDING_MASK
 from keras_kvcache.models.encoder_decoder_methods import EncoderDecoderMethods
+from keras_kvcache.models.exporting import token_ids_input
 from keras_kvcache.models.tokenizer_files import KeepsTokenizer
 from keras_kvcache.ops import token_positions
 
@@ -204,6 +207,11 @@ class EncoderDecoderLM(EncoderDecoderMethods, KeepsTokenizer, AdoptsParts, keras
             x = block(x, sequence, encoder_padding_mask=mask, training=training)
         return self.logits(self._finish(x))
 
+    @property
+    def call_inputs(self):
+        """What `call` takes, as a dictionary of symbolic tensors."""
+        return {**self.encoder.input, DECODER_IDS: token_ids_input(DECODER_IDS)}
+
     def hidden_with_cache(self, token_ids, cache, cache_update_index):
         """`call_with_cache` without the logits: `(hidden_states, cache)`.
 
@@ -248,4 +256,7 @@ class EncoderDecoderLM(EncoderDecoderMethods, KeepsTokenizer, AdoptsParts, keras
     def from_config(cls, config):
         """The model that `get_config` describes."""
         encoder = keras.saving.deserialize_keras_object(config["encoder"])
-        return cls(**{**config, "encoder": encoder})
+        model = cls(**{**config, "encoder": encoder})
+        # Keras' attention within an encoder forgets it.
+        quantize_built(model, config.get(QUANTIZATION, {}))
+        return model

@@ -1,0 +1,142 @@
+"""Files remember which layers were quantized, and how.
+
+`quantize` changes which weights a layer has. Keras tells its own layers' quantization
+by their configs, and a layer that makes others within itself must tell that of those:
+they aren't in any config.
+"""
+
+import json
+from types import MappingProxyType
+
+import keras
+import numpy as np
+
+# The key of a config, and of the weights that a layer stores.
+KEY = "quantization"
+
+
+class KeepsQuantization:
+    """Gives a layer that makes layers within itself a memory of their quantization.
+
+    Args:
+        quantization: What `quantized_layers` said of an equal layer, or `None`: its
+            parts are then made with quantized weights.
+        *args, **kwargs: Arguments of the layer.
+    """
+
+    _quantization = MappingProxyType({})
+
+    def __init__(self, *args, quantization=None, **kwargs):
+        # A proxy, which Keras doesn't track.
+        self._quantization = MappingProxyType(quantization or {})
+        super().__init__(*args, **kwargs)
+
+    def _hand_down(self, part):
+        """Tells a part that isn't built yet how it was quantized."""
+        if isinstance(part, KeepsQuantization):
+            part._quantization = MappingProxyType(_below(part.name, self._quantization))
+        elif part.name in self._quantization:
+            _set_policy(part, **self._quantization[part.name])
+
+    def get_config(self):
+        """Constructor arguments, `quantization` among them where there is any."""
+        found = quantized_layers(self)
+        return {**super().get_config(), **({KEY: found} if found else {})}
+
+    def save_own_variables(self, store):
+        """As in Keras, with the quantization of the parts that are in the same file."""
+        super().save_own_variables(store)
+        found = quantized_layers(self, recursive=False)
+        if found:
+            store[KEY] = np.frombuffer(json.dumps(found).encode(), "uint8")
+
+    def load_own_variables(self, store):
+        """As in Keras; parts are quantized first as those were that were saved.
+
+        Raises:
+            ValueError: A part was quantized in a way that needs its config.
+        """
+        names = list(store.keys())
+        if KEY in names:
+            names.remove(KEY)
+            quantize_built(self, json.loads(bytes(np.asarray(store[KEY]))))
+        super().load_own_variables({name: store[name] for name in names})
+
+
+def quantized_layers(layer, recursive=True):
+    """Which layers within a layer are quantized, and how.
+
+    Args:
+        layer: The layer.
+        recursive: Whether to look into the layers within it, too.
+
+    Returns:
+        A dictionary that JSON can hold: by the names on the way to a layer, such as
+        `"attention/query"`, its `"mode"`, such as `"int8"`, and the `"config"` that
+        `quantize` was given.
+    """
+    found = {}
+    for part in layer._flatten_layers(include_self=False, recursive=False):
+        if part._flatten_layers(include_self=False):
+            if recursive:
+                inner = quantized_layers(part).items()
+                found |= {f"{part.name}/{path}": how for path, how in inner}
+        elif part.quantization_mode is not None:
+            config = getattr(part, "quantization_config", None)
+            found[part.name] = {
+                "mode": _policy_of(part).name.split("_from_")[0],
+                "config": keras.saving.serialize_keras_object(config),
+            }
+    return found
+
+
+def quantize_built(layer, described):
+    """Quantizes layers that are built already, those apart that are quantized.
+
+    Args:
+        layer: The layer that they are within.
+        described: What `quantized_layers` said of an equal layer.
+
+    Raises:
+        ValueError: A layer can only be quantized by looking at data.
+    """
+    for part in layer._flatten_layers(include_self=False, recursive=False):
+        if part.name in described and part.quantization_mode is None:
+            mode, config = described[part.name]["mode"], described[part.name]["config"]
+            if mode.partition("/")[0] in ("gptq", "awq"):
+                raise ValueError(
+                    "A model must be made from its config before weights of the mode "
+                    f"{mode} can be loaded. Received: {part.path}, not quantized"
+                )
+            config = keras.saving.deserialize_keras_object(config)
+            part.quantize(mode.partition("/")[0], config=config)
+            if keras.backend.backend() == "torch":
+                part._track_variables()  # It still holds those that are gone.
+        inner = _below(part.name, described)
+        if inner:
+            quantize_built(part, inner)
+
+
+def _below(name, described):
+    """What a description says of the layers within the one of this name."""
+    prefix = f"{name}/"
+    return {
+        path.removeprefix(prefix): how
+        for path, how in described.items()
+        if path.startswith(prefix)
+    }
+
+
+def _set_policy(layer, mode, config):
+    """Makes a layer that isn't built yet build quantized weights."""
+    policy = f"{mode}_from_{_policy_of(layer).name}"
+    layer.dtype_policy = keras.dtype_policies.get(policy)
+    layer.quantization_config = keras.saving.deserialize_keras_object(config)
+
+
+def _policy_of(layer):
+    """A layer's own dtype policy, where that of many is one map, too."""
+    policy = layer.dtype_policy
+    if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+        policy = policy[layer.path]
+    return policy
