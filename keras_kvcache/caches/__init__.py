@@ -10,6 +10,7 @@ from keras_kvcache.caches.codecs import (
     Int8,
     get_codec,
 )
+from keras_kvcache.caches.exporting import register as _register
 from keras_kvcache.caches.files import load_caches, save_caches
 from keras_kvcache.caches.kinds import Rolling, Static
 from keras_kvcache.caches.options import choose_kind, read_options
@@ -29,6 +30,8 @@ from keras_kvcache.caches.verbs import (
     take_rows,
     with_end,
 )
+
+_register()
 
 __all__ = [
     "CODECS",
