@@ -1,9 +1,12 @@
 """Projections: what multiplies a model's rows with its weights."""
 
+import math
+import re
+
 import keras
 from keras import ops
 
-from keras_kvcache.ops import has_triton, is_tpu
+from keras_kvcache.ops import can_trace, has_triton, is_tpu
 
 
 def project(layer, inputs, feature_axes=1):
@@ -15,6 +18,10 @@ def project(layer, inputs, feature_axes=1):
     a matrix product, which reads the weights once and, where there are more, costs
     the same.
 
+    On TensorFlow and PyTorch an `EinsumDense` is a product of two matrices: their
+    `einsum` is one of many operations, or of a batch of matrices, which both are slow
+    for a row.
+
     Args:
         layer: Layer or function that projects row by row.
         inputs: Tensor of rows, such as `(B, T, D)`.
@@ -23,11 +30,44 @@ def project(layer, inputs, feature_axes=1):
     Returns:
         What `layer` returns for them.
     """
+    if can_trace() and _is_product(layer, feature_axes):
+        return _multiply(layer, inputs, feature_axes)
     rows = inputs.shape[:-feature_axes]
     is_one = len(rows) > 0 and all(size == 1 for size in rows)
     if not is_one or not (has_triton() or is_tpu()):
         return layer(inputs)
     return layer(ops.broadcast_to(inputs, (2, *inputs.shape[1:])))[:1]
+
+
+def _is_product(layer, feature_axes):
+    """Whether a layer is an `EinsumDense` that multiplies rows with one matrix."""
+    if type(layer) is not keras.layers.EinsumDense or not layer.built:
+        return False
+    if layer.quantization_mode is not None or layer.lora_enabled:
+        return False
+    given, kernel, result = re.split(",|->", layer.equation)
+    free, features = given[:-feature_axes], given[-feature_axes:]
+    units, shape = kernel[feature_axes:], layer.kernel.shape[feature_axes:]
+    is_matrix = kernel == features + units and set(kernel).isdisjoint(free)
+    has_last_bias = layer.bias is None or layer.bias.shape == shape
+    is_matrix = is_matrix and result == free + units and has_last_bias
+    return is_matrix and layer.activity_regularizer is None
+
+
+def _multiply(layer, inputs, feature_axes):
+    """What an `EinsumDense` gives, by a product of two matrices."""
+    inputs = ops.cast(inputs, layer.compute_dtype)
+    kernel = ops.cast(layer.kernel, layer.compute_dtype)
+    units = kernel.shape[feature_axes:]
+    size = math.prod(kernel.shape[:feature_axes])
+    rows = ops.shape(inputs)[:-feature_axes]
+    product = ops.matmul(
+        ops.reshape(inputs, (-1, size)), ops.reshape(kernel, (size, -1))
+    )
+    output = ops.reshape(product, (*rows, *units))
+    if layer.bias is not None:
+        output = output + ops.cast(layer.bias, output.dtype)
+    return output if layer.activation is None else layer.activation(output)
 
 
 def make_projection(attention, name, input_shape, heads, head_dim, activation=None):

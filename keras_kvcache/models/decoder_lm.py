@@ -290,8 +290,8 @@ class DecoderLM(
         """What `call` takes, as a symbolic tensor."""
         return token_ids_input("token_ids")
 
-    def hidden_with_cache(self, token_ids, cache, cache_update_index):
-        """`call_with_cache` without the logits: `(hidden_states, cache)`."""
+    def _run_with_cache(self, token_ids, cache, cache_update_index, run_block):
+        """`hidden_with_cache` with a function that calls the blocks."""
         if not isinstance(cache, (list, tuple)) or len(cache) != self.num_layers:
             given = len(cache) if isinstance(cache, (list, tuple)) else type(cache)
             raise ValueError(
@@ -301,7 +301,8 @@ class DecoderLM(
         x = self._embed(token_ids, cache_update_index)
         updated = []
         for block, layer_cache in zip(self.blocks, cache, strict=True):
-            x, layer_cache = block(
+            x, layer_cache = run_block(
+                block,
                 x,
                 self_attention_cache=layer_cache,
                 self_attention_cache_update_index=cache_update_index,

@@ -13,6 +13,7 @@ from keras_kvcache.caches import (
     resize,
 )
 from keras_kvcache.generation import GenerateMethods, Generator
+from keras_kvcache.layers.block_programs import BlockPrograms, run_block
 from keras_kvcache.layers.projections import project
 from keras_kvcache.models.logits import vocabulary_logits
 
@@ -34,7 +35,7 @@ class CacheBytes(NamedTuple):
 class DecodingMethods(GenerateMethods):
     """Gives a language model its steps, its caches, `generate` and `stream`.
 
-    It needs `hidden_with_cache`, and what the constructor of `DecoderLM` keeps.
+    It needs `_run_with_cache`, and what the constructor of `DecoderLM` keeps.
     """
 
     def call_with_cache(self, token_ids, cache, cache_update_index):
@@ -60,6 +61,10 @@ class DecodingMethods(GenerateMethods):
             token_ids, cache, cache_update_index
         )
         return self.logits(hidden_states), hidden_states, cache
+
+    def hidden_with_cache(self, token_ids, cache, cache_update_index):
+        """`call_with_cache` without the logits: `(hidden_states, cache)`."""
+        return self._run_with_cache(token_ids, cache, cache_update_index, run_block)
 
     def logits(self, hidden_states):
         """Logits `(…, V)` of final hidden states `(…, D)`."""
@@ -189,9 +194,14 @@ class DecodingMethods(GenerateMethods):
         if self._generator is None:
             # A subclass's own caches may be of any kind.
             has_own = type(self).init_cache is not DecodingMethods.init_cache
+            step = self.hidden_with_cache
+            if type(self).hidden_with_cache is DecodingMethods.hidden_with_cache:
+                # The loop has its caches for itself, as no step of a user's own may.
+                programs = BlockPrograms()
+                step = functools.partial(self._run_with_cache, run_block=programs)
             self._generator = Generator(
                 self,
-                step=self.hidden_with_cache,
+                step=step,
                 init_cache=self.init_cache,
                 logits=self.logits,
                 tokenizer=self.tokenizer,

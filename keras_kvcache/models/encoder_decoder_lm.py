@@ -212,8 +212,8 @@ class EncoderDecoderLM(EncoderDecoderMethods, KeepsTokenizer, AdoptsParts, keras
         """What `call` takes, as a dictionary of symbolic tensors."""
         return {**self.encoder.input, DECODER_IDS: token_ids_input(DECODER_IDS)}
 
-    def hidden_with_cache(self, token_ids, cache, cache_update_index):
-        """`call_with_cache` without the logits: `(hidden_states, cache)`.
+    def _run_with_cache(self, token_ids, cache, cache_update_index, run_block):
+        """`hidden_with_cache` with a function that calls the blocks.
 
         The cache is the pair of what `init_cache` and what `encode` gave; what is
         encoded stays as it was.
@@ -224,7 +224,8 @@ class EncoderDecoderLM(EncoderDecoderMethods, KeepsTokenizer, AdoptsParts, keras
         for block, layer_cache, encoder_cache in zip(
             self.blocks, own, encoded.caches, strict=True
         ):
-            x, layer_cache, _ = block(
+            x, layer_cache, _ = run_block(
+                block,
                 x,
                 encoder_padding_mask=encoded.padding_mask,
                 self_attention_cache=layer_cache,

@@ -1,5 +1,6 @@
 """Logits of hidden states, by the table that embeds the tokens."""
 
+import keras
 from keras import ops
 
 
@@ -21,6 +22,10 @@ def vocabulary_logits(embedding, hidden_states):
         return embedding(hidden_states, reverse=True)
     dtype = embedding.reverse_dtype or embedding.compute_dtype
     table = ops.cast(embedding.embeddings, dtype)
-    logits = ops.einsum("...d,vd->...v", ops.cast(hidden_states, dtype), table)
+    hidden_states = ops.cast(hidden_states, dtype)
+    if keras.backend.backend() == "torch":
+        logits = ops.matmul(hidden_states, ops.transpose(table))
+    else:
+        logits = ops.einsum("...d,vd->...v", hidden_states, table)
     soft_cap = embedding.logit_soft_cap
     return logits if soft_cap is None else soft_cap * ops.tanh(logits / soft_cap)

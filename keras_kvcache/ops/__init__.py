@@ -40,6 +40,7 @@ from keras_kvcache.ops.ring import ring_positions, write_ring
 from keras_kvcache.ops.rotary import inverse_frequencies, rotate
 from keras_kvcache.ops.sharding import distribute
 from keras_kvcache.ops.splice import splice
+from keras_kvcache.ops.tracing import can_trace, trace
 from keras_kvcache.ops.view import Segment, View, slots_of, start_of_slice
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "attend_fused",
     "attend_with_scores",
     "can_announce",
+    "can_trace",
     "check_index",
     "check_mask_shape",
     "compiler_options",
@@ -85,6 +87,7 @@ __all__ = [
     "start_of_slice",
     "sum_dtype",
     "token_positions",
+    "trace",
     "turn_back",
     "unpack_int4",
     "view_masks",

@@ -1,6 +1,7 @@
 """Telling integers, and values known now from those that a compiler will fill in."""
 
 import numbers
+import sys
 
 import keras
 import numpy as np
@@ -19,8 +20,8 @@ def known_value(value):
 
     Returns:
         A NumPy array, or `None` if `value` is symbolic: a tracer of `jax.jit`, a
-        tensor of a `tf.function` graph, a torch tensor on the meta device or in
-        `torch.compile`, a `KerasTensor`.
+        tensor of a `tf.function` graph, a torch tensor on the meta device, in
+        `torch.compile` or where `trace` records, a `KerasTensor`.
     """
     if isinstance(value, (bool, int, float, np.ndarray, np.generic)):
         return np.asarray(value)
@@ -40,7 +41,7 @@ def known_value(value):
     elif backend == "torch":
         import torch
 
-        if torch.compiler.is_compiling() or value.is_meta:
+        if torch.compiler.is_compiling() or value.is_meta or is_recorded():
             return None
     return keras.ops.convert_to_numpy(value)
 
@@ -57,6 +58,12 @@ def either(predicate, then, otherwise):
     if known is None:
         return keras.ops.cond(predicate, then, otherwise)
     return then() if known else otherwise()
+
+
+def is_recorded():
+    """Whether PyTorch records operations: one path, whatever values tensors have."""
+    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    return proxies is not None and proxies.get_proxy_mode() is not None
 
 
 def known_integers(name, value, rows=None):

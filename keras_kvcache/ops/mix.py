@@ -9,7 +9,7 @@ pass over the cache; only where something isn't finite are the values looked at,
 import keras
 from keras import ops
 
-from keras_kvcache.ops.known import either
+from keras_kvcache.ops.known import either, is_recorded
 from keras_kvcache.ops.view import slots_of
 
 # Slots that are looked at, at a time: few, so that this takes no memory.
@@ -27,8 +27,9 @@ def make_mix(mix_slots):
     def mix(weights, first, count, hides=True):
         if not hides:
             return mix_slots(mix_all, weights, first, count)
-        if keras.distribution.distribution() is not None:
-            # Devices would have to ask each other whether all is finite.
+        if keras.distribution.distribution() is not None or is_recorded():
+            # Devices would have to ask each other whether all is finite, and what is
+            # recorded can't ask.
             return mix_slots(mix_seen, weights, first, count)
         mixed = mix_slots(mix_all, weights, first, count)
         return either(

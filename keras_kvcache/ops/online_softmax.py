@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
-from keras_kvcache.ops.known import either
+from keras_kvcache.ops.known import either, is_recorded
 from keras_kvcache.ops.products import is_few, sum_dtype
 from keras_kvcache.ops.softmax import LOWEST
 from keras_kvcache.ops.view import slots_of
@@ -97,6 +97,8 @@ class _Attended(NamedTuple):
 
     def add_block(self, running, first, count):
         """Merges a block in, unless it's hidden; a mask that hides nothing costs."""
+        if is_recorded():
+            return _merge(running, self.partial(first, count))
         mask = self.mask_of(first, count)
 
         def add(running):
@@ -113,6 +115,8 @@ class _Attended(NamedTuple):
 
 def _add_segment(running, attended, block):
     """Merges a segment in, unless it's hidden."""
+    if is_recorded():
+        return _add_slots(running, attended, block)
     return _either(
         _any(attended.mask),
         lambda: _add_slots(running, attended, block),

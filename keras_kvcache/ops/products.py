@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
-from keras_kvcache.ops.known import either
+from keras_kvcache.ops.known import either, is_recorded
 from keras_kvcache.ops.mix import contract, in_blocks, make_mix
 from keras_kvcache.ops.platform import is_tpu
 from keras_kvcache.ops.view import Segment, View, slots_of
@@ -124,7 +124,8 @@ def dense_segment(
             keys_last = ops.transpose(keys, (0, 2, 3, 1))
             return _by_head(_score, "rh,hn->rn", query, keys_last)
 
-        if is_few(query):
+        # What is recorded can't ask whether all is finite.
+        if is_few(query) and not is_recorded():
             batch, head_dim = ops.shape(keys)[0], keys.shape[3]
             flat = ops.reshape(keys, (batch, count, heads * head_dim))
             product = _score("brf,bnf->brn", _spread(query), flat)

@@ -58,10 +58,13 @@ def choose_strategy(is_shared, is_known, shape, axis):
         buffer; `"loop"` does what both do in place on a TPU, where slots are on one of
         the last two axes, turn by turn, and takes no turn if nothing lands. (With a
         slice XLA would lay the buffer out for writing, and copy it to attend it.)
+        `"gather"` is PyTorch's way for one row or many, without a look at the index.
         `"where"` passes over the whole buffer and needs no support by the backend.
     """
     if is_known and _suits_loop(shape, axis):
         return "loop"
+    if is_known and keras.backend.backend() == "torch":
+        return "gather"
     if is_known and is_shared:
         return "slice"
     is_jax = keras.backend.backend() == "jax"
@@ -158,6 +161,30 @@ def _start(numbers):
     return [ops.cast(number, "int32") for number in numbers]
 
 
+def _splice_gather(buffer, update, index, axis):
+    """As `_splice_slice`, the slots of each row by their numbers."""
+    import torch
+
+    capacity, length = buffer.shape[axis], update.shape[axis]
+    width = min(length, capacity)
+    first = ops.clip(index, 0, capacity - width)
+    slot = first[:, None] + ops.arange(width, dtype="int32")
+    token = slot - index[:, None]
+    fits = ops.logical_and(token >= 0, token < length)
+    shape, window = [-1] + [1] * (len(buffer.shape) - 1), list(buffer.shape)
+    shape[axis] = window[axis] = width
+
+    def numbers(tensor):
+        return tensor.reshape(shape).expand(window).long()
+
+    if length > 1:
+        update = torch.gather(update, axis, numbers(ops.clip(token, 0, length - 1)))
+    slot = numbers(slot)
+    stored = torch.gather(buffer, axis, slot)
+    entries = torch.where(fits.reshape(shape), update, stored)
+    return torch.scatter(buffer, axis, slot, entries)
+
+
 def _splice_where(buffer, update, index, axis):
     """One index a row: each slot takes the entry that belongs there, or stays."""
     capacity, length = buffer.shape[axis], ops.shape(update)[axis]
@@ -174,6 +201,7 @@ def _splice_where(buffer, update, index, axis):
 
 STRATEGIES = {
     "slice": _splice_shared,
+    "gather": _splice_gather,
     "scatter": _splice_scatter,
     "loop": _splice_loop,
     "where": _splice_where,

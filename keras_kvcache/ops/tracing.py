@@ -1,0 +1,130 @@
+"""Functions of tensors as programs, where Python would run them operation by operation.
+
+JAX compiles by itself. TensorFlow makes a graph of a function. PyTorch records the
+operations that a function calls, and runs these without what called them; no compiler
+is needed, and it takes about as long as a few calls.
+"""
+
+import keras
+
+
+def can_trace():
+    """Whether `trace` is for the backend."""
+    return keras.backend.backend() in ("tensorflow", "torch")
+
+
+def trace(function, arguments, donated=()):
+    """A program of a pure function.
+
+    Args:
+        function: Of tensors, gives a tuple of tensors. It may not depend on what is
+            in them otherwise than by operations, on PyTorch not even by a condition.
+        arguments: List of tensors; the program is for these shapes and dtypes.
+        donated: Numbers of arguments that the caller has no more use for. PyTorch
+            writes into them where `torch.scatter` would copy them and nothing else
+            sees it.
+
+    Returns:
+        A function of as many tensors, which gives a tuple or list of tensors.
+
+    Raises:
+        Exception: Whatever the function or the backend has against it.
+    """
+    if keras.backend.backend() == "torch":
+        return _trace_torch(function, arguments, donated)
+
+    import tensorflow as tf
+
+    graph = tf.function(function, autograph=False)
+    shapes = [tf.TensorSpec(array.shape, array.dtype) for array in arguments]
+    return graph.get_concrete_function(*shapes)
+
+
+def _trace_torch(function, arguments, donated):
+    import torch
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.passes.dialect.common.cse_pass import CSEPass
+
+    program = make_fx(torch.func.functionalize(function))(*arguments)
+    _leave_memory_alone(program.graph)
+    _fold_constants(program)
+    # What is equal is computed once.
+    program = CSEPass()(program).graph_module
+    inputs = [node for node in program.graph.nodes if node.op == "placeholder"]
+    _write_in_place(program.graph, [inputs[number] for number in donated])
+    program.graph.eliminate_dead_code()
+    program.recompile()
+    return program
+
+
+def _leave_memory_alone(graph):
+    """Replaces operations that write into their first argument by those that don't.
+
+    Raises:
+        ValueError: One has no such twin, or its argument may be read otherwise.
+    """
+    import torch
+
+    for node in graph.nodes:
+        if node.op != "call_function" or not node.target._schema.is_mutable:
+            continue
+        packet, _, overload = str(node.target).removeprefix("aten.").partition(".")
+        twin = getattr(torch.ops.aten, packet.removesuffix("_"), None)
+        source = node.args[0]
+        is_own = list(source.users) == [node] and source.op == "call_function"
+        if not hasattr(twin, overload) or not is_own or _is_view(source.target):
+            raise ValueError(f"`function` must write to no memory. Received: {node}")
+        node.target = getattr(twin, overload)
+
+
+def _is_view(target):
+    """Whether what an operation gives may lie in the memory of its arguments."""
+    return any(result.alias_info is not None for result in target._schema.returns)
+
+
+def _fold_constants(program):
+    """Computes now what depends on no argument."""
+    import torch
+
+    constants, number = {}, 0
+    for node in list(program.graph.nodes):
+        if node.op == "get_attr":
+            constants[node] = getattr(program, node.target)
+        elif node.op == "call_function" and not _is_random(node.target):
+            if all(source in constants for source in node.all_input_nodes):
+                args, kwargs = torch.fx.node.map_arg(
+                    (node.args, node.kwargs), constants.__getitem__
+                )
+                constants[node] = node.target(*args, **kwargs)
+    for node, value in constants.items():
+        is_needed = any(user not in constants for user in node.users)
+        if node.op == "get_attr" or not is_needed or not torch.is_tensor(value):
+            continue
+        name = f"_constant_{number}"
+        program.register_buffer(name, value, persistent=False)
+        with program.graph.inserting_before(node):
+            node.replace_all_uses_with(program.graph.get_attr(name))
+        number += 1
+
+
+def _is_random(target):
+    import torch
+
+    return torch.Tag.nondeterministic_seeded in target.tags
+
+
+def _write_in_place(graph, donated):
+    """Lets scatters into donated arguments write there instead of into a copy.
+
+    Only if nothing reads the argument later, or holds a view of it.
+    """
+    import torch
+
+    aten, seen = torch.ops.aten, set()
+    for node in graph.nodes:
+        seen.add(node)
+        if node.target is not aten.scatter.src or node.args[0] not in donated:
+            continue
+        others = [user for user in node.args[0].users if user is not node]
+        if all(user in seen and user.target is aten.gather.default for user in others):
+            node.target = aten.scatter_.src
