@@ -81,23 +81,8 @@ def measure(report, subject, contenders, case, rounds, read_memory):
     if case.capacity > MOST_FOR_KERAS_HUB:
         contenders = contenders.copy()
         contenders.pop(peers.KerasHub.name, None)
-    prompt = subject.prompt(case.fill)
-    functions = {}
-    for name, contender in contenders.items():
-        functions[name, "one"] = functools.partial(
-            contender.first_token, prompt, case.capacity
-        )
-        functions[name, "many"] = functools.partial(
-            contender.many_tokens, prompt, case.new_tokens, case.capacity
-        )
-    seconds = harness.time_interleaved({**functions, MEMORY: read_memory}, rounds)
-    bandwidth = read_memory.nbytes / statistics.median(seconds[MEMORY])
-    per_token = {}
-    for name in contenders:
-        pairs = zip(seconds[name, "many"], seconds[name, "one"], strict=True)
-        per_token[name] = statistics.median(
-            (many - one) / case.new_tokens for many, one in pairs
-        )
+    per_token, seconds = time_tokens(subject, contenders, case, rounds, read_memory)
+    bandwidth = read_memory.nbytes / seconds[MEMORY]
     ours = per_token[peers.Ours.name]
     for name in contenders:
         row = dict(
@@ -114,6 +99,46 @@ def measure(report, subject, contenders, case, rounds, read_memory):
             row["GB/s"] = nbytes / ours / 1e9
             row["of bandwidth"] = nbytes / ours / bandwidth
         report.add(**row)
+
+
+def time_tokens(subject, contenders, case, rounds, read_memory=None):
+    """Times a token and the first token of contenders, in turns.
+
+    Args:
+        subject: A `Subject`.
+        contenders: Dictionary from names to contenders.
+        case: A `Case`.
+        rounds: How many turns.
+        read_memory: Function that is timed in the same turns, or `None`.
+
+    Returns:
+        Two dictionaries from names to medians of seconds: of a token, and of the first
+        one, with that of `read_memory` as `MEMORY`.
+    """
+    prompt = subject.prompt(case.fill)
+    functions = {}
+    for name, contender in contenders.items():
+        functions[name, "one"] = functools.partial(
+            contender.first_token, prompt, case.capacity
+        )
+        functions[name, "many"] = functools.partial(
+            contender.many_tokens, prompt, case.new_tokens, case.capacity
+        )
+    if read_memory is not None:
+        functions[MEMORY, "one"] = read_memory
+    seconds = harness.time_interleaved(functions, rounds)
+    per_token = {}
+    for name in contenders:
+        pairs = zip(seconds[name, "many"], seconds[name, "one"], strict=True)
+        per_token[name] = statistics.median(
+            (many - one) / case.new_tokens for many, one in pairs
+        )
+    first = {
+        name: statistics.median(values)
+        for (name, what), values in seconds.items()
+        if what == "one"
+    }
+    return per_token, first
 
 
 def measure_stream(report, subject, new_tokens, rounds):

@@ -2,6 +2,7 @@
 
 import functools
 
+import keras
 import numpy as np
 
 # What keras-hub calls the parts of a block that it names otherwise.
@@ -120,7 +121,7 @@ def torch_model(lm, threads):
 
 def array(variable, *shape):
     """A Keras variable as a NumPy array of that shape, or of its own."""
-    return np.asarray(variable.value).reshape(shape or variable.shape)
+    return keras.ops.convert_to_numpy(variable.value).reshape(shape or variable.shape)
 
 
 def llama_state(lm):

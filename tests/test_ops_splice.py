@@ -119,16 +119,18 @@ DENSE = (3, 2, 11, 5, 7), 2
 
 
 def test_strategy_by_platform(monkeypatch):
-    is_jax = keras.backend.backend() == "jax"
-    scatter = "scatter" if is_jax else "where"
+    backend = keras.backend.backend()
+    scatter = {"jax": "scatter", "torch": "gather"}.get(backend, "where")
     for place in (KEYS, DENSE):
-        assert choose_strategy(True, True, *place) == "slice"
+        shared = "gather" if backend == "torch" else "slice"
+        assert choose_strategy(True, True, *place) == shared
         assert choose_strategy(False, True, *place) == scatter
         assert choose_strategy(True, False, *place) == "where"
     # The function `splice` hides its module of the same name.
     module = sys.modules[choose_strategy.__module__]
     monkeypatch.setattr(module, "rows_divide", lambda rows: rows % 2 == 0)
-    assert choose_strategy(False, True, *KEYS) == "where"
+    alone = "gather" if backend == "torch" else "where"
+    assert choose_strategy(False, True, *KEYS) == alone
     assert choose_strategy(False, True, (4, 5, 7, 11), 3) == scatter
 
 

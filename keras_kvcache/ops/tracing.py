@@ -66,7 +66,7 @@ def _leave_memory_alone(graph):
     import torch
 
     for node in graph.nodes:
-        if node.op != "call_function" or not node.target._schema.is_mutable:
+        if node.op != "call_function" or not _writes(node.target):
             continue
         packet, _, overload = str(node.target).removeprefix("aten.").partition(".")
         twin = getattr(torch.ops.aten, packet.removesuffix("_"), None)
@@ -77,8 +77,16 @@ def _leave_memory_alone(graph):
         node.target = getattr(twin, overload)
 
 
+def _writes(target):
+    """Whether an operation writes to memory of its arguments."""
+    # What takes a result of several apart is Python's own and has no schema.
+    return hasattr(target, "_schema") and target._schema.is_mutable
+
+
 def _is_view(target):
     """Whether what an operation gives may lie in the memory of its arguments."""
+    if not hasattr(target, "_schema"):
+        return True
     return any(result.alias_info is not None for result in target._schema.returns)
 
 
@@ -110,7 +118,7 @@ def _fold_constants(program):
 def _is_random(target):
     import torch
 
-    return torch.Tag.nondeterministic_seeded in target.tags
+    return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
 
 
 def _write_in_place(graph, donated):
