@@ -72,15 +72,13 @@ def test_new_weights_count():
 
 @traced_only
 def test_a_block_that_looks_at_values_runs_as_it_is():
-    class Curious(keras.layers.Layer):
-        def call(self, inputs):
-            if float(ops.convert_to_numpy(ops.sum(inputs))) > 1e9:
-                raise AssertionError
-            return inputs
+    def curious(inputs):
+        assert float(ops.convert_to_numpy(ops.sum(inputs))) < 1e9
+        return inputs
 
     lm, programs = make_lm(), BlockPrograms()
     for block in lm.blocks:
-        block.feedforward = Curious()
+        block.feedforward.call = curious
     decode(lm, programs, {}, (5, 5))
     ((program, _),) = programs._programs.values()
     assert program is None
