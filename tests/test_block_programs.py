@@ -73,8 +73,7 @@ def test_new_weights_count():
 @traced_only
 def test_a_block_that_looks_at_values_runs_as_it_is():
     def curious(inputs):
-        assert float(ops.convert_to_numpy(ops.sum(inputs))) < 1e9
-        return inputs
+        return inputs if ops.sum(inputs) < 1e9 else -inputs
 
     lm, programs = make_lm(), BlockPrograms()
     for block in lm.blocks:
