@@ -269,3 +269,40 @@ def test_models_without_limits_need_one():
     assert endless.generate([1, 2], max_new_tokens=5) == lm.generate(
         [1, 2], max_new_tokens=5
     )
+
+
+class Letters:
+    """A tokenizer whose ids are a text's code points, less `first`."""
+
+    stop_token_ids = ()
+
+    def __init__(self, first):
+        self.first = ord(first)
+
+    def encode(self, text):
+        return [ord(letter) - self.first for letter in text.strip()]
+
+    def decode(self, ids):
+        return "".join(chr(token + self.first) for token in ids)
+
+
+def test_the_tokenizer_that_a_model_has_now_counts():
+    lm = make_lm("gpt2")
+    lm.compile()
+    for first in "0A":
+        lm.tokenizer = Letters(first)
+        ids = lm.tokenizer.encode("GO")
+        right = lm.tokenizer.decode(lm.generate(ids, max_new_tokens=7))
+        assert lm.generate("GO", max_new_tokens=7) == right
+        assert "GO" + "".join(lm.stream("GO", max_new_tokens=7)) == right
+    lm.tokenizer = None
+    with pytest.raises(ValueError, match="set the model's `tokenizer`"):
+        lm.generate("GO", max_new_tokens=7)
+
+
+def test_a_text_must_have_ids_that_the_model_knows():
+    lm = make_lm("gpt2", tokenizer=Letters("0"))
+    with pytest.raises(ValueError, match="size, 101. Received: 185, of 'dé'"):
+        lm.generate("dé", max_new_tokens=3)
+    with pytest.raises(ValueError, match="gives no ids for. Received: ' '"):
+        lm.generate(" ", max_new_tokens=3)

@@ -82,7 +82,6 @@ def test_an_answer_ends_where_the_tokenizer_says():
         ([HELLO, [1, 2]], TypeError, "all strings or all rows.*all lists of messages"),
         ([HELLO, []], TypeError, "all strings or all rows.*all lists of messages"),
         (HELLO[0], ValueError, "in a list, even if there is but one"),
-        ([{"role": "user"}], TypeError, "`messages`"),
         ([{"content": "he"}], TypeError, "`messages`"),
     ],
 )

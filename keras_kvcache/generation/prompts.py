@@ -9,6 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_kvcache.generation.sizes import CHUNKS, chunk_sizes
+from keras_kvcache.quotes import quoted
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,14 @@ def read_prompts(inputs, tokenizer, vocabulary_size):
 
     Raises:
         TypeError: `inputs` is none of these, or ids aren't integers.
-        ValueError: A prompt is empty, an id is outside the vocabulary, a mask
+        ValueError: A prompt is empty, an id is outside the model's vocabulary, a mask
             isn't right-padded, or a string came and there is no tokenizer, or
             messages and there is no chat template.
     """
     if isinstance(inputs, dict):
         return _read_arrays(inputs, vocabulary_size)
     if isinstance(inputs, str):
-        rows = _tokenize((inputs,), tokenizer)
+        rows = _tokenize((inputs,), tokenizer, vocabulary_size)
         return Prompts(rows, "text", True, texts=(inputs,))
     if not isinstance(inputs, (list, tuple)):
         if not (isinstance(inputs, np.ndarray) or ops.is_tensor(inputs)):
@@ -68,12 +69,14 @@ def read_prompts(inputs, tokenizer, vocabulary_size):
     if not inputs:
         raise ValueError("`inputs` must hold at least one prompt. Received: []")
     if _are_messages(inputs):
-        return replace(_read_chats([inputs], tokenizer), single=True)
+        prompts = _read_chats([inputs], tokenizer, vocabulary_size)
+        return replace(prompts, single=True)
     if all(_are_messages(prompt) for prompt in inputs):
-        return _read_chats(inputs, tokenizer)
+        return _read_chats(inputs, tokenizer, vocabulary_size)
     if all(isinstance(prompt, str) for prompt in inputs):
         texts = tuple(inputs)
-        return Prompts(_tokenize(texts, tokenizer), "text", False, texts=texts)
+        rows = _tokenize(texts, tokenizer, vocabulary_size)
+        return Prompts(rows, "text", False, texts=texts)
     if all(isinstance(token, numbers.Integral) for token in inputs):
         return Prompts((_check_row(inputs, vocabulary_size),), "ids", True)
     rows = tuple(_check_row(row, vocabulary_size) for row in inputs)
@@ -88,7 +91,7 @@ def _are_messages(prompt):
     )
 
 
-def _read_chats(chats, tokenizer):
+def _read_chats(chats, tokenizer, vocabulary_size):
     """Conversations as the text that the chat template makes of them."""
     if getattr(tokenizer, "chat_template", None) is None:
         raise ValueError(
@@ -97,20 +100,32 @@ def _read_chats(chats, tokenizer):
             f"{'no tokenizer' if tokenizer is None else 'a tokenizer without one'}"
         )
     texts = tuple(tokenizer.apply_chat_template(chat) for chat in chats)
-    rows = _tokenize(texts, tokenizer)
+    rows = _tokenize(texts, tokenizer, vocabulary_size)
     return Prompts(rows, "text", False, texts=texts, answer_only=True)
 
 
-def _tokenize(texts, tokenizer):
+def _tokenize(texts, tokenizer, vocabulary_size):
     if tokenizer is None:
         raise ValueError(
             "`inputs` may be text only if there is a tokenizer; give token ids, or "
-            f"set the model's `tokenizer`. Received: {texts[0]!r}"
+            f"set the model's `tokenizer`. Received: {quoted(texts[0])}"
         )
     for text in texts:
         if not text:
             raise ValueError("`inputs` must not hold an empty prompt. Received: ''")
-    return tuple(np.asarray(tokenizer.encode(text), "int32") for text in texts)
+    rows = tuple(np.asarray(tokenizer.encode(text), "int32") for text in texts)
+    for text, row in zip(texts, rows, strict=True):
+        if not row.size:
+            raise ValueError(
+                "`inputs` must not hold a prompt that the tokenizer gives no ids for. "
+                f"Received: {quoted(text)}"
+            )
+        if vocabulary_size is not None and row.max() >= vocabulary_size:
+            raise ValueError(
+                "The tokenizer must give ids below the model's vocabulary size, "
+                f"{vocabulary_size}. Received: {row.max()}, of {quoted(text)}"
+            )
+    return rows
 
 
 def _check_row(row, vocabulary_size):
