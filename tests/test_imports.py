@@ -4,6 +4,12 @@ import os
 import subprocess
 import sys
 
+import keras
+import numpy as np
+import pytest
+
+import keras_kvcache
+
 OPTIONAL = (
     "tensorflow",
     "keras_hub",
@@ -34,6 +40,47 @@ loaded = [name for name in {OPTIONAL} if name in sys.modules]
 assert not loaded, loaded
 """
     result = run_python(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_importing_the_package_alone_imports_neither_keras_nor_jax():
+    code = """
+import sys
+import keras_kvcache
+assert not {"keras", "jax", "numpy"} & set(sys.modules)
+assert {*keras_kvcache.__all__, "loaders", "ops"} <= set(dir(keras_kvcache))
+assert keras_kvcache.caches.CacheSpec and "jax" in sys.modules
+assert all(getattr(keras_kvcache, name) for name in keras_kvcache.__all__)
+try:
+    keras_kvcache.nothing
+except AttributeError as error:
+    assert "nothing" in str(error)
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import keras_kvcache, keras",
+        "import keras, keras_kvcache",
+        "from keras_kvcache.caches import CacheSpec; import keras",
+        "import importlib.util, keras_kvcache; importlib.util.find_spec('keras')\n"
+        "import keras",
+    ],
+)
+def test_keras_finds_the_classes_of_a_file(tmp_path, imports):
+    """Nothing of the models or layers is named by the program that loads it."""
+    lm = keras_kvcache.DecoderLM(7, 1, 2, 8, 5)
+    lm(np.array([[1, 2]]))
+    lm.save(tmp_path / "lm.keras")
+    code = f"""
+{imports}
+lm = keras.saving.load_model({str(tmp_path / "lm.keras")!r})
+assert type(lm).__name__ == "DecoderLM"
+"""
+    result = run_python(code, KERAS_BACKEND=keras.backend.backend())
     assert result.returncode == 0, result.stderr
 
 
