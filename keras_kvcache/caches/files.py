@@ -19,6 +19,7 @@ from keras_kvcache.caches.spec import Shape
 from keras_kvcache.caches.static import StaticCache
 from keras_kvcache.caches.trees import describe, named_arrays, shape_of, shapes_of
 from keras_kvcache.ops import is_integer, known_integers
+from keras_kvcache.quotes import quoted, shortened
 
 # Of the file's metadata: the key that makes it ours, with the version of the format,
 # the description as JSON, and what tells that a byte of that changed.
@@ -71,7 +72,7 @@ def save_caches(path, caches, fill, model=None):
     if form != named_arrays(expected)[1]:
         raise ValueError(
             "`caches` must be made as `CacheSpec.allocate` makes them. Received: "
-            f"{caches!r}"
+            f"{quoted(caches)}"
         )
     _check_arrays(expected, {name: shape_of(array) for name, array in held.items()})
     fill = _read_fill(fill, expected)
@@ -158,7 +159,7 @@ def fingerprint(model):
         ValueError: It isn't built.
     """
     if not isinstance(model, keras.Model):
-        raise TypeError(f"`model` must be a keras.Model. Received: {model!r}")
+        raise TypeError(f"`model` must be a keras.Model. Received: {quoted(model)}")
     if not model.weights:
         raise ValueError(f"`model` must be built. Received: {model.name}, no weights")
     digest = hashlib.sha256(_configuration(model).encode())
@@ -199,7 +200,7 @@ def _refusing(path):
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{path} can't be loaded. {error}") from error
+        raise ValueError(f"{path} can't be loaded. {shortened(error, 500)}") from error
     except RecursionError as error:
         raise ValueError(
             f"{path} must describe caches. Received: a description nested too deep"
@@ -207,7 +208,7 @@ def _refusing(path):
     except (SafetensorError, LookupError, TypeError) as error:
         raise ValueError(
             f"{path} must be a file that `save_caches` wrote, whole. Received: one "
-            f"that gives {error!r}"
+            f"that gives {quoted(error)}"
         ) from error
 
 
@@ -220,7 +221,7 @@ def _read_description(metadata):
     if metadata[FORMAT] != FORMAT_VERSION:
         raise ValueError(
             f"It must be of format version {FORMAT_VERSION}. Received: "
-            f"{metadata[FORMAT]!r}"
+            f"{quoted(metadata[FORMAT])}"
         )
     text = metadata[DESCRIPTION]
     if _checksum([text.encode()]) != metadata[CHECKSUM]:
@@ -228,7 +229,9 @@ def _read_description(metadata):
     try:
         return json.loads(text)
     except ValueError as error:
-        raise ValueError(f"Its description must be JSON. Received: {error}") from error
+        raise ValueError(
+            f"Its description must be JSON. Received: {shortened(error, 500)}"
+        ) from error
 
 
 def _shape_in(file, name):
@@ -263,7 +266,9 @@ def _read_fill(fill, caches):
     """The fill as an int or a list of them, if the caches can be so full."""
     known = known_integers("fill", fill, batch_size(caches))
     if known is None:
-        raise ValueError(f"`fill` must be known and no tracer. Received: {fill!r}")
+        raise ValueError(
+            f"`fill` must be known and no tracer. Received: {quoted(fill)}"
+        )
 
     def check(cache):
         if not isinstance(cache, Cache):

@@ -16,6 +16,7 @@ from keras_kvcache.caches.rolling import RollingCache
 from keras_kvcache.caches.spec import LAYOUTS, CacheSpec, Shape
 from keras_kvcache.caches.static import StaticCache
 from keras_kvcache.ops import is_integer
+from keras_kvcache.quotes import quoted
 
 # Classes by the names that descriptions have for them.
 CODEC_NAMES = {"exact": codecs.Exact, **codecs.CODECS}
@@ -78,7 +79,7 @@ def shapes_of(description, limit=math.inf):
         else:
             raise ValueError(
                 "`caches` must be a 'cache', a 'tensor', or a 'tuple' or 'list' of at "
-                f"least one. Received: {what!r} of {short(content)}"
+                f"least one. Received: {quoted(what)} of {short(content)}"
             )
         need += nbytes(shapes)
         if need > limit:
@@ -137,7 +138,7 @@ def _read_spec(described):
         name = details.pop("name")
         if name not in list(table):
             raise ValueError(
-                f"`{option}` must be one of {list(table)}. Received: {name!r}"
+                f"`{option}` must be one of {list(table)}. Received: {quoted(name)}"
             )
         options[option] = table[name](**details)
     return CacheSpec(**options)

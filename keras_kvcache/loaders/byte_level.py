@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from keras_kvcache.quotes import quoted
+
 if TYPE_CHECKING:
     import tokenizers
 
@@ -75,14 +77,14 @@ def byte_level_backend(
     if pre_type not in _SPLITS:
         raise ValueError(
             f"the pre-tokenizer must be one of {', '.join(_SPLITS)}; it is "
-            f"{pre_type!r}."
+            f"{quoted(pre_type)}."
         )
     ids = {token: index for index, token in enumerate(tokens)}
     for merge in merges:
         if len(merge) != 2 or any(part not in ids for part in (*merge, "".join(merge))):
             raise ValueError(
                 "a merge must be two tokens that form a third; found "
-                f"{' '.join(merge)!r}."
+                f"{quoted(' '.join(merge))}."
             )
     backend = tokenizers.Tokenizer(
         models.BPE(ids, list(merges), ignore_merges=pre_type in WHOLE_WORDS)

@@ -16,7 +16,7 @@ from keras_kvcache.loaders.final_message import (
     cut_after_ending,
     mark_ending,
 )
-from keras_kvcache.quotes import quoted
+from keras_kvcache.quotes import quoted, shortened
 
 _MAX_TEMPLATE_LENGTH = 200_000
 _MAX_OUTPUT_LENGTH = 10_000_000
@@ -127,14 +127,14 @@ def _render(template: str, values: dict[str, Any]) -> str:
     except jinja2.TemplateSyntaxError as error:
         reason = f"has a syntax error in line {error.lineno}: {error.message}"
     except SecurityError as error:
-        reason = f"tried to leave its sandbox: {error}"
+        reason = f"tried to leave its sandbox: {shortened(error, 500)}"
     except jinja2.UndefinedError as error:
-        reason = f"uses what isn't defined: {error}"
+        reason = f"uses what isn't defined: {shortened(error, 500)}"
     except _Refusal as error:
-        reason = f"refuses the messages: {error}"
+        reason = f"refuses the messages: {shortened(error, 500)}"
     # Whatever else goes wrong inside it is the template's fault as well.
     except Exception as error:
-        reason = f"failed: {type(error).__name__}: {error}"
+        reason = f"failed: {type(error).__name__}: {shortened(error, 500)}"
     raise ValueError(f"The chat template {reason.rstrip('.')}.")
 
 
@@ -203,7 +203,9 @@ def _plain(name: str, value: Any) -> Any:
     try:
         return _copy(value)
     except TypeError as error:
-        raise TypeError(f"`{name}` must hold JSON types only: {error}.") from error
+        raise TypeError(
+            f"`{name}` must hold JSON types only: {shortened(error, 500)}."
+        ) from error
     except RecursionError as error:
         raise ValueError(f"`{name}` must not hold itself.") from error
 
@@ -239,7 +241,7 @@ def _environment():
 
         def unsafe_undefined(self, obj, attribute):
             raise SecurityError(
-                f"it reads the attribute {attribute!r} of a {type(obj).__name__}"
+                f"it reads the attribute {quoted(attribute)} of a {type(obj).__name__}"
             )
 
     class Generation(Extension):
@@ -291,7 +293,7 @@ class _Function:
             "alters_data",
         ):
             raise AttributeError(name)
-        raise UndefinedError(f"a function has no attribute {name!r}")
+        raise UndefinedError(f"a function has no attribute {quoted(name)}")
 
 
 def _raise_exception(message: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from keras_kvcache.quotes import quoted
+
 # The names that a message's reasoning goes by.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 # Where a template keeps the space, the message's own end is before the mark.
@@ -32,7 +34,7 @@ def mark_ending(template: str, messages: list[dict[str, Any]], key: str) -> str:
     if final is None or not any(name in template for name in keys):
         raise ValueError(
             "`continue_final_message` needs a last message with a text that the chat "
-            f"template reads, in {key!r}. Received: "
+            f"template reads, in {quoted(key)}. Received: "
             f"{'a message without it' if final is None else 'a template without it'}"
         )
     if isinstance(final, str):
@@ -46,7 +48,8 @@ def mark_ending(template: str, messages: list[dict[str, Any]], key: str) -> str:
             part["text"] = text + _MARK
             return text
     raise ValueError(
-        f"`continue_final_message` needs a text in {key!r} of the last message, or a "
+        f"`continue_final_message` needs a text in "
+        f"{quoted(key)} of the last message, or a "
         "part with a 'text'. Received: neither"
     )
 

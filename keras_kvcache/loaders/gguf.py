@@ -16,6 +16,7 @@ from keras_kvcache.loaders.dequantize import dequantize, dequantize_transposed
 from keras_kvcache.loaders.gguf_config import read_config
 from keras_kvcache.loaders.gguf_header import Header, TensorInfo, read_header
 from keras_kvcache.loaders.gguf_tokenizer import build_tokenizer
+from keras_kvcache.quotes import quoted, shortened
 
 _ROPE_FACTORS = "rope_freqs.weight"
 
@@ -49,7 +50,7 @@ def read_gguf(path: str | os.PathLike) -> Checkpoint:
             factors = dequantize(_read_rows(path, info), info.quantization)[0]
             if not (factors > 0).all():
                 raise ValueError(
-                    f"tensor {_ROPE_FACTORS!r} must hold positive numbers, which "
+                    f"tensor {quoted(_ROPE_FACTORS)} must hold positive numbers, which "
                     f"frequencies are divided by; its least is {factors.min()}."
                 )
             config["rope_frequency_factors"] = factors.tolist()
@@ -61,7 +62,7 @@ def read_gguf(path: str | os.PathLike) -> Checkpoint:
                 f"{tokenizer.vocabulary_size} tokens."
             )
     except ValueError as error:
-        raise ValueError(f"{path} can't be loaded: {error}") from error
+        raise ValueError(f"{path} can't be loaded: {shortened(error, 500)}") from error
     weights = {
         name: partial(_read_weight, path, header.tensors[source.tensor], source)
         for name, source in sources.items()
@@ -160,7 +161,7 @@ def _check_tensors(
         info = header.tensors[name]
         if info.shape != shape:
             raise ValueError(
-                f"tensor {name!r} must have shape {shape}; it has {info.shape}."
+                f"tensor {quoted(name)} must have shape {shape}; it has {info.shape}."
             )
     _check_quantizations(header.tensors)
 
@@ -182,7 +183,8 @@ def _check_quantizations(tensors: dict[str, TensorInfo]) -> None:
             dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
         except NotImplementedError as error:
             raise ValueError(
-                f"tensor {name!r} is stored as {kind.name}, which can't be dequantized."
+                f"tensor "
+                f"{quoted(name)} is stored as {kind.name}, which can't be dequantized."
             ) from error
 
 

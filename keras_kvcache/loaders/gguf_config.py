@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from keras_kvcache.loaders.gguf_header import REQUIRED, Header, get_value
+from keras_kvcache.quotes import quoted
 
 _ARCHITECTURES = ("llama",)
 _ROPE_SCALINGS = ("none", "linear")
@@ -26,7 +27,7 @@ def read_config(header: Header) -> dict[str, Any]:
     if architecture not in _ARCHITECTURES:
         raise ValueError(
             f"'general.architecture' must be one of {_ARCHITECTURES}; it is "
-            f"{architecture!r}."
+            f"{quoted(architecture)}."
         )
     _refuse_variants(metadata)
     D = _positive(metadata, "llama.embedding_length")
@@ -113,7 +114,7 @@ def _position_scaling(metadata: dict[str, Any]) -> float:
     if kind not in _ROPE_SCALINGS:
         raise ValueError(
             f"'llama.rope.scaling.type' must be one of {_ROPE_SCALINGS}; it is "
-            f"{kind!r}."
+            f"{quoted(kind)}."
         )
     if kind == "none":
         return 1.0
@@ -124,13 +125,15 @@ def _position_scaling(metadata: dict[str, Any]) -> float:
 def _positive(metadata: dict[str, Any], key: str, default: Any = REQUIRED) -> int:
     value = get_value(metadata, key, int, default)
     if value < 1:
-        raise ValueError(f"{key!r} must be at least 1; it is {value}.")
+        raise ValueError(f"{quoted(key)} must be at least 1; it is {value}.")
     return value
 
 
 def _real(metadata: dict[str, Any], key: str, default: Any = REQUIRED) -> float:
     value = get_value(metadata, key, float, default)
     if not (value > 0 and np.isfinite(value)):
-        raise ValueError(f"{key!r} must be a positive finite number; it is {value}.")
+        raise ValueError(
+            f"{quoted(key)} must be a positive finite number; it is {value}."
+        )
     # The file holds float32: 1e-5 would read 9.999999747378752e-06 elsewhere.
     return float(str(np.float32(value)))

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from keras_kvcache.quotes import quoted, shortened
+
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _DEFAULT_ALIGNMENT = 32
@@ -92,11 +94,15 @@ def read_header(path: str | os.PathLike) -> Header:
             size = os.fstat(file.fileno()).st_size
             magic = file.read(4)
             if magic != _MAGIC:
-                raise ValueError(f"it must begin with {_MAGIC!r}; it begins {magic!r}.")
+                raise ValueError(
+                    f"it must begin with {quoted(_MAGIC)}; it begins {quoted(magic)}."
+                )
             with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as data:
                 return _parse(_Cursor(data, size))
     except ValueError as error:
-        raise ValueError(f"{path} is not a usable GGUF file: {error}") from error
+        raise ValueError(
+            f"{path} is not a usable GGUF file: {shortened(error, 500)}"
+        ) from error
 
 
 def get_value(
@@ -109,12 +115,14 @@ def get_value(
     """
     value = metadata.get(key, default)
     if value is REQUIRED:
-        raise ValueError(f"the metadata must have the key {key!r}; it is missing.")
+        raise ValueError(
+            f"the metadata must have the key {quoted(key)}; it is missing."
+        )
     # Not isinstance: a bool is no number here. A default may be None.
     if type(value) is not kind and value is not default:
         found = repr(value)
         raise ValueError(
-            f"{key!r} must be of type {kind.__name__}; it is {found[:60]}."
+            f"{quoted(key)} must be of type {kind.__name__}; it is {found[:60]}."
         )
     return value
 
@@ -148,7 +156,9 @@ class _Cursor:
         try:
             return text.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{what} must be UTF-8; found {text[:40]!r}.") from error
+            raise ValueError(
+                f"{what} must be UTF-8; found {quoted(text[:40])}."
+            ) from error
 
     def strings(self, count: int, what: str) -> list[str]:
         self.require(8 * count, what)
@@ -170,7 +180,9 @@ def _parse(cursor: _Cursor) -> Header:
     for _ in range(num_pairs):
         key = cursor.string("a metadata key")
         if key in metadata:
-            raise ValueError(f"a metadata key must occur once; {key!r} occurs twice.")
+            raise ValueError(
+                f"a metadata key must occur once; {quoted(key)} occurs twice."
+            )
         metadata[key] = _read_value(cursor, key)
     cursor.require(num_tensors * _MIN_TENSOR, f"a list of {num_tensors} tensors")
     described = [_read_tensor(cursor) for _ in range(num_tensors)]
@@ -178,7 +190,7 @@ def _parse(cursor: _Cursor) -> Header:
 
 
 def _read_value(cursor: _Cursor, key: str) -> Any:
-    what = f"the value of {key!r}"
+    what = f"the value of {quoted(key)}"
     code = cursor.integer("<I", what)
     count = None
     if code == _ARRAY:
@@ -201,11 +213,11 @@ def _read_value(cursor: _Cursor, key: str) -> Any:
 def _read_tensor(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     """One tensor's name, shape, type code and offset into the data."""
     name = cursor.string("a tensor's name")
-    what = f"the description of tensor {name!r}"
+    what = f"the description of tensor {quoted(name)}"
     rank = cursor.integer("<I", what)
     if rank > _MAX_DIMENSIONS:
         raise ValueError(
-            f"tensor {name!r} must have at most {_MAX_DIMENSIONS} dimensions; it "
+            f"tensor {quoted(name)} must have at most {_MAX_DIMENSIONS} dimensions; it "
             f"has {rank}."
         )
     # The file lists the fastest axis first.
@@ -222,29 +234,30 @@ def _place_tensors(
     alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1:
         raise ValueError(
-            f"'general.alignment' must be a positive integer; it is {alignment!r}."
+            f"'general.alignment' must be a positive integer; it is "
+            f"{quoted(alignment)}."
         )
     begin = -(-cursor.at // alignment) * alignment
     tensors = {}
     for name, shape, code, offset in described:
         if name in tensors:
-            raise ValueError(f"a tensor must occur once; {name!r} occurs twice.")
+            raise ValueError(f"a tensor must occur once; {quoted(name)} occurs twice.")
         try:
             quantization = GGMLQuantizationType(code)
         except ValueError as error:
             raise ValueError(
-                f"tensor {name!r} has the unknown quantization type {code}."
+                f"tensor {quoted(name)} has the unknown quantization type {code}."
             ) from error
         block, block_bytes = GGML_QUANT_SIZES[quantization]
         if shape and shape[-1] % block:
             raise ValueError(
-                f"the rows of {quantization.name} tensor {name!r} must be a "
+                f"the rows of {quantization.name} tensor {quoted(name)} must be a "
                 f"multiple of {block} long; its shape is {shape}."
             )
         size = math.prod(shape) // block * block_bytes
         if begin + offset + size > cursor.size:
             raise ValueError(
-                f"it is cut short: tensor {name!r} ends at byte "
+                f"it is cut short: tensor {quoted(name)} ends at byte "
                 f"{begin + offset + size}, but the file has {cursor.size} bytes."
             )
         tensors[name] = TensorInfo(shape, quantization, begin + offset, size)

@@ -8,6 +8,7 @@ from keras_kvcache.loaders.byte_level import WHOLE_WORDS, byte_level_backend
 from keras_kvcache.loaders.gguf_header import REQUIRED, get_value
 from keras_kvcache.loaders.sentence_piece import sentence_piece_backend
 from keras_kvcache.loaders.tokenizer import Tokenizer
+from keras_kvcache.quotes import quoted
 
 if TYPE_CHECKING:
     import tokenizers
@@ -44,7 +45,8 @@ def build_tokenizer(
     model = get_value(metadata, f"{_PREFIX}.model", str)
     if model not in _BACKENDS:
         raise ValueError(
-            f"'{_PREFIX}.model' must be one of {tuple(_BACKENDS)}; it is {model!r}."
+            f"'{_PREFIX}.model' must be one of {tuple(_BACKENDS)}; it is "
+            f"{quoted(model)}."
         )
     tokens = _get_list(metadata, "tokens", str)
     if not tokens or len(set(tokens)) != len(tokens):
@@ -170,7 +172,7 @@ def _token_id(metadata: dict[str, Any], name: str, size: int) -> int | None:
     token_id = get_value(metadata, key, int, None)
     if token_id is not None and not 0 <= token_id < size:
         raise ValueError(
-            f"{key!r} must be the id of one of {size} tokens; it is {token_id}."
+            f"{quoted(key)} must be the id of one of {size} tokens; it is {token_id}."
         )
     return token_id
 
@@ -184,11 +186,12 @@ def _get_list(
     # The items of a list in a GGUF file all have the type of the first.
     if values and type(values[0]) is not kind:
         raise ValueError(
-            f"{key!r} must be a list of {kind.__name__}; it begins {values[0]!r}."
+            f"{quoted(key)} must be a list of {kind.__name__}; it begins "
+            f"{quoted(values[0])}."
         )
     if length is not None and len(values) != length:
         raise ValueError(
-            f"{key!r} must have an item for each of {length} tokens; it has "
+            f"{quoted(key)} must have an item for each of {length} tokens; it has "
             f"{len(values)}."
         )
     return values

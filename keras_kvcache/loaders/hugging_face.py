@@ -12,6 +12,7 @@ from keras_kvcache.loaders.hugging_face_files import TensorFiles
 from keras_kvcache.loaders.hugging_face_tokenizer import read_tokenizer
 from keras_kvcache.loaders.hugging_face_weights import check_sources, read_source
 from keras_kvcache.loaders.json_file import read_json
+from keras_kvcache.quotes import shortened
 
 
 def read_hugging_face(
@@ -61,5 +62,7 @@ def read_hugging_face(
             }
         tokenizer = read_tokenizer(folder, values) if load_tokenizer else None
     except ValueError as error:
-        raise ValueError(f"{folder} can't be loaded: {error}") from error
+        raise ValueError(
+            f"{folder} can't be loaded: {shortened(error, 500)}"
+        ) from error
     return Checkpoint(config, weights, tokenizer)

@@ -25,6 +25,7 @@ from keras_kvcache.loaders.hugging_face_layouts import (
     llama_layout,
     opt_layout,
 )
+from keras_kvcache.quotes import quoted
 
 # By the names that transformers has for them.
 _ACTIVATIONS = {
@@ -70,7 +71,7 @@ def read_config(values: dict[str, Any]) -> tuple[dict[str, Any], Callable]:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
             f"`model_type` must be one of {', '.join(FAMILIES)}. Received: "
-            f"{model_type!r}"
+            f"{quoted(model_type)}"
         )
     family = FAMILIES[model_type]
     fields.must_be("architectures", *([name] for name in family.architectures), [])
@@ -170,7 +171,7 @@ def _one_window(fields, layers, default=None):
     if len(set(types)) > 1 or (types[0] == "sliding_attention") != (window is not None):
         raise ValueError(
             "`layer_types` must be alike and go with `sliding_window`. Received: "
-            f"{types!r}, sliding_window={window}"
+            f"{quoted(types)}, sliding_window={window}"
         )
     return {"sliding_window": window}
 
@@ -204,7 +205,7 @@ def _qwen_window(fields, layers):
         window = fields.size("sliding_window", 4096, null=None)
     first, named = fields.values.get("max_window_layers", 28), "max_window_layers"
     if not isinstance(first, int):
-        raise ValueError(f"`{named}` must be an integer. Received: {first!r}")
+        raise ValueError(f"`{named}` must be an integer. Received: {quoted(first)}")
     slides = [window is not None and i >= first for i in range(layers)]
     types = fields.values.get("layer_types")
     told_by = (named, first) if types is None else ("layer_types", types)
@@ -245,7 +246,7 @@ def _gemma(fields):
     if fields.values.get("hidden_activation") and named != config["activation"]:
         raise ValueError(
             "`hidden_activation` must go with `hidden_act`. Received: "
-            f"{fields.values['hidden_activation']!r}"
+            f"{quoted(fields.values['hidden_activation'])}"
         )
     return _with_biases(fields, config | _rope(fields, config))
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from keras_kvcache.layers.rotary_embedding import llama3_frequency_factors
+from keras_kvcache.quotes import quoted
 
 _REQUIRED = object()
 _SLIDING, _FULL = "sliding_attention", "full_attention"
@@ -91,7 +92,9 @@ class Fields:
         return instead, False
 
     def _error(self, key, rule, value):
-        return ValueError(f"`{self._path}{key}` must be {rule}. Received: {value!r}")
+        return ValueError(
+            f"`{self._path}{key}` must be {rule}. Received: {quoted(value)}"
+        )
 
 
 def rope_options(
@@ -127,7 +130,8 @@ def gemma3_rope_options(fields: Fields, head_dim: int, slides: bool) -> dict[str
     nested = fields.mapping("rope_parameters")
     if nested and not nested.keys() & {_FULL, _SLIDING}:
         raise ValueError(
-            f"`rope_parameters` must have {_FULL!r} and {_SLIDING!r}. Received: "
+            f"`rope_parameters` must have {quoted(_FULL)} and "
+            f"{quoted(_SLIDING)}. Received: "
             f"{nested}"
         )
     by_kind = Fields(nested, "rope_parameters.")
@@ -225,7 +229,7 @@ def window_options(
     if not is_known:
         raise ValueError(
             f"`{key}` must give a window to all layers, to none, or to all but every "
-            f"n-th. Received: {value!r}"
+            f"n-th. Received: {quoted(value)}"
         )
     return options
 
@@ -238,7 +242,8 @@ def layer_types(fields: Fields, slides: Sequence[bool]) -> list[str]:
     is_list = isinstance(types, list) and all(isinstance(one, str) for one in types)
     if not is_list or len(types) != len(slides):
         raise ValueError(
-            f"`layer_types` must be a list of {len(slides)} names. Received: {types!r}"
+            f"`layer_types` must be a list of {len(slides)} names. Received: "
+            f"{quoted(types)}"
         )
     return types
 

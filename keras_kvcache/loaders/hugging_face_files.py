@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from keras_kvcache.loaders.json_file import read_json
+from keras_kvcache.quotes import quoted, shortened
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -39,7 +40,8 @@ class TensorFiles:
         for name, file_name in index.items():
             if self._paths.get(name) != folder / file_name:
                 raise ValueError(
-                    f"{file_name} must hold the tensor {name!r}, as {INDEX_FILE} says."
+                    f"{file_name} must hold the tensor "
+                    f"{quoted(name)}, as {INDEX_FILE} says."
                 )
 
     def _read_header(self, path: Path) -> None:
@@ -51,13 +53,14 @@ class TensorFiles:
             for name in file.keys():
                 if name in self._paths:
                     raise ValueError(
-                        f"The tensor {name!r} must be in one file only. Received: "
+                        f"The tensor "
+                        f"{quoted(name)} must be in one file only. Received: "
                         f"{self._paths[name].name} and {path.name}"
                     )
                 entry = file.get_slice(name)
                 if entry.get_dtype() not in _DTYPES:
                     raise ValueError(
-                        f"The tensor {name!r} must be stored as one of "
+                        f"The tensor {quoted(name)} must be stored as one of "
                         f"{', '.join(_DTYPES)}. Received: {entry.get_dtype()}"
                     )
                 self.shapes[name] = tuple(entry.get_shape())
@@ -82,7 +85,8 @@ class TensorFiles:
                 return np.asarray(file.get_slice(name)[slices]).astype("float32")
         except (SafetensorError, FileNotFoundError) as error:
             raise ValueError(
-                f"{self._paths[name]} has changed since it was opened: {error}"
+                f"{self._paths[name]} has changed since it was opened: "
+                f"{shortened(error, 500)}"
             ) from error
 
 
@@ -111,7 +115,8 @@ def _read_index(folder: Path) -> dict[str, str]:
     for place in places.values():
         if Path(place).name != place:
             raise ValueError(
-                f"{INDEX_FILE} must name files in its own folder. Received: {place!r}"
+                f"{INDEX_FILE} must name files in its own folder. Received: "
+                f"{quoted(place)}"
             )
     return places
 
@@ -122,4 +127,6 @@ def _open(path: Path):
     try:
         return safe_open(path, framework="np")
     except SafetensorError as error:
-        raise ValueError(f"{path.name} is damaged or cut short: {error}") from error
+        raise ValueError(
+            f"{path.name} is damaged or cut short: {shortened(error, 500)}"
+        ) from error

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from keras_kvcache.loaders.json_file import read_json
 from keras_kvcache.loaders.tokenizer import Tokenizer, vocabulary_size_of
 from keras_kvcache.loaders.unread_tokenizer import UnreadTokenizer, find_older_files
+from keras_kvcache.quotes import quoted, shortened
 
 if TYPE_CHECKING:
     import tokenizers
@@ -85,7 +86,7 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
         backend = tokenizers.Tokenizer.from_buffer(path.read_bytes())
     # The library raises a bare Exception for a file it can't parse.
     except Exception as error:
-        raise ValueError(f"{path.name} is damaged: {error}") from error
+        raise ValueError(f"{path.name} is damaged: {shortened(error, 500)}") from error
     # A tokenizer saved in the midst of training cuts and pads what it encodes.
     backend.no_truncation()
     backend.no_padding()
@@ -112,7 +113,7 @@ def _special_id(
     if token_id is None:
         raise ValueError(
             f"`{key}` of {_CONFIG_FILE} must be a token of the vocabulary. Received: "
-            f"{config[key]!r}"
+            f"{quoted(config[key])}"
         )
     return token_id
 
@@ -128,7 +129,7 @@ def _known_ids(
     ids = value if isinstance(value, list) else [value] if value is not None else []
     for token_id in ids:
         if not isinstance(token_id, int) or isinstance(token_id, bool):
-            raise ValueError(f"`{key}` must be an id or ids. Received: {value!r}")
+            raise ValueError(f"`{key}` must be an id or ids. Received: {quoted(value)}")
     size = model.get("vocab_size")
     if not isinstance(size, int):
         size = 0 if backend is None else vocabulary_size_of(backend)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from keras_kvcache.loaders.hugging_face_files import TensorFiles
+from keras_kvcache.quotes import quoted
 
 LM_HEAD = "lm_head.weight"
 # Tables that older models stored beside their weights, and that follow from the
@@ -54,8 +55,9 @@ def read_source(files: TensorFiles, source: Source) -> np.ndarray:
         arrays[0], files.read(source.twin)
     ):
         raise ValueError(
-            f"`tie_word_embeddings` must be false for a model whose {source.twin!r} "
-            f"differs from {source.tensors[0]!r}. Received: true"
+            f"`tie_word_embeddings` must be false for a model whose "
+            f"{quoted(source.twin)} "
+            f"differs from {quoted(source.tensors[0])}. Received: true"
         )
     if source.transposed:
         arrays = [array.swapaxes(-1, -2) for array in arrays]
@@ -78,7 +80,7 @@ def check_sources(files: TensorFiles, sources: dict[str, Source]) -> None:
     for name, shape in wanted.items():
         if files.shapes[name] != shape:
             raise ValueError(
-                f"tensor {name!r} must have shape {shape}. Received: "
+                f"tensor {quoted(name)} must have shape {shape}. Received: "
                 f"{files.shapes[name]}"
             )
 

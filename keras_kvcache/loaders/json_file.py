@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from keras_kvcache.quotes import shortened
+
 
 def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
     """The JSON object in a file.
@@ -23,7 +25,7 @@ def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, An
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} must be JSON: {error}") from error
+        raise ValueError(f"{path} must be JSON: {shortened(error, 500)}") from error
     if not isinstance(value, dict):
         raise ValueError(
             f"{path} must be JSON of an object. Received: {type(value).__name__}"

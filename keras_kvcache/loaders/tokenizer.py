@@ -15,7 +15,7 @@ from keras_kvcache.loaders.chat_template import (
     without_nulls,
 )
 from keras_kvcache.loaders.decode_stream import DecodeStream, read_steps
-from keras_kvcache.quotes import quoted
+from keras_kvcache.quotes import quoted, shortened
 
 if TYPE_CHECKING:
     import tokenizers
@@ -112,11 +112,13 @@ class Tokenizer:
             ValueError: If `text` can't be written as UTF-8.
         """
         if not isinstance(text, str):
-            raise TypeError(f"`text` must be a string; got {text!r}.")
+            raise TypeError(f"`text` must be a string; got {quoted(text)}.")
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"`text` must be valid Unicode: {error}.") from error
+            raise ValueError(
+                f"`text` must be valid Unicode: {shortened(error, 500)}."
+            ) from error
         ids = self._backend.encode(text, add_special_tokens=False).ids
         if self.add_bos and ids[:1] != [self.bos_token_id]:
             ids = [self.bos_token_id, *ids]
@@ -285,7 +287,8 @@ class Tokenizer:
         except Exception as error:
             raise ValueError(
                 f"{directory} must hold a saved tokenizer, but "
-                f"{_VOCABULARY_FILE} or {_CONFIG_FILE} is damaged: {error}."
+                f"{_VOCABULARY_FILE} or {_CONFIG_FILE} is damaged: "
+                f"{shortened(error, 500)}."
             ) from error
 
     def _check_id(self, name: str, token_id: int) -> None:

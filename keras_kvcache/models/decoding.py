@@ -161,10 +161,12 @@ class DecodingMethods(GenerateMethods):
 
         Args:
             name: What the argument with the tokens is called.
-            length: `T`, or `None`.
+            length: `T`, or `None` or a symbol.
             index: Position of the first token.
         """
-        end = index + (length or 0) if isinstance(index, int) else 0
+        # An exported program's length is a symbol.
+        is_known = isinstance(index, int) and isinstance(length, int)
+        end = index + length if is_known else 0
         if self.has_last_position and end > self.max_sequence_length:
             raise ValueError(
                 f"`{name}` must stay within the positions that the model knows, "

@@ -12,7 +12,7 @@ from keras_kvcache.layers.quantization import KEY as QUANTIZATION
 from keras_kvcache.layers.quantization import quantize_built
 from keras_kvcache.models.encoder_decoder_inputs import DECODER_IDS, PADDING_MASK
 from keras_kvcache.models.encoder_decoder_methods import EncoderDecoderMethods
-from keras_kvcache.models.exporting import token_ids_input
+from keras_kvcache.models.exporting import Exports, token_ids_input
 from keras_kvcache.models.tokenizer_files import KeepsTokenizer
 from keras_kvcache.ops import token_positions
 
@@ -32,7 +32,9 @@ BLOCK_OPTIONS = (
 
 
 @keras.saving.register_keras_serializable(package="keras_kvcache")
-class EncoderDecoderLM(EncoderDecoderMethods, KeepsTokenizer, AdoptsParts, keras.Model):
+class EncoderDecoderLM(
+    EncoderDecoderMethods, KeepsTokenizer, Exports, AdoptsParts, keras.Model
+):
     """A decoder that attends what an encoder made of its inputs.
 
     The inputs are encoded once, each decoder layer projects the encoder's output to

@@ -17,6 +17,7 @@ from keras_kvcache.models.tokenizer_files import (
     save_tokenizer,
 )
 from keras_kvcache.ops import preferred_dtype
+from keras_kvcache.quotes import quoted, shortened
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.weights.h5"
@@ -167,7 +168,8 @@ def assign_weights(model, weights):
             value = weights[name]()
             if tuple(value.shape) != tuple(variable.shape):
                 raise ValueError(
-                    f"The weight {name!r} must have the shape {tuple(variable.shape)}. "
+                    f"The weight "
+                    f"{quoted(name)} must have the shape {tuple(variable.shape)}. "
                     f"Received: {tuple(value.shape)}"
                 )
             variable.assign(value)
@@ -207,7 +209,7 @@ def _kind_of(path):
     raise ValueError(
         f"{path / CONFIG_FILE} must have one of the keys "
         f"{', '.join(_KINDS_OF_FOLDER)}, by which a folder of this package, of "
-        f"keras-hub or of Hugging Face is known. Received: {list(config)[:5]}"
+        f"keras-hub or of Hugging Face is known. Received: {quoted(list(config)[:5])}"
     )
 
 
@@ -263,12 +265,12 @@ def _load_folder(cls, path, load_weights, kwargs):
         version, config = described["format_version"], dict(described["config"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{config_path} must be JSON that `save_to_preset` wrote: {error!r}"
+            f"{config_path} must be JSON that `save_to_preset` wrote: {quoted(error)}"
         ) from error
     if version != FORMAT_VERSION:
         raise ValueError(
             f"{config_path} must be of format version {FORMAT_VERSION}. "
-            f"Received: {version!r}"
+            f"Received: {quoted(version)}"
         )
     tokenizer = None if "tokenizer" in kwargs else load_tokenizer(path)
     dtype = config.get("dtype")
@@ -280,7 +282,7 @@ def _load_folder(cls, path, load_weights, kwargs):
     except TypeError as error:
         raise ValueError(
             f"{config_path} must have the constructor arguments of "
-            f"{cls.__name__}: {error}"
+            f"{cls.__name__}: {shortened(error, 500)}"
         ) from error
     if load_weights:
         try:
@@ -288,6 +290,7 @@ def _load_folder(cls, path, load_weights, kwargs):
                 model.load_weights(path / WEIGHTS_FILE)
         except (OSError, KeyError, ValueError) as error:
             raise ValueError(
-                f"{path / WEIGHTS_FILE} must hold the model's weights: {error}"
+                f"{path / WEIGHTS_FILE} must hold the model's weights: "
+                f"{shortened(error, 500)}"
             ) from error
     return model
