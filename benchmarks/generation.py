@@ -15,17 +15,25 @@ holds for any fill. It is left out where its prefill would take too much memory.
 `of bandwidth` is the share of the memory's speed, measured in the same rounds, at which
 weights and the filled cache are read.
 
+On an accelerator a Llama of 1.2 billion random parameters in bfloat16 takes the place
+of both models. As rounding decides between tokens there, it's a tiny one in float32
+whose tokens must agree. A contender that fails or isn't there has a row that says so.
+
 One row of each model is `stream`, which hands over every token, against `generate`.
 """
 
 import collections
 import functools
 import statistics
+import sys
 from typing import NamedTuple
 
 import harness
+import jax
 import peers
 import subjects
+
+from keras_kvcache.ops.platform import is_accelerator
 
 
 class Case(NamedTuple):
@@ -54,11 +62,19 @@ SMOLLM2_CASES = (
     # Many tokens, as each call has seconds of prompt before them.
     Case.tight(4096, 384),
 )
+# Of an accelerator, whose tokens take a millisecond.
+LLAMA_CASES = (Case.tight(128, 256), Case.tight(4096, 256))
 QUICK_CASES = (Case.tight(24, 16),)  # What the contenders' check has compiled.
 
 # Slots; the scores alone of a layer's prefill take 9 · 8192² · 4 bytes, 2.4 GB.
 MOST_FOR_KERAS_HUB = 4608
 MEMORY = "memory"
+ON_ACCELERATOR = (
+    peers.Ours,
+    peers.HandWrittenJax,
+    peers.KerasHub,
+    peers.TransformersStatic,
+)
 
 
 def main():
@@ -66,6 +82,10 @@ def main():
     report = harness.Report("generation", options)
     read_memory = harness.MemoryReader(options.quick)
     rounds = 2 if options.quick else 3
+    if is_accelerator() and not options.quick:
+        failures = measure_on_accelerator(report, read_memory, rounds)
+        report.finish()
+        sys.exit("\n".join(failures) if failures else 0)
     runs = ((subjects.gpt2, GPT2_CASES), (subjects.smollm2, SMOLLM2_CASES))
     for make_subject, cases in runs:
         subject = make_subject(options.quick)
@@ -76,14 +96,55 @@ def main():
     report.finish()
 
 
-def measure(report, subject, contenders, case, rounds, read_memory):
+def measure_on_accelerator(report, read_memory, rounds):
+    """Adds rows for each contender alone: what fails or hangs loses no other's.
+
+    Returns:
+        What failed, a list of texts.
+    """
+    failures, agreeing, expected, ours = [], [], None, {}
+
+    def note(kind, subject, failed):
+        failures.append(f"{kind.name}: {failed}"[:300])
+        report.add(model=subject.name, contender=kind.name, failed=failed[:300])
+
+    tiny = subjects.llama_1b(quick=True)
+    with jax.default_matmul_precision("highest"):
+        for kind in ON_ACCELERATOR:
+            if missing := peers.missing_modules(kind):
+                reason = f"no module {', '.join(missing)}"
+                report.add(contender=kind.name, skipped=reason)
+                continue
+            try:
+                answer = kind(tiny).generate([tiny.prompt(24)], 16, 41)
+            except Exception as error:  # The others are worth knowing still.
+                note(kind, tiny, f"{type(error).__name__}: {error}")
+                continue
+            expected = expected or answer
+            if answer == expected:
+                agreeing.append(kind)
+            else:
+                note(kind, tiny, f"{answer} where the first says {expected}")
+    subject = subjects.llama_1b(quick=False)
+    for kind in agreeing:
+        try:
+            contenders = {kind.name: kind(subject)}
+            for case in LLAMA_CASES:
+                measure(report, subject, contenders, case, rounds, read_memory, ours)
+        except Exception as error:
+            note(kind, subject, f"{type(error).__name__}: {error}")
+    return failures
+
+
+def measure(report, subject, contenders, case, rounds, read_memory, known=None):
     """Adds a row for each contender that can run the case."""
     if case.capacity > MOST_FOR_KERAS_HUB:
         contenders = contenders.copy()
         contenders.pop(peers.KerasHub.name, None)
     per_token, seconds = time_tokens(subject, contenders, case, rounds, read_memory)
     bandwidth = read_memory.nbytes / seconds[MEMORY]
-    ours = per_token[peers.Ours.name]
+    known = {} if known is None else known  # our time of each case
+    ours = known.setdefault(case, per_token.get(peers.Ours.name, float("nan")))
     for name in contenders:
         row = dict(
             model=subject.name,
@@ -95,7 +156,8 @@ def measure(report, subject, contenders, case, rounds, read_memory):
         )
         if name == peers.Ours.name:
             filled = subject.lm.cache_bytes(1, case.fill + case.new_tokens // 2)
-            nbytes = harness.weight_bytes(subject.lm) + filled.total
+            width = 2 if subject.lm.compute_dtype == "bfloat16" else 4
+            nbytes = harness.weight_bytes(subject.lm) * width / 4 + filled.total
             row["GB/s"] = nbytes / ours / 1e9
             row["of bandwidth"] = nbytes / ours / bandwidth
         report.add(**row)

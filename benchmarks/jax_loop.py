@@ -17,6 +17,7 @@ from keras_kvcache.ops import compiler_options
 
 # With the vectors that the package's programs have.
 jit = functools.partial(jax.jit, compiler_options=compiler_options())
+product = functools.partial(jnp.einsum, preferred_element_type="float32")
 # Where segments end, as the package cuts them.
 SEGMENT_ENDS = (256, 1024, 2048, 4096, 8192)
 
@@ -55,7 +56,8 @@ class HandWritten:
 
     def generate(self, prompt_ids, max_new_tokens):
         """The new ids, a list of `max_new_tokens`."""
-        cache = empty_cache(self._shape, self._layers, self._capacity)
+        dtype = self._weights["embedding"].dtype
+        cache = empty_cache(self._shape, self._layers, self._capacity, dtype)
         prompt = jnp.asarray(prompt_ids, jnp.int32)
         token, cache = prefill(self._shape, self._weights, prompt, cache)
         tokens, _ = decode(
@@ -107,14 +109,15 @@ def read_weights(lm):
     return weights
 
 
-def empty_cache(shape, layers, capacity):
+def empty_cache(shape, layers, capacity, dtype):
     """A list of layers, each a list of (keys (K, H, n), values (K, n, H))."""
     ends = [end for end in SEGMENT_ENDS if end < capacity] + [capacity]
     sizes = [end - first for first, end in zip([0, *ends], ends, strict=False)]
     heads, head_dim = shape.heads, shape.head_dim
 
     def segment(slots):
-        return jnp.zeros((heads, head_dim, slots)), jnp.zeros((heads, slots, head_dim))
+        keys, values = (heads, head_dim, slots), (heads, slots, head_dim)
+        return jnp.zeros(keys, dtype), jnp.zeros(values, dtype)
 
     return [[segment(slots) for slots in sizes] for _ in range(layers)]
 
@@ -143,9 +146,8 @@ def angles(shape, positions):
 def turn(x, cos_sin):
     cos, sin = cos_sin
     first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate(
-        [first * cos - second * sin, second * cos + first * sin], axis=-1
-    )
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
 def write(segments, key, value, index):
@@ -182,7 +184,7 @@ def attend(query, segments, index):
     for keys, values in segments:
 
         def read(running, keys=keys, values=values, first=first):
-            scores = jnp.einsum("kgh,khn->kgn", query, keys)
+            scores = product("kgh,khn->kgn", query, keys)
             seen = first + jnp.arange(values.shape[1]) <= index
             scores = jnp.where(seen, scores, -1e30)
             top, total, output = running
@@ -192,12 +194,13 @@ def attend(query, segments, index):
             return (
                 maximum,
                 total * shrink + weights.sum(-1, keepdims=True),
-                output * shrink + jnp.einsum("kgn,knh->kgh", weights, values),
+                output * shrink
+                + product("kgn,knh->kgh", weights.astype(values.dtype), values),
             )
 
         running = jax.lax.cond(index >= first, read, lambda running: running, running)
         first += values.shape[1]
-    return running[2] / running[1]
+    return (running[2] / running[1]).astype(query.dtype)
 
 
 def block_step(shape, weights, x, cos_sin, attention):

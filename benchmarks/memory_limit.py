@@ -14,6 +14,7 @@ import functools
 import statistics
 
 import harness
+from subjects import LLAMA_1B
 
 import keras_kvcache  # isort: skip  # First: it chooses JAX.
 import jax
@@ -24,15 +25,6 @@ import numpy as np
 from keras_kvcache.ops import preferred_dtype
 
 PROMPT = 128
-LLAMA_1B = dict(
-    vocabulary_size=128256,
-    num_layers=16,
-    num_query_heads=32,
-    num_key_value_heads=8,
-    hidden_dim=2048,
-    intermediate_dim=8192,
-    max_sequence_length=8192,
-)
 TINY = dict(LLAMA_1B, vocabulary_size=211, num_layers=2, intermediate_dim=64)
 TINY |= dict(num_query_heads=6, num_key_value_heads=2, hidden_dim=48)
 MEMORY = "memory"

@@ -11,9 +11,13 @@ codec rounds. The benchmark fails if one is too large, or if a GPU for which the
 kernel attends without it.
 """
 
+import concurrent.futures
 import functools
 import itertools
+import os
 import sys
+from collections.abc import Callable
+from typing import NamedTuple
 
 import harness
 
@@ -55,8 +59,8 @@ def attention_rows(report, quick):
     key, value = (
         jnp.asarray(generator.normal(size=size), "bfloat16") for _ in range(2)
     )
-    failures = []
     kinds = {"static": "static", "rolling": Rolling(window, sinks=3)}
+    cases = []
     for kind, codec, layout in itertools.product(kinds, CODECS, LAYOUTS):
         spec = CacheSpec(
             rows,
@@ -71,41 +75,65 @@ def attention_rows(report, quick):
         for length in (1, 31) if kind == "static" else (1,):
             query = generator.normal(size=(rows, length, heads * group, head_dim))
             query = jnp.asarray(query, "bfloat16")
+            row = dict(what="attention", kind=kind, codec=codec, layout=layout)
+            row |= dict(queries=length)
             expected = expect(query, key, value, kinds[kind])
             for by_kernel in (True, False):
-                row = dict(what="attention", kind=kind, codec=codec, layout=layout)
-                row |= dict(queries=length)
                 attend = jax.jit(functools.partial(attend_cache, spec, by_kernel))
-                failures += compare(
-                    report,
-                    row,
-                    attend,
-                    (query, key, value),
-                    expected,
-                    MOST[codec],
-                    # XLA alone reads what is coded in groups.
-                    takes_kernel=codec != "int4" if by_kernel else None,
+                arguments = query, key, value
+                cases.append(
+                    Case(row, attend, arguments, expected, MOST[codec], by_kernel)
                 )
+    return compare(report, cases)
+
+
+class Case(NamedTuple):
+    """A jitted function and what it must give, within a relative error."""
+
+    row: dict
+    function: Callable
+    arguments: tuple
+    expected: np.ndarray
+    most: float
+    may_take_kernel: bool
+
+
+def compare(report, cases):
+    """Adds a row for each case, whether it works or not; what is wrong, a list."""
+
+    failures, programs = [], []
+    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for case in cases:
+            future, has_kernel = concurrent.futures.Future(), False
+            try:
+                lowered = case.function.lower(*case.arguments)
+                has_kernel = any(name in lowered.as_text() for name in KERNELS)
+                future = pool.submit(lowered.compile)
+            except Exception as error:  # The others are worth knowing still.
+                future.set_exception(error)
+            programs.append((future, has_kernel))
+        for case, (future, has_kernel) in zip(cases, programs, strict=True):
+            try:
+                failures += compare_one(report, case, future.result(), has_kernel)
+            except Exception as error:
+                failed = f"{type(error).__name__}: {error}"[:300]
+                report.add(**case.row, failed=failed)
+                failures.append(f"{case.row}: {failed}")
     return failures
 
 
-def compare(report, row, function, arguments, expected, most, takes_kernel):
-    """Adds a row, whether the function works or not; what is wrong, a list."""
-    try:
-        lowered = function.lower(*arguments)
-        text = lowered.as_text()
-        has_kernel = any(name in text for name in KERNELS)
-        output = np.asarray(lowered.compile()(*arguments), "float64")
-    except Exception as error:  # The others are worth knowing still.
-        report.add(**row, failed=f"{type(error).__name__}: {error}"[:300])
-        return [f"{row}: {error}"[:300]]
-    error = np.linalg.norm(output - expected) / np.linalg.norm(expected)
-    row["by"] = "kernel" if has_kernel else "XLA"
-    report.add(**row, error=float(error), most=most)
-    if not error < most:
-        return [f"{row}: error {error:.3g}, at most {most}"]
-    if takes_kernel and has_triton() and not has_kernel:
-        return [f"{row}: there is a kernel, but XLA attends"]
+def compare_one(report, case, program, has_kernel):
+    """Adds the row of a case that was compiled; what is wrong with it, a list."""
+    output = np.asarray(program(*case.arguments), "float64")
+    error = np.linalg.norm(output - case.expected) / np.linalg.norm(case.expected)
+    by = "kernel" if has_kernel else "XLA"
+    report.add(**case.row, by=by, error=float(error), most=case.most)
+    if not error < case.most:
+        return [f"{case.row} by {by}: error {error:.3g}, at most {case.most}"]
+    # XLA attends what is coded in groups.
+    should = case.may_take_kernel and has_triton() and case.row["codec"] != "int4"
+    if should and not has_kernel:
+        return [f"{case.row}: there is a kernel, but XLA attends"]
     return []
 
 
@@ -164,20 +192,15 @@ def logits_rows(report, quick):
     # A GPU or TPU would round the factors of float32 products, too.
     with jax.default_matmul_precision("highest"):
         expected = np.asarray(jax.jit(pure(exact))(weights_of(exact), ids), "float64")
-    failures = []
+    cases = []
     for codec, layout in itertools.product(CODECS, LAYOUTS):
         row = dict(what="logits", kind="static", codec=codec, layout=layout)
         decode = functools.partial(logits_through_cache, narrow, codec, layout, prompt)
-        failures += compare(
-            report,
-            row,
-            jax.jit(decode),
-            (weights_of(narrow), ids),
-            expected[:, prompt - 1 :],
-            MOST_OF_LOGITS[codec],
-            takes_kernel=codec != "int4",
-        )
-    return failures
+        arguments = weights_of(narrow), ids
+        of_prompt = expected[:, prompt - 1 :]
+        most = MOST_OF_LOGITS[codec]
+        cases.append(Case(row, jax.jit(decode), arguments, of_prompt, most, True))
+    return compare(report, cases)
 
 
 def weights_of(lm):

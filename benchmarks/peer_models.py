@@ -5,6 +5,8 @@ import functools
 import keras
 import numpy as np
 
+from keras_kvcache.ops.platform import is_accelerator
+
 # What keras-hub calls the parts of a block that it names otherwise.
 HUB_LLAMA_NAMES = {
     "attention_norm/": "self_attention_layernorm/",
@@ -34,6 +36,7 @@ def hub_model(lm):
         num_layers=lm.num_layers,
         hidden_dim=lm.hidden_dim,
         intermediate_dim=lm.intermediate_dim,
+        dtype=lm.dtype_policy,
     )
     if is_gpt2(lm):
         backbone = models.GPT2Backbone(
@@ -76,11 +79,15 @@ def share(weights, others):
 
 @functools.lru_cache(maxsize=1)
 def torch_model(lm, threads):
-    """A model of transformers with a copy of the weights, which never stops early."""
+    """A model of transformers with a copy of the weights, which never stops early.
+
+    It's on the GPU if JAX is on one.
+    """
     import torch
     import transformers
 
     torch.set_num_threads(threads)
+    device = torch.device("cuda" if is_accelerator() else "cpu")
     # It warns of every prompt that happens to hold the id used for padding.
     transformers.logging.set_verbosity_error()
     never = dict(eos_token_id=None, bos_token_id=None, pad_token_id=0)
@@ -95,7 +102,7 @@ def torch_model(lm, threads):
             layer_norm_epsilon=lm.layer_norm_epsilon,
             **never,
         )
-        model, state = transformers.GPT2LMHeadModel(config), gpt2_state(lm)
+        make_model, state = transformers.GPT2LMHeadModel, gpt2_state(lm)
     else:
         config = transformers.LlamaConfig(
             vocab_size=lm.vocabulary_size,
@@ -113,7 +120,9 @@ def torch_model(lm, threads):
             tie_word_embeddings=lm.tie_word_embeddings,
             **never,
         )
-        model, state = transformers.LlamaForCausalLM(config), llama_state(lm)
+        make_model, state = transformers.LlamaForCausalLM, llama_state(lm)
+    with device:
+        model = make_model(config).to(getattr(torch, lm.compute_dtype))
     # `torch.tensor` copies: JAX's memory is read-only.
     model.load_state_dict({name: torch.tensor(state[name]) for name in state})
     return model.eval()
@@ -121,7 +130,8 @@ def torch_model(lm, threads):
 
 def array(variable, *shape):
     """A Keras variable as a NumPy array of that shape, or of its own."""
-    return keras.ops.convert_to_numpy(variable.value).reshape(shape or variable.shape)
+    values = keras.ops.cast(variable.value, "float32")  # NumPy has no bfloat16
+    return keras.ops.convert_to_numpy(values).reshape(shape or variable.shape)
 
 
 def llama_state(lm):

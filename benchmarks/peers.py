@@ -134,8 +134,8 @@ class Transformers(Contender):
         mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         with torch.inference_mode():
             answers = self.model.generate(
-                torch.tensor(token_ids),
-                attention_mask=torch.tensor(mask),
+                torch.tensor(token_ids, device=self.model.device),
+                attention_mask=torch.tensor(mask, device=self.model.device),
                 max_new_tokens=new_tokens,
                 do_sample=False,
                 past_key_values=self.make_cache(capacity),
@@ -148,10 +148,21 @@ class TransformersStatic(Transformers):
 
     name = "transformers, static cache"
 
+    def __init__(self, subject):
+        super().__init__(subject)
+        self.caches = {}
+
     def make_cache(self, capacity):
+        """The same each time: a compiled program is one for the place of its cache."""
         from transformers import StaticCache
 
-        return StaticCache(self.model.config, max_cache_len=capacity)
+        if capacity not in self.caches:
+            self.caches[capacity] = StaticCache(
+                self.model.config, max_cache_len=capacity
+            )
+        else:
+            self.caches[capacity].reset()
+        return self.caches[capacity]
 
 
 class LlamaCpp(Contender):
@@ -182,6 +193,11 @@ class LlamaCpp(Contender):
 ALL = (Ours, HandWrittenJax, KerasHub, Transformers, TransformersStatic, LlamaCpp)
 
 
+def missing_modules(kind):
+    """Names of the modules that a kind of contender needs and that aren't here."""
+    return [name for name in kind.needs if not importlib.util.find_spec(name)]
+
+
 def make_contenders(subject, kinds=ALL, lengths=(24,)):
     """The contenders that can run a subject, by name, checked to agree.
 
@@ -195,8 +211,7 @@ def make_contenders(subject, kinds=ALL, lengths=(24,)):
     """
     contenders = {}
     for kind in kinds:
-        missing = [name for name in kind.needs if not importlib.util.find_spec(name)]
-        if missing:
+        if missing := missing_modules(kind):
             print(f"{kind.name} is left out: no module {', '.join(missing)}")
         elif kind is LlamaCpp and subject.gguf is None:
             print(f"{kind.name} is left out: {subject.name} has no GGUF file")

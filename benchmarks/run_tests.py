@@ -58,7 +58,8 @@ def main():
         if counts["skipped"] and not counts["failed"]:
             report.add(skipped="no GPU, and no plugin of JAX's for one")
             return
-    report.add(**counts, **{"for real": on_gpu}, exit=int(code))
+    left_out = counts.pop("skipped")
+    report.add(**counts, left_out=left_out, **{"for real": on_gpu}, exit=int(code))
     report.finish()
     sys.exit(0 if code == 0 and counts["passed"] else 1)
 

@@ -9,9 +9,19 @@ import numpy as np
 
 from keras_kvcache.generation.sizes import capacity_for
 from keras_kvcache.loaders import fetch
+from keras_kvcache.ops import preferred_dtype
 
 SMOLLM2 = "smollm2_135m_instruct"
 GPT2 = dict(vocabulary_size=50257, num_layers=12, num_query_heads=12, hidden_dim=768)
+LLAMA_1B = dict(
+    vocabulary_size=128256,
+    num_layers=16,
+    num_query_heads=32,
+    num_key_value_heads=8,
+    hidden_dim=2048,
+    intermediate_dim=8192,
+    max_sequence_length=8192,
+)
 TINY = dict(
     vocabulary_size=211,
     num_layers=2,
@@ -60,6 +70,14 @@ def gpt2(quick):
         use_bias=True,
     )
     return Subject("tiny GPT-2" if quick else "GPT-2 124M", lm)
+
+
+def llama_1b(quick):
+    """A Llama of 1.2 billion random parameters in bfloat16, or a tiny one."""
+    if quick:
+        return smollm2(quick)
+    keras.utils.set_random_seed(0)
+    return Subject("Llama 1.2B", RoomyLM(**LLAMA_1B, dtype=preferred_dtype()))
 
 
 def smollm2(quick):
