@@ -147,12 +147,19 @@ def test_what_is_encoded_does_not_grow(grown, monkeypatch, cache):
     lm = EncoderDecoderLM(encoder, 101, 2, 6, 48, 59, max_sequence_length=613)
     rng = np.random.default_rng(4)
     for weight in lm.weights:  # large enough for varied answers
-        weight.assign(rng.normal(0, 0.4, weight.shape))
+        if len(weight.shape) > 1:
+            weight.assign(rng.normal(0, 0.4, weight.shape))
     inputs = {
         "encoder_sound": rng.normal(size=(2, 256, 7)).astype("float32"),
         "decoder_token_ids": [[3, 1, 4], [1, 5, 9, 2]],
     }
+    encoded = lm.encode({"encoder_sound": inputs["encoder_sound"]})
+    assert encoded.caches[0].capacity == 256
+    before = (lm.init_cache(2, 613, room=256), encoded)
+    after, kept = lm._resize_cache(before, 613, 200)
+    assert kept is encoded and after[0].capacity == 613
     rows = lm.generate(inputs, cache=cache)
+    assert len({*rows[0]}) > 9, "answers vary"
     assert grown == [613] and [len(row) for row in rows] == [613] * 2
     assert rows == whole(monkeypatch, lambda: lm.generate(inputs, cache=cache))
 
