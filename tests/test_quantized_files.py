@@ -54,14 +54,13 @@ def by_copy(model, folder, make):
 
 
 def kinds(model):
-    return sorted(
-        f"{weight.path.split('/', 1)[1]} {weight.dtype}" for weight in model.weights
-    )
+    """The weights' names within their layers, whatever these are called, and dtypes."""
+    return sorted((weight.name, str(weight.dtype)) for weight in model.weights)
 
 
-def make():
+def make(**options):
     """Of these widths groups of 8 have a rest."""
-    return make_lm(num_layers=2, intermediate_dim=37)
+    return make_lm(num_layers=2, intermediate_dim=37, **options)
 
 
 @pytest.mark.parametrize("way", [by_keras, by_weights, by_preset, by_copy])
@@ -100,7 +99,9 @@ def test_a_preset_in_another_dtype(tmp_path):
     loaded = DecoderLM.from_preset(tmp_path, dtype="mixed_bfloat16")
     assert loaded.compute_dtype == "bfloat16"
     assert loaded.blocks[0].attention._query_dense._kernel.dtype == "int8"
-    np.testing.assert_allclose(answer(loaded).astype("float32"), answer(lm), atol=0.1)
+    other = make(dtype="mixed_bfloat16")
+    other.quantize("int8")
+    np.testing.assert_array_equal(answer(loaded), answer(other))
 
 
 def test_lora_and_frozen_parts(tmp_path):
@@ -134,21 +135,21 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("way", [by_keras, by_copy])
 @pytest.mark.parametrize("mode", ["int8", "int4", "float8"])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_functional_models(kind, mode, way, tmp_path):
+def test_functional_models(kind, mode, tmp_path):
     inputs = keras.Input((7, 14))
     layer = LAYERS[kind]()
     hidden = layer(inputs) if "b" in kind or "x" in kind else layer(inputs, inputs)
     model = keras.Model(inputs, keras.layers.Dense(3)(hidden))
     model.quantize(mode)
-    loaded = way(model, tmp_path, None)
+    loaded = by_keras(model, tmp_path, None)
     assert kinds(loaded) == kinds(model)
     expected = answer(model, INPUTS)
     np.testing.assert_array_equal(answer(loaded, INPUTS), expected)
     clone = keras.models.clone_model(model)
-    clone.set_weights(model.get_weights())
+    model.save_weights(tmp_path / "model.weights.h5")
+    clone.load_weights(tmp_path / "model.weights.h5")
     np.testing.assert_array_equal(answer(clone, INPUTS), expected)
 
 
