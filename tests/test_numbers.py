@@ -9,8 +9,10 @@ import attention_cases as cases
 import keras
 import numpy as np
 import pytest
+import reference
 
 from keras_kvcache import DecoderLM
+from keras_kvcache.caches import CacheSpec
 
 V = 61
 PROMPTS = [[5, 3, 8, 1], [7] * 37, [2]]
@@ -29,6 +31,49 @@ def make_lm(**options):
         kernel_initializer=keras.initializers.RandomNormal(stddev=0.3),
         **options,
     )
+
+
+@pytest.fixture
+def with_float64():
+    """Numbers of 64 bits, which JAX has only if asked for them."""
+    if keras.backend.backend() != "jax":
+        yield
+        return
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    jax.clear_caches()
+    yield
+    jax.config.update("jax_enable_x64", False)
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+def test_float64_is_exact_through_a_cache(layout, with_float64):
+    layer, rules = cases.make_kind(
+        "everything",
+        dtype="float64",
+        rotary_embedding=cases.rotary_layer(
+            rotary_dim=10, scaling_factor=1.7, dtype="float64"
+        ),
+        query_norm=None,  # Keras' own round to float32.
+        key_norm=None,
+    )
+    x = keras.ops.convert_to_tensor(cases.noise(2, 7, cases.D, dtype="float64"))
+    expected, _ = reference.multi_head_attention(
+        layer, cases.numpy(x), cases.numpy(x), causal=True, **rules
+    )
+    spec = CacheSpec(2, 17, 3, 14, codec="float64", layout=layout)
+    cache, outputs = spec.allocate(), []
+    for first, end in ((0, 5), (5, 6), (6, 7)):
+        part = x[:, first:end]
+        output, cache = layer(
+            part, part, cache=cache, cache_update_index=first, use_causal_mask=True
+        )
+        outputs.append(cases.numpy(output))
+    whole = cases.numpy(layer(x, x, use_causal_mask=True))
+    for got in (np.concatenate(outputs, axis=1), whole):
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12)
 
 
 class Generates(keras.callbacks.Callback):

@@ -3,6 +3,8 @@
 import keras
 from keras import ops
 
+from keras_kvcache.ops import tanh
+
 
 def vocabulary_logits(embedding, hidden_states):
     """What `embedding(hidden_states, reverse=True)` gives, the table read as it lies.
@@ -28,4 +30,4 @@ def vocabulary_logits(embedding, hidden_states):
     else:
         logits = ops.einsum("...d,vd->...v", hidden_states, table)
     soft_cap = embedding.logit_soft_cap
-    return logits if soft_cap is None else soft_cap * ops.tanh(logits / soft_cap)
+    return logits if soft_cap is None else soft_cap * tanh(logits / soft_cap)

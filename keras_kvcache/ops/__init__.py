@@ -41,6 +41,7 @@ from keras_kvcache.ops.rotary import inverse_frequencies, rotate
 from keras_kvcache.ops.sharding import distribute
 from keras_kvcache.ops.splice import splice
 from keras_kvcache.ops.tracing import can_trace, trace
+from keras_kvcache.ops.trigonometry import tanh
 from keras_kvcache.ops.view import Segment, View, slots_of, start_of_slice
 
 __all__ = [
@@ -86,6 +87,7 @@ __all__ = [
     "splice",
     "start_of_slice",
     "sum_dtype",
+    "tanh",
     "token_positions",
     "trace",
     "turn_back",

@@ -7,6 +7,7 @@ from keras_kvcache.ops.online_softmax import attend_segments
 from keras_kvcache.ops.platform import has_float16_products
 from keras_kvcache.ops.products import sum_dtype
 from keras_kvcache.ops.softmax import masked_softmax
+from keras_kvcache.ops.trigonometry import tanh
 
 
 def attend(query, view, masks, scale, soft_cap=None):
@@ -62,7 +63,7 @@ def attend_with_scores(query, view, masks, scale, soft_cap=None, dropout=None):
     scores = ops.concatenate(scores, axis=-1)
     scores = ops.reshape(scores, (batch, query_heads, length, -1))
     if soft_cap is not None:
-        scores = soft_cap * ops.tanh(scores / soft_cap)
+        scores = soft_cap * tanh(scores / soft_cap)
     weights = masked_softmax(scores, _join(masks, view, (batch, query_heads, length)))
     dropped = weights if dropout is None else dropout(weights)
     dropped = ops.reshape(dropped, (*ops.shape(query)[:3], -1))

@@ -13,6 +13,7 @@ from keras import ops
 from keras_kvcache.ops.known import either, is_recorded
 from keras_kvcache.ops.products import is_few, sum_dtype
 from keras_kvcache.ops.softmax import LOWEST
+from keras_kvcache.ops.trigonometry import tanh
 from keras_kvcache.ops.view import slots_of
 
 # The maximum of no scores: so far above the score of a hidden slot that this weighs
@@ -77,7 +78,7 @@ class _Attended(NamedTuple):
         """Attention over `count` slots of the segment from `first` on."""
         scores = self.segment.scores(self.query, first, count)
         if self.soft_cap is not None:
-            scores = self.soft_cap * ops.tanh(scores / self.soft_cap)
+            scores = self.soft_cap * tanh(scores / self.soft_cap)
         mask = self.mask_of(first, count)
         if mask is not None:
             mask = _group_mask_heads(mask, self.query, self.length)

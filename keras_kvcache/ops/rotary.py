@@ -4,6 +4,7 @@ import numpy as np
 from keras import ops
 
 from keras_kvcache.ops.products import sum_dtype
+from keras_kvcache.ops.trigonometry import cos, sin
 
 
 def inverse_frequencies(rotary_dim, max_wavelength, frequency_factors=None):
@@ -41,8 +42,8 @@ def rotate(inputs, positions, inverse_frequencies):
     half, dtype = inverse_frequencies.shape[0], sum_dtype(inputs)
     frequencies = ops.convert_to_tensor(inverse_frequencies, dtype)
     angle = ops.cast(positions, dtype)[:, :, None, None] * frequencies
-    cos, sin = ops.cos(angle), ops.sin(angle)
+    cosine, sine = cos(angle), sin(angle)
     x = ops.cast(inputs, dtype)
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    turned = [first * cos - second * sin, second * cos + first * sin, rest]
+    turned = [first * cosine - second * sine, second * cosine + first * sine, rest]
     return ops.cast(ops.concatenate(turned, axis=-1), inputs.dtype)
