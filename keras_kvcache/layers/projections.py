@@ -45,6 +45,8 @@ def _is_product(layer, feature_axes):
         return False
     if layer.quantization_mode is not None or layer.lora_enabled:
         return False
+    if layer.compute_dtype == "float64":
+        return False  # Keras' product on PyTorch makes float32 of it.
     given, kernel, result = re.split(",|->", layer.equation)
     free, features = given[:-feature_axes], given[-feature_axes:]
     units, shape = kernel[feature_axes:], layer.kernel.shape[feature_axes:]

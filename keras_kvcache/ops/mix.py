@@ -14,6 +14,8 @@ from keras_kvcache.ops.view import slots_of
 
 # Slots that are looked at, at a time: few, so that this takes no memory.
 BLOCK = 16
+# Of keys as many as some codecs code together.
+KEY_BLOCK = 32
 
 
 def make_mix(mix_slots):
@@ -66,15 +68,15 @@ def in_blocks(make, like):
         like: Tensor of the shape and dtype of what it makes.
     """
     count = like.shape[-1]
-    if keras.backend.backend() != "jax" or count <= BLOCK:
+    if keras.backend.backend() != "jax" or count <= KEY_BLOCK:
         return make(0, count)
 
     def put(number, made):
-        start = ops.minimum(ops.cast(number, "int32") * BLOCK, count - BLOCK)
+        start = ops.minimum(ops.cast(number, "int32") * KEY_BLOCK, count - KEY_BLOCK)
         place = (*[ops.zeros_like(start)] * (len(like.shape) - 1), start)
-        return ops.slice_update(made, place, make(start, BLOCK))
+        return ops.slice_update(made, place, make(start, KEY_BLOCK))
 
-    return ops.fori_loop(0, -(-count // BLOCK), put, ops.zeros_like(like))
+    return ops.fori_loop(0, -(-count // KEY_BLOCK), put, ops.zeros_like(like))
 
 
 def contract(equation, x, y, dtype):
