@@ -11,6 +11,7 @@ codec rounds. The benchmark fails if one is too large, or if a GPU for which the
 kernel attends without it.
 """
 
+import collections
 import concurrent.futures
 import functools
 import itertools
@@ -79,8 +80,9 @@ def attention_rows(report, quick):
             row |= dict(queries=length)
             expected = expect(query, key, value, kinds[kind])
             for by_kernel in (True, False):
-                attend = jax.jit(functools.partial(attend_cache, spec, by_kernel))
-                arguments = query, key, value
+                attend = jax.jit(functools.partial(attend_cache, by_kernel))
+                first = np.zeros(rows, "int32")
+                arguments = spec.allocate(), query, key, value, first
                 cases.append(
                     Case(row, attend, arguments, expected, MOST[codec], by_kernel)
                 )
@@ -100,25 +102,34 @@ class Case(NamedTuple):
 
 def compare(report, cases):
     """Adds a row for each case, whether it works or not; what is wrong, a list."""
+    failures, waiting = [], collections.deque()
 
-    failures, programs = [], []
+    def take_first():
+        case, program, has_kernel = waiting.popleft()
+        try:
+            failures.extend(compare_one(report, case, program.result(), has_kernel))
+        except Exception as error:  # The others are worth knowing still.
+            failed = f"{type(error).__name__}: {error}"[:300]
+            report.add(**case.row, failed=failed)
+            failures.append(f"{case.row}: {failed}")
+
     with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        has_kernel = True
         for case in cases:
-            future, has_kernel = concurrent.futures.Future(), False
+            if not case.may_take_kernel and not has_kernel:
+                continue  # XLA alone attended already.
+            program, has_kernel = concurrent.futures.Future(), False
             try:
                 lowered = case.function.lower(*case.arguments)
                 has_kernel = any(name in lowered.as_text() for name in KERNELS)
-                future = pool.submit(lowered.compile)
-            except Exception as error:  # The others are worth knowing still.
-                future.set_exception(error)
-            programs.append((future, has_kernel))
-        for case, (future, has_kernel) in zip(cases, programs, strict=True):
-            try:
-                failures += compare_one(report, case, future.result(), has_kernel)
+                program = pool.submit(lowered.compile)
             except Exception as error:
-                failed = f"{type(error).__name__}: {error}"[:300]
-                report.add(**case.row, failed=failed)
-                failures.append(f"{case.row}: {failed}")
+                program.set_exception(error)
+            waiting.append((case, program, has_kernel))
+            while waiting and waiting[0][1].done():
+                take_first()
+        while waiting:
+            take_first()
     return failures
 
 
@@ -137,10 +148,9 @@ def compare_one(report, case, program, has_kernel):
     return []
 
 
-def attend_cache(spec, by_kernel, query, key, value):
+def attend_cache(by_kernel, cache, query, key, value, first):
     """The last queries over a cache that keys and values were written to."""
-    cache, filled, length = spec.allocate(), key.shape[1], query.shape[1]
-    first = jnp.zeros(spec.batch_size, "int32")
+    filled, length = key.shape[1], query.shape[1]
     cache, _ = cache.update(key[:, :-length], value[:, :-length], first)
     index = first + (filled - length)
     _, view = cache.update(key[:, -length:], value[:, -length:], index)
