@@ -84,7 +84,7 @@ def quantized_layers(layer, recursive=True):
         elif part.quantization_mode is not None:
             config = getattr(part, "quantization_config", None)
             found[part.name] = {
-                "mode": _policy_of(part).name.split("_from_")[0],
+                "mode": _policy_of(part).get_config()["mode"],
                 "config": keras.saving.serialize_keras_object(config),
             }
     return found
