@@ -1,7 +1,6 @@
-"""What pyproject.toml can't say: the README as a package index is to show it.
+"""Makes the README for a package index, which pyproject.toml can't.
 
-An index has the text alone, so that links to files of the repository would lead
-nowhere there.
+An index shows the text alone: links to files of the repository would lead nowhere.
 """
 
 import re
