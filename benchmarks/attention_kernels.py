@@ -11,10 +11,11 @@ package chooses.
 One compiled call attends through several caches, one after the other, a few times
 over. Together they take more than any processor's cache holds. The fill is traced.
 On an accelerator several calls are timed together, as the first waits for the host.
-`of memory's` is the share of what summing a gigabyte reaches in the same rounds. All
-candidates have the same queries, keys and values. A candidate that this machine can't
-run is left out with a line, one that fails or gives other numbers than the products
-with all slots with a row, and then the benchmark fails at its end.
+`of memory's` is the share of what summing a large array reaches in the same rounds.
+
+All candidates have the same queries, keys and values. One that this machine can't run
+is left out, and a line says so. One that fails, or gives other numbers than the
+products with all slots, has a row that says so, and the benchmark fails at its end.
 """
 
 import abc
@@ -34,7 +35,7 @@ from keras_kvcache import ops
 from keras_kvcache.caches import StaticCache
 
 STEPS = 4  # how often a call goes through all caches
-# Calls that are timed together: of an accelerator the host is ahead, as in real loops.
+# Calls timed together: on an accelerator the host runs ahead, as in real loops.
 CALLS = 1 if jax.default_backend() == "cpu" else 16
 MEMORY = "memory"
 
@@ -139,7 +140,8 @@ class ByCudnn(ByXla):
 
 class ByPallas(Candidate):
     name = "JAX's Pallas kernel for GPUs"
-    module = "jax.experimental.pallas.ops.gpu.decode_attention"  # to go after 0.12
+    # JAX removes it after 0.12.
+    module = "jax.experimental.pallas.ops.gpu.decode_attention"
 
     @classmethod
     def missing(cls):
@@ -250,7 +252,7 @@ def drop_failures(report, programs, fill, tolerance):
             failed = (
                 "" if difference < tolerance else f"differs by {difference:.1e} of 1"
             )
-        except Exception as error:  # The others are worth knowing still.
+        except Exception as error:  # The others are still worth timing.
             failed = f"{type(error).__name__}: {error}"[:300]
         if failed:
             report.add(candidate=name, fill=int(fill), failed=failed)

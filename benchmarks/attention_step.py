@@ -7,7 +7,7 @@ program; the caches are donated and returned. The index is traced, so one progra
 all fills. All programs, keras-hub's too, are compiled for the widest vectors. The time
 of a call by tokens and caches is that of a step: projections, the write, and attention.
 
-At the largest capacity the caches take 600 MB together (2 GB in bfloat16 on an
+At the largest capacity the caches take 600 MB together (0.5 or 2 GB in bfloat16 on an
 accelerator), so that full ones come from memory in every step. A small part of them,
 and the weights, may well stay in the processor's own cache.
 
@@ -16,7 +16,7 @@ so that it may take Keras' fused attention. It has no grouped heads: where `K < 
 attention of keras-hub's Llama stands in for it, and ours rotates as well.
 
 `GB/s` counts the filled part of a cache and not the weights; `of memory's` is its share
-of what summing a gigabyte reaches in the same rounds. All contenders have the same
+of what summing a large array reaches in the same rounds. All contenders have the same
 weights, inputs and caches, and the benchmark stops unless their outputs agree.
 """
 
@@ -34,7 +34,7 @@ from keras_kvcache.layers import CachedMultiHeadAttention, RotaryEmbedding
 from keras_kvcache.ops import compiler_options
 
 STEPS = 4  # tokens that one call decodes
-# Calls that are timed together: of an accelerator the host is ahead, as in real loops.
+# Calls timed together: on an accelerator the host runs ahead, as in real loops.
 CALLS = 1 if jax.default_backend() == "cpu" else 16
 DENSE, HEAD_MAJOR = "keras-kvcache, dense", "keras-kvcache, head-major"
 KERAS_HUB, MEMORY = "keras-hub", "memory"

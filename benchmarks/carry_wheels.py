@@ -1,10 +1,10 @@
-"""Makes a folder of wheels for a machine with JAX and an accelerator, but no network.
+"""Downloads wheels for a machine with JAX and an accelerator, but no network.
 
     python benchmarks/carry_wheels.py wheels --python 3.12
 
-gets what `on_accelerator.py` needs there: what this project asks for in
-`pyproject.toml`, and what that needs in its turn, for Linux on x86-64. What comes with
-JAX is left out, and so is what would be too large.
+downloads what `on_accelerator.py` needs there, for Linux on x86-64: the dependencies
+in this project's `pyproject.toml`, and theirs in turn. What comes with JAX, or would be
+too large, is left out.
 """
 
 import argparse
@@ -19,14 +19,14 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 PROJECT = Path(__file__).parent.parent / "pyproject.toml"
-# Those of the optional dependencies that the tests and benchmarks there use.
+# The optional dependencies that the tests and benchmarks there use.
 WANTED = ("keras-hub", "hypothesis", "pytest", "pytest-xdist")
 OF_JAX = {"jax", "jaxlib", "ml-dtypes", "numpy", "opt-einsum", "scipy"}
 # keras-hub imports without TensorFlow, and without kagglehub if that isn't there at
 # all; tokenizers needs the hub's client for downloads only.
 LEFT_OUT = {"huggingface-hub", "kagglehub", "kagglesdk", "tensorflow-text"}
 MOST_BYTES = 60_000_000
-# pip takes the names of platforms as they are, older ones don't go without saying.
+# pip must be told of older platforms, too: it takes no wheel of one that isn't named.
 PLATFORMS = (
     "manylinux1_x86_64",
     "manylinux2010_x86_64",
@@ -47,7 +47,7 @@ def main():
 
 
 def project_requirements():
-    """What `pyproject.toml` says of all that is wanted, a list of `Requirement`."""
+    """The wanted requirements of `pyproject.toml`, a list of `Requirement`."""
     project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
     needed = map(Requirement, project["dependencies"])
     extras = project["optional-dependencies"]
@@ -80,7 +80,7 @@ def download(requirements, folder, python):
 
 
 def needs(wheel, python):
-    """What a wheel requires under that Python on Linux, without its extras."""
+    """The requirements of a wheel under that Python on Linux, without extras."""
     environment = {"python_version": python, "python_full_version": f"{python}.0"}
     environment |= {"sys_platform": "linux", "platform_system": "Linux", "extra": ""}
     for text in read_metadata(wheel).get_all("Requires-Dist", []):

@@ -16,8 +16,9 @@ holds for any fill. It is left out where its prefill would take too much memory.
 weights and the filled cache are read.
 
 On an accelerator a Llama of 1.2 billion random parameters in bfloat16 takes the place
-of both models. As rounding decides between tokens there, it's a tiny one in float32
-whose tokens must agree. A contender that fails or isn't there has a row that says so.
+of both models. Its tokens may differ by rounding, so contenders must agree on those of
+a tiny model in float32 instead. A contender that fails or isn't installed has a row
+that says so.
 
 One row of each model is `stream`, which hands over every token, against `generate`.
 """
@@ -62,7 +63,7 @@ SMOLLM2_CASES = (
     # Many tokens, as each call has seconds of prompt before them.
     Case.tight(4096, 384),
 )
-# Of an accelerator, whose tokens take a millisecond.
+# On an accelerator, where a token takes a millisecond.
 LLAMA_CASES = (Case.tight(128, 256), Case.tight(4096, 256))
 QUICK_CASES = (Case.tight(24, 16),)  # What the contenders' check has compiled.
 
@@ -97,10 +98,10 @@ def main():
 
 
 def measure_on_accelerator(report, read_memory, rounds):
-    """Adds rows for each contender alone: what fails or hangs loses no other's.
+    """Adds rows for one contender after the other: one that fails costs no other's.
 
     Returns:
-        What failed, a list of texts.
+        A list of texts, one for each failure.
     """
     failures, agreeing, expected, ours = [], [], None, {}
 
@@ -117,7 +118,7 @@ def measure_on_accelerator(report, read_memory, rounds):
                 continue
             try:
                 answer = kind(tiny).generate([tiny.prompt(24)], 16, 41)
-            except Exception as error:  # The others are worth knowing still.
+            except Exception as error:  # The others are still worth timing.
                 note(kind, tiny, f"{type(error).__name__}: {error}")
                 continue
             expected = expected or answer

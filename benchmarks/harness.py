@@ -22,8 +22,8 @@ def read_arguments(description, **choices):
     """The options of every benchmark: `--quick` and `--output`.
 
     Args:
-        description: What it does.
-        **choices: For each argument of its own what that may be.
+        description: What the benchmark does.
+        **choices: The benchmark's own arguments, each with its allowed values.
     """
     parser = argparse.ArgumentParser(description=description)
     for name, values in choices.items():
@@ -113,7 +113,7 @@ class MemoryReader:
         import jax
         import jax.numpy as jnp
 
-        # What takes a CPU a twentieth of a second takes an accelerator none.
+        # A gigabyte takes a CPU 50 ms, but an accelerator too little to be timed.
         large = 2**30 if jax.default_backend() == "cpu" else 2**32
         self.nbytes = 2**26 if quick else large
         self._buffer = jnp.ones(self.nbytes // 4, jnp.float32)

@@ -1,7 +1,8 @@
 """What is this machine: its device, its software, and how fast it reads and multiplies?
 
-The two speeds are the ceilings of all else: reading, by summing a gigabyte, and the
-product of two square matrices, in bfloat16 on an accelerator and float32 on a CPU.
+The two speeds bound those of all else: reading, by summing a large array, and
+multiplying, by the product of two square matrices, in bfloat16 on an accelerator and in
+float32 on a CPU.
 """
 
 import subprocess

@@ -34,7 +34,7 @@ def main():
     options = harness.read_arguments("Times a Llama of 1.2 billion parameters.")
     report = harness.Report("memory_limit", options)
     on_cpu = jax.default_backend() == "cpu"
-    # An accelerator makes hundreds while a CPU makes some.
+    # An accelerator's tokens take so little time that it needs more of them.
     new_tokens, rounds = (8, 2) if options.quick else (64 if on_cpu else 512, 5)
     keras.utils.set_random_seed(0)
     lm = keras_kvcache.DecoderLM(

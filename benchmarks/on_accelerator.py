@@ -1,15 +1,17 @@
-"""Everything that only a machine with an accelerator can tell, in eight minutes.
+"""All that only a machine with an accelerator can tell, in at most eight minutes.
 
     python benchmarks/on_accelerator.py --wheels wheels --output results
 
-runs on a bare machine without network: it takes JAX with its plugin and this checkout;
-of the folder of wheels that `carry_wheels.py` made what is missing is installed beside.
-Each part runs in processes of its own, the most telling first. What fails is told, and
-the next part begins; what hangs is killed when its time is up. `on_accelerator.jsonl`
-gets each row at once, with the device's name, and one with the outcome of each part;
-`on_accelerator.log` gets what the parts print. The status is 0 if no part failed.
+needs no network: only JAX with its plugin, this checkout, and the wheels that
+`carry_wheels.py` downloaded. It installs missing ones into a folder of its own. Each
+part runs in its own processes, the most telling part first. If one fails, that is
+printed and the next begins; one that hangs is killed when its time is up.
+`on_accelerator.jsonl` gets each row at once, with the device's name, and one row with
+the outcome of each part; `on_accelerator.log` gets what the parts print. The status is
+0 if no part failed.
 
-`--quick` runs all of it small, on a CPU too. Named parts are the only ones that run.
+`--quick` runs everything in small sizes, also on a CPU. If parts are named, only these
+run.
 """
 
 import argparse
@@ -85,7 +87,7 @@ def main():
 
 
 def environment(site):
-    """Of all parts: this checkout, then what was installed, then what was there."""
+    """For all parts: this checkout, then installed wheels, then what was there."""
     paths = [str(ROOT), str(site), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
@@ -96,7 +98,7 @@ def environment(site):
 
 
 def install(wheels, site):
-    """Installs the wheels of what isn't here, or is here in a version that won't do."""
+    """Installs wheels whose package is missing, or here in a version that won't do."""
     files = sorted(wheels.glob("*.whl"))
     if not files:
         raise SystemExit(f"`--wheels` must be a folder with wheels. Received: {wheels}")
@@ -116,7 +118,7 @@ def is_here(name):
         return False
     try:
         from packaging.requirements import Requirement
-    except ImportError:  # pip has it, too
+    except ImportError:  # pip has a copy.
         from pip._vendor.packaging.requirements import Requirement
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     project = tomllib.loads(text)["project"]
@@ -154,7 +156,7 @@ class Runner:
         return "passed" in outcomes and outcomes <= {"passed", "skipped"}
 
     def run(self, part, arguments, seconds_left):
-        """Runs a part for its time, or what is left of all time."""
+        """Runs a part for at most its own time and the time left for all."""
         seconds = min(part.seconds, seconds_left)
         begin, written = time.monotonic(), self._log_path.stat().st_size
         if seconds < LEAST and seconds < part.seconds:
@@ -183,7 +185,7 @@ class Runner:
                     self._keep(part, rows.read())
                     time.sleep(0.2)
             finally:
-                # Its own processes too, which may outlive it.
+                # With its child processes, which may outlive it.
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
@@ -247,7 +249,7 @@ class _Rows:
         self.count, self.are_skipped = 0, True
 
     def read(self):
-        """Those that came since."""
+        """Rows that came since the last call."""
         for path in sorted(self._folder.glob("*.jsonl")):
             lines = path.read_bytes().split(b"\n")[:-1]
             for line in lines[self._read.get(path, 0) :]:

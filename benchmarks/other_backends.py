@@ -2,8 +2,8 @@
 
 SmolLM2 at batch 1 under the backend that `KERAS_BACKEND` names, against transformers
 on PyTorch and against keras-hub's `generate` on TensorFlow, with as many threads as
-`THREADS` says (all cores if it isn't set). Rows of the two backends and numbers of
-threads are in files of their own; times are differences, as in `generation.py`.
+`THREADS` says (all cores if it isn't set). Each backend and number of threads has its
+own file of rows; times are differences, as in `generation.py`.
 """
 
 import os

@@ -4,7 +4,8 @@ Attention through every kind, codec and layout of cache, for one query a row and
 several, in the dtype of this machine's models, bfloat16 on an accelerator: by the
 platform's kernel where it takes them, and by XLA alone. Both are held against NumPy in
 float64, whose keys and values are the same numbers, not coded. A model's logits in
-bfloat16, through caches, are held against the same weights in float32 without one.
+bfloat16, through caches, are held against those of the same weights in float32 without
+a cache.
 
 `error` is the norm of the difference over that of what is expected. It includes what a
 codec rounds. The benchmark fails if one is too large, or if a GPU for which there is a
@@ -51,12 +52,12 @@ def main():
 
 
 def attention_rows(report, quick):
-    """Adds a row for each way to attend; what is wrong with them, a list."""
+    """Adds a row for each way to attend; returns a list of what is wrong."""
     rows, heads, group, head_dim = (2, 2, 3, 64) if quick else (3, 4, 4, 128)
     filled, capacity, window = (301, 331, 97) if quick else (2903, 4099, 1021)
     generator = np.random.default_rng(0)
     size = (rows, filled, heads, head_dim)
-    # bfloat16 of which every codec's input is made, and the expectation too.
+    # Rounded to bfloat16 for the caches and NumPy alike.
     key, value = (
         jnp.asarray(generator.normal(size=size), "bfloat16") for _ in range(2)
     )
@@ -101,14 +102,14 @@ class Case(NamedTuple):
 
 
 def compare(report, cases):
-    """Adds a row for each case, whether it works or not; what is wrong, a list."""
+    """Adds a row for each case, whether it works or not; returns what is wrong."""
     failures, waiting = [], collections.deque()
 
     def take_first():
         case, program, has_kernel = waiting.popleft()
         try:
             failures.extend(compare_one(report, case, program.result(), has_kernel))
-        except Exception as error:  # The others are worth knowing still.
+        except Exception as error:  # The others are still worth comparing.
             failed = f"{type(error).__name__}: {error}"[:300]
             report.add(**case.row, failed=failed)
             failures.append(f"{case.row}: {failed}")
@@ -134,7 +135,7 @@ def compare(report, cases):
 
 
 def compare_one(report, case, program, has_kernel):
-    """Adds the row of a case that was compiled; what is wrong with it, a list."""
+    """Adds the row of a compiled case; returns a list of what is wrong with it."""
     output = np.asarray(program(*case.arguments), "float64")
     error = np.linalg.norm(output - case.expected) / np.linalg.norm(case.expected)
     by = "kernel" if has_kernel else "XLA"
@@ -181,7 +182,7 @@ def expect(query, key, value, kind):
 
 
 def logits_rows(report, quick):
-    """Adds a row for each cache of a model; what is wrong with them, a list."""
+    """Adds a row for each cache of a model; returns a list of what is wrong."""
     sizes = dict(
         vocabulary_size=211 if quick else 4099,
         num_layers=2 if quick else 4,
@@ -218,7 +219,7 @@ def weights_of(lm):
 
 
 def stateless(lm, weights, function):
-    """What the function gives while the model has these weights."""
+    """Calls the function while the model has these weights."""
     with keras.StatelessScope(
         state_mapping=list(zip(lm.variables, weights, strict=True))
     ):

@@ -153,7 +153,7 @@ class TransformersStatic(Transformers):
         self.caches = {}
 
     def make_cache(self, capacity):
-        """The same each time: a compiled program is one for the place of its cache."""
+        """The same cache each time: compiled programs are bound to its memory."""
         from transformers import StaticCache
 
         if capacity not in self.caches:

@@ -1,7 +1,8 @@
 """Runs the tests of the kernel or of programs for GPUs, a row for each that fails.
 
-On a GPU they run for real. Tests that none of passes have failed, but where there is
-no GPU, and no plugin of JAX's that compiles for one, those of programs are left out.
+On a GPU they run for real. If no test passes, that is a failure, except where there is
+neither a GPU nor a plugin of JAX that compiles for one: there the tests of programs are
+skipped.
 """
 
 import os
@@ -20,7 +21,7 @@ WORKERS = min(8, len(os.sched_getaffinity(0)))
 
 
 class Rows:
-    """A plugin of pytest's that counts outcomes and adds a row for each failure."""
+    """A pytest plugin that counts outcomes and adds a row for each failure."""
 
     def __init__(self, report):
         self._report = report
@@ -37,7 +38,7 @@ class Rows:
 
 def main():
     options = harness.read_arguments("Runs tests on this device.", tests=FILES)
-    # Processes share the device's memory; before they begin this one takes none.
+    # The tests' processes share the device's memory, so none may take all of it.
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     import jax
     import pytest
@@ -46,7 +47,7 @@ def main():
     rows = Rows(report)
     file = str(TESTS / FILES[options.tests])
     arguments = ["-q", "-p", "no:cacheprovider", "-n", str(WORKERS), file]
-    # What else the machine has of plugins may disturb.
+    # Other pytest plugins that the machine has may interfere.
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     arguments += ["-p", "xdist"]
     if options.quick:
