@@ -284,8 +284,8 @@ void Mix(const float* weights, const T* values, int64_t stride, int64_t count,
   });
 }
 
-// The sums (Hv) of `Mix` for one row once more, where they aren't finite: what a slot
-// holds that weighs nothing may be NaN or infinite, and 0 times that is NaN.
+// Computes the sums (Hv) of `Mix` for one row again if they aren't finite: a slot of
+// weight 0 may hold NaN or infinity, and 0 times that is NaN.
 template <typename T>
 void MixAgain(const float* weights, const T* values, int64_t stride, int64_t count,
               float* output, int64_t value_dim) {
@@ -399,7 +399,7 @@ void Softmax(float* scores, Scales key_scales, Scales value_scales,
   if (value_scales.data == nullptr) return;
   ForVectors(count, [&](int64_t slot, int64_t lanes) {
     const Vector weight = Load(scores + slot, lanes);
-    // A slot that weighs nothing may have any scale.
+    // A slot of weight 0 may have any scale, NaN too.
     Store(scores + slot,
           weight != 0.0f ? weight * value_scales.Of(slot, lanes) : Vector{}, lanes);
   });

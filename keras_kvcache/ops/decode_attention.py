@@ -269,7 +269,7 @@ def _lower_for_gpu(context, *operands, **parameters):
     stands_in = _is_export(context) or devices > 1 or not has_triton()
     lower = _lower_stand_in if stands_in else _lower_by_triton
     with warnings.catch_warnings():
-        # It is for us, not for users; `triton_attention.py` says what comes next.
+        # Users can't act on it; `triton_attention.py` says what replaces the backend.
         warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated")
         return lower(context, *operands, **parameters)
 

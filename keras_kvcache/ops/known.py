@@ -47,12 +47,12 @@ def known_value(value):
 
 
 def either(predicate, then, otherwise):
-    """`then()` where a predicate `()` holds, else `otherwise()`, and only that.
+    """`then()` where a predicate holds, else `otherwise()`; the other isn't computed.
 
     Args:
         predicate: A bool, or a boolean tensor that may be traced.
-        then, otherwise: Functions without arguments that give a tensor, or tuples of
-            tensors, alike.
+        then, otherwise: Functions without arguments; both return a tensor, or both a
+            tuple of tensors, of the same shapes and dtypes.
     """
     known = known_value(predicate)
     if known is None:
@@ -61,7 +61,7 @@ def either(predicate, then, otherwise):
 
 
 def is_recorded():
-    """Whether PyTorch records operations: one path, whatever values tensors have."""
+    """Whether PyTorch records operations, as in `trace`: one path for all values."""
     proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
     return proxies is not None and proxies.get_proxy_mode() is not None
 

@@ -1,9 +1,9 @@
-"""Sums of values by weights, to which values that weigh nothing add nothing.
+"""Weighted sums of values, to which values of weight 0 add nothing.
 
-What a hidden slot holds may be NaN or infinite: memory that nothing was written to, or
-what a failed request left. Times a weight of 0 that is NaN, so a plain product isn't
-enough. It's made all the same and looked at, as looking at the values would be one more
-pass over the cache; only where something isn't finite are the values looked at, too.
+A hidden slot may hold NaN or infinity: memory that nothing was written to, or the
+entries of a failed request. Times a weight of 0 that is NaN, so a plain product isn't
+enough. It's computed first all the same, as checking the values would be one more pass
+over the cache; the values are checked only if a sum isn't finite.
 """
 
 import keras
@@ -12,7 +12,7 @@ from keras import ops
 from keras_kvcache.ops.known import either, is_recorded
 from keras_kvcache.ops.view import slots_of
 
-# Slots that are looked at, at a time: few, so that this takes no memory.
+# Slots that are checked at a time: few, so that this takes little memory.
 BLOCK = 16
 # Of keys as many as some codecs code together.
 KEY_BLOCK = 32
@@ -22,16 +22,16 @@ def make_mix(mix_slots):
     """The `mix` of a `Segment`.
 
     Args:
-        mix_slots: Function of `product`, weights, `first` and `count`: the sums of
-            values, by a `product` of weights and values such as `mix_all`.
+        mix_slots: Function of `product`, weights, `first` and `count` that returns the
+            sums of values; `product` is `mix_all` or another one below.
     """
 
     def mix(weights, first, count, hides=True):
         if not hides:
             return mix_slots(mix_all, weights, first, count)
         if keras.distribution.distribution() is not None or is_recorded():
-            # Devices would have to ask each other whether all is finite, and what is
-            # recorded can't ask.
+            # Devices would have to ask each other whether all is finite, and a recorded
+            # program can't branch.
             return mix_slots(mix_seen, weights, first, count)
         mixed = mix_slots(mix_all, weights, first, count)
         return either(
@@ -94,13 +94,13 @@ def mix_all(equation, weights, values):
 
 
 def mix_seen(equation, weights, values):
-    """The product without values that no query weighs, of the same row and head."""
+    """The product, without values that have weight 0 for all queries of their head."""
     is_seen = ops.any(weights != 0, axis=-2)[..., None]
     return mix_all(equation, weights, ops.where(is_seen, values, 0))
 
 
 def mix_weighed(equation, weights, values):
-    """The product to which a query's values that it doesn't weigh add nothing."""
+    """The product; to each query values to which it gives no weight add nothing."""
     zeros, is_finite = ops.zeros_like(values), ops.isfinite(values)
     finite = mix_all(equation, weights, ops.where(is_finite, values, zeros))
     is_weighed = ops.cast(ops.cast(weights, values.dtype) != 0, weights.dtype)

@@ -93,8 +93,8 @@ def _load(compiler, source):
     folder = cache_folder() / "kernels"
     name = f"{source.stem}-{_digest(repr(made_of).encode())}"
     for library in folder.glob(f"{name}-*.so"):
-        # To load one that was cut short kills the process, so its name tells what it
-        # has to hold. Whole, it may be of a system that isn't this one.
+        # Loading a library that was cut short kills the process, so its name has the
+        # digest of its bytes. A whole one may still be of another system.
         with contextlib.suppress(OSError):
             if library.name == f"{name}-{_digest(library.read_bytes())}.so":
                 return ctypes.CDLL(str(library))
@@ -122,7 +122,7 @@ def _digest(data):
 
 
 def _processor():
-    """What `-march=native` looks at, as far as the system tells."""
+    """The processor, for which `-march=native` compiles, as far as the system tells."""
     kind = (platform.system(), platform.machine(), platform.processor())
     return (*kind, *sorted(cpu_features()))
 
@@ -146,7 +146,7 @@ def _compile(compiler, source, library):
 def _keep(made, library):
     """Copies a library to its place, where it's whole or not at all.
 
-    That holds if the power fails, too: the bytes are on the disk before the name is.
+    Also if the power fails: the bytes are on the disk before the name is.
     """
     library.parent.mkdir(parents=True, exist_ok=True)
     # A name that no other thread or process has, on whatever machine.

@@ -1,4 +1,4 @@
-"""What suits the platform that a program will run on."""
+"""The platform that a program will run on, and what suits it."""
 
 import importlib.util
 from pathlib import Path
@@ -32,7 +32,7 @@ def is_tpu():
 def has_float16_products():
     """Whether the backend's fused attention multiplies float16.
 
-    JAX's asks for products of it that only GPUs have.
+    JAX's asks for float16 products that only GPUs have.
     """
     if keras.backend.backend() != "jax":
         return True
@@ -42,7 +42,7 @@ def has_float16_products():
 
 
 def has_float64():
-    """Whether the backend has numbers of 64 bits; of JAX they have to be asked for."""
+    """Whether the backend has float64; in JAX `jax_enable_x64` has to be set."""
     if keras.backend.backend() != "jax":
         return True
     import jax

@@ -124,7 +124,7 @@ def dense_segment(
             keys_last = ops.transpose(keys, (0, 2, 3, 1))
             return _by_head(_score, "rh,hn->rn", query, keys_last)
 
-        # What is recorded can't ask whether all is finite.
+        # A recorded program can't branch on whether all is finite.
         if is_few(query) and not is_recorded():
             batch, head_dim = ops.shape(keys)[0], keys.shape[3]
             flat = ops.reshape(keys, (batch, count, heads * head_dim))
@@ -185,7 +185,7 @@ def _scaled(product, scale, axes):
 
 
 def _weighed(weights, scale, axes):
-    """`_scaled` weights; those of 0 stay, whatever the scale."""
+    """`_scaled` weights; weights of 0 stay 0, whatever the scale."""
     if scale is None:
         return weights
     return ops.where(weights == 0, weights, _scaled(weights, scale, axes))
@@ -238,7 +238,7 @@ def _own_head(heads, dtype):
 
 
 def sum_dtype(operand):
-    """What its sums are computed in: float32, however narrow it is, or float64."""
+    """The dtype that sums are computed in: float64 for float64, else float32."""
     dtype = keras.backend.standardize_dtype(operand.dtype)
     return "float64" if dtype == "float64" else "float32"
 

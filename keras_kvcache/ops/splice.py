@@ -58,7 +58,8 @@ def choose_strategy(is_shared, is_known, shape, axis):
         buffer; `"loop"` does what both do in place on a TPU, where slots are on one of
         the last two axes, turn by turn, and takes no turn if nothing lands. (With a
         slice XLA would lay the buffer out for writing, and copy it to attend it.)
-        `"gather"` is PyTorch's way for one row or many, without a look at the index.
+        `"gather"` is for PyTorch, with one index or one a row: no value of the index is
+        needed, so it can be recorded.
         `"where"` passes over the whole buffer and needs no support by the backend.
     """
     if is_known and _suits_loop(shape, axis):
@@ -157,12 +158,12 @@ def _splice_slice(buffer, update, index, axis, rows=None, first_row=0):
 
 
 def _start(numbers):
-    """Of one dtype, which JAX insists on, also where it counts in 64 bits."""
+    """Of one dtype, as JAX wants it with `jax_enable_x64`, too."""
     return [ops.cast(number, "int32") for number in numbers]
 
 
 def _splice_gather(buffer, update, index, axis):
-    """As `_splice_slice`, the slots of each row by their numbers."""
+    """As `_splice_slice`, by the numbers of each row's slots."""
     import torch
 
     capacity, length = buffer.shape[axis], update.shape[axis]

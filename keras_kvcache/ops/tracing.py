@@ -1,15 +1,15 @@
-"""Functions of tensors as programs, where Python would run them operation by operation.
+"""Functions of tensors as programs, on backends that run Python op by op.
 
 JAX compiles by itself. TensorFlow makes a graph of a function. PyTorch records the
-operations that a function calls, and runs these without what called them; no compiler
-is needed, and it takes about as long as a few calls.
+operations that a function calls, and then runs these without the function's Python. No
+compiler is needed, and recording takes about as long as a few calls.
 """
 
 import keras
 
 
 def can_trace():
-    """Whether `trace` is for the backend."""
+    """Whether `trace` supports the backend."""
     return keras.backend.backend() in ("tensorflow", "torch")
 
 
@@ -17,18 +17,18 @@ def trace(function, arguments, donated=()):
     """A program of a pure function.
 
     Args:
-        function: Of tensors, gives a tuple of tensors. It may not depend on what is
-            in them otherwise than by operations, on PyTorch not even by a condition.
+        function: Takes tensors and returns a tuple of tensors. It may use their values
+            only in operations; on PyTorch not in `ops.cond` either.
         arguments: List of tensors; the program is for these shapes and dtypes.
-        donated: Numbers of arguments that the caller has no more use for. PyTorch
-            writes into them where `torch.scatter` would copy them and nothing else
-            sees it.
+        donated: Numbers of the arguments that the caller won't use again. PyTorch
+            writes into them where `torch.scatter` would copy them, if nothing else
+            reads them afterwards.
 
     Returns:
-        A function of as many tensors, which gives a tuple or list of tensors.
+        A function of as many tensors that returns a tuple or list of tensors.
 
     Raises:
-        Exception: Whatever the function or the backend has against it.
+        Exception: The function can't be traced; the error is its own or the backend's.
     """
     if keras.backend.backend() == "torch":
         return _trace_torch(function, arguments, donated)
@@ -48,7 +48,7 @@ def _trace_torch(function, arguments, donated):
     program = make_fx(torch.func.functionalize(function))(*arguments)
     _leave_memory_alone(program.graph)
     _fold_constants(program)
-    # What is equal is computed once.
+    # Equal operations are computed once.
     program = CSEPass()(program).graph_module
     inputs = [node for node in program.graph.nodes if node.op == "placeholder"]
     _write_in_place(program.graph, [inputs[number] for number in donated])
@@ -61,7 +61,7 @@ def _leave_memory_alone(graph):
     """Replaces operations that write into their first argument by those that don't.
 
     Raises:
-        ValueError: One has no such twin, or its argument may be read otherwise.
+        ValueError: One has no such twin, or something else may read its argument.
     """
     import torch
 
@@ -73,25 +73,25 @@ def _leave_memory_alone(graph):
         source = node.args[0]
         is_own = list(source.users) == [node] and source.op == "call_function"
         if not hasattr(twin, overload) or not is_own or _is_view(source.target):
-            raise ValueError(f"`function` must write to no memory. Received: {node}")
+            raise ValueError(f"`function` must not write to memory. Received: {node}")
         node.target = getattr(twin, overload)
 
 
 def _writes(target):
     """Whether an operation writes to memory of its arguments."""
-    # What takes a result of several apart is Python's own and has no schema.
+    # Python's `getitem`, which takes a tuple of results apart, has no schema.
     return hasattr(target, "_schema") and target._schema.is_mutable
 
 
 def _is_view(target):
-    """Whether what an operation gives may lie in the memory of its arguments."""
+    """Whether an operation's result may share the memory of its arguments."""
     if not hasattr(target, "_schema"):
         return True
     return any(result.alias_info is not None for result in target._schema.returns)
 
 
 def _fold_constants(program):
-    """Computes now what depends on no argument."""
+    """Computes now all that depends on no argument."""
     import torch
 
     constants, number = {}, 0

@@ -6,8 +6,8 @@ The kernel looks itself how far a row is filled. Its programs share out the slot
 each row and head, and what they make of their parts is merged by maxima and sums, as
 in flash decoding (Dao et al., 2023, https://pytorch.org/blog/flash-decoding/). It is
 written in Pallas and compiled by Triton, which JAX brings along. JAX 0.11 deprecates
-that. What replaces it is the same kernel in Triton's own language, called by the
-package `jax-triton`, or in Pallas for Mosaic GPU.
+Triton in Pallas. To replace it, write the same kernel in Triton's own language and call
+it by the package `jax-triton`, or write it in Pallas for Mosaic GPU.
 """
 
 import functools
@@ -197,7 +197,7 @@ def _kernel(query_ref, ends_ref, mask_ref, *refs, sizes, tiling, start, soft_cap
         slots = number * tiling.tile + padded_range(tiling.tile)
         seen = mask.of(slots, sizes)
         # Values that no query of this program attends may be infinite: they aren't
-        # weighed, even by 0.
+        # even multiplied by 0.
         is_read = jnp.max(seen.astype(jnp.int32), axis=0) > 0
         keys = segment.keys(slots, features, sizes.head_dim)
         scores = dot(query, keys.astype(dtype))

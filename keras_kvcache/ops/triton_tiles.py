@@ -8,14 +8,14 @@ LEAST = 16
 
 
 def load(ref, place, is_there):
-    """The numbers at a place of an array, zeros where they aren't there."""
+    """The numbers at a place of an array; 0 where `is_there` is false."""
     from jax.experimental.pallas import triton
 
     return triton.load(ref.at[place], mask=is_there, other=jnp.zeros((), ref.dtype))
 
 
 def store(ref, place, value, is_there):
-    """Writes numbers to a place of an array, as far as they are there."""
+    """Writes numbers to a place of an array where `is_there` is true."""
     from jax.experimental.pallas import triton
 
     triton.store(ref.at[place], value, mask=is_there)
@@ -27,9 +27,9 @@ def dot(x, y):
 
 
 def dot_of_weighed(weights, values):
-    """`dot`, to which infinite values and NaN add nothing where a weight is 0.
+    """`dot`, to which infinite values and NaN add nothing where their weight is 0.
 
-    A query that does weigh one gets NaN.
+    A query with another weight for one gets NaN.
     """
     is_finite = jnp.abs(values) < jnp.inf
     is_infinite = jnp.max(1 - is_finite.astype(jnp.int32), axis=1)
@@ -40,7 +40,7 @@ def dot_of_weighed(weights, values):
 
 
 def divide(number, by):
-    """Quotient and rest of an int32 that isn't negative, of 32 bits under x64, too."""
+    """Quotient and rest of an int32 from 0 on; int32 with `jax_enable_x64`, too."""
     by = jnp.int32(by)
     return jax.lax.div(number, by), jax.lax.rem(number, by)
 

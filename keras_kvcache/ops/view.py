@@ -16,9 +16,9 @@ class Segment(NamedTuple):
         scores: Function of queries `(B, K, R, H)` and of `first` and `count`: the
             products with the keys of `count` slots from `first` on,
             `(B, K, R, count)`, of float32 or float64. `first` may be traced.
-        mix: Function of weights `(B, K, R, count)`, `first`, `count` and whether
-            weights may be 0 as slots are hidden, else `False`: the sums of values
-            that they weigh, `(B, K, R, Hv)`, of the weights' dtype.
+        mix: Function of weights `(B, K, R, count)`, `first`, `count` and whether slots
+            may be hidden, whose weights are 0: the sums of values that they weigh,
+            `(B, K, R, Hv)`, of the weights' dtype.
         positions: Absolute position of each slot, int32 `(1, n)` or `(B, n)`;
             -1 where a slot has none.
         block: The most slots for a product with few queries; `None` for all.
@@ -75,9 +75,9 @@ def slots_of(tensor, first, count, axis):
 
 
 def start_of_slice(numbers):
-    """Where a slice begins on each axis, for JAX of one dtype if one is a tensor.
+    """Where a slice begins on each axis, all int32 if one of them is a tensor.
 
-    Where JAX counts in 64 bits, a Python integer beside an int32 isn't.
+    JAX wants one dtype, and with `jax_enable_x64` takes a Python integer for an int64.
     """
     if all(isinstance(number, int) for number in numbers):
         return numbers
