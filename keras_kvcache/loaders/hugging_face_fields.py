@@ -130,9 +130,8 @@ def gemma3_rope_options(fields: Fields, head_dim: int, slides: bool) -> dict[str
     nested = fields.mapping("rope_parameters")
     if nested and not nested.keys() & {_FULL, _SLIDING}:
         raise ValueError(
-            f"`rope_parameters` must have {quoted(_FULL)} and "
-            f"{quoted(_SLIDING)}. Received: "
-            f"{nested}"
+            f"`rope_parameters` must have {quoted(_FULL)} and {quoted(_SLIDING)}. "
+            f"Received: {nested}"
         )
     by_kind = Fields(nested, "rope_parameters.")
     scaling = fields.mapping("rope_scaling")

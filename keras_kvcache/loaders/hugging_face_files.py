@@ -40,8 +40,8 @@ class TensorFiles:
         for name, file_name in index.items():
             if self._paths.get(name) != folder / file_name:
                 raise ValueError(
-                    f"{file_name} must hold the tensor "
-                    f"{quoted(name)}, as {INDEX_FILE} says."
+                    f"{file_name} must hold the tensor {quoted(name)}, as "
+                    f"{INDEX_FILE} says."
                 )
 
     def _read_header(self, path: Path) -> None:
@@ -53,9 +53,8 @@ class TensorFiles:
             for name in file.keys():
                 if name in self._paths:
                     raise ValueError(
-                        f"The tensor "
-                        f"{quoted(name)} must be in one file only. Received: "
-                        f"{self._paths[name].name} and {path.name}"
+                        f"The tensor {quoted(name)} must be in one file only. "
+                        f"Received: {self._paths[name].name} and {path.name}"
                     )
                 entry = file.get_slice(name)
                 if entry.get_dtype() not in _DTYPES:

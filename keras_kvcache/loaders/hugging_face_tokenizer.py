@@ -32,10 +32,10 @@ def read_tokenizer(
         model: Its config, which names ids where the tokenizer's doesn't.
 
     Returns:
-        The tokenizer; `None` if there are no files of one; if there are, but no
-        `tokenizer.json`, one that names them where text is asked for. It stops at the
-        ids that `generation_config.json` names, or else the model's config, and at
-        the tokenizer's own end of text.
+        The tokenizer, or `None` if it has no files. If it has files, but no
+        `tokenizer.json`, an `UnreadTokenizer`. It stops at the ids that
+        `generation_config.json` names, or else the model's config, and at the
+        tokenizer's own end of text.
 
     Raises:
         ValueError: If a file is damaged or says what can't be done; the message
@@ -123,8 +123,8 @@ def _known_ids(
 ) -> list[int]:
     """An id or a list of ids as a list, without those that the model hasn't.
 
-    Such ids, like GPT-2's in a config of a smaller vocabulary, never occur. The model
-    may well have ids that no token of the tokenizer has.
+    Such ids, like GPT-2's in a config of a smaller vocabulary, never occur. Ids that
+    the model has and the tokenizer hasn't are kept.
     """
     ids = value if isinstance(value, list) else [value] if value is not None else []
     for token_id in ids:
@@ -137,7 +137,7 @@ def _known_ids(
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """The texts of tokens that have a name, which chat templates call them by."""
+    """The texts of tokens that chat templates call by name."""
     extra = config.get("extra_special_tokens")
     named = {**config, **(extra if isinstance(extra, dict) else {})}
     tokens = {}
@@ -178,7 +178,7 @@ def _added_token(name: str, added: list[int], token_id: int | None) -> int | Non
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | dict[str, str] | None:
-    """The template or templates in files of their own, or else in the config."""
+    """The template, or several by name: from files of their own, or the config."""
     named = {
         path.stem: path.read_text(encoding="utf-8")
         for path in sorted((folder / _TEMPLATE_FOLDER).glob("*.jinja"))

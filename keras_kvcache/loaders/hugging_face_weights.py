@@ -55,9 +55,9 @@ def read_source(files: TensorFiles, source: Source) -> np.ndarray:
         arrays[0], files.read(source.twin)
     ):
         raise ValueError(
-            f"`tie_word_embeddings` must be false for a model whose "
-            f"{quoted(source.twin)} "
-            f"differs from {quoted(source.tensors[0])}. Received: true"
+            "`tie_word_embeddings` must be false for a model whose "
+            f"{quoted(source.twin)} differs from {quoted(source.tensors[0])}. "
+            "Received: true"
         )
     if source.transposed:
         arrays = [array.swapaxes(-1, -2) for array in arrays]

@@ -1,10 +1,10 @@
-"""A bar for what takes a while."""
+"""A progress bar for loading."""
 
 from __future__ import annotations
 
-# Seconds after which a bar appears: what is done by then needs none.
+# Seconds after which a bar appears: what is faster needs none.
 _DELAY = 1.0
-# Seconds between two looks of it.
+# Seconds between two updates of the bar.
 _BETWEEN = 0.1
 
 

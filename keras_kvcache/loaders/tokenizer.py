@@ -24,7 +24,8 @@ _VOCABULARY_FILE = "tokenizer.json"
 _CONFIG_FILE = "tokenizer_config.json"
 # What `save` writes.
 TOKENIZER_FILES = (_VOCABULARY_FILE, _CONFIG_FILE)
-# Of transformers' `apply_chat_template`. Taken for variables they'd be ignored.
+# Arguments of transformers' `apply_chat_template`. As variables of the template they
+# would be ignored.
 _FOREIGN_ARGUMENTS = {
     "max_length",
     "padding",
@@ -53,8 +54,8 @@ class Tokenizer:
             `"pad_token"`.
 
     Attributes:
-        vocabulary_size: The largest id of a token, plus one; some between may name
-            none. A model's own may be larger.
+        vocabulary_size: The largest id of a token, plus one. Not every smaller id need
+            name a token, and the model's own vocabulary size may be larger.
 
     Raises:
         ValueError: If an id isn't an int32 from 0 on, or an id to add is None.
@@ -160,7 +161,7 @@ class Tokenizer:
             skip_special_tokens: Whether to leave out special tokens.
 
         Returns:
-            A new `DecodeStream`; `None` if `backend` has a decoder of its own kind.
+            A new `DecodeStream`; `None` if the decoder of `backend` isn't known here.
         """
         steps = read_steps(self._backend.decoder)
         if steps is None:
@@ -190,14 +191,16 @@ class Tokenizer:
                 Entries that are `None` count as absent.
             add_generation_prompt: Whether to open the assistant's turn at the end;
                 `None` for `True`, or `False` where the last message is continued.
-            tools: As in `render_chat_template`.
-            documents: As in `render_chat_template`.
-            continue_final_message: As in `render_chat_template`.
+            tools: JSON schemas of the functions that the model may call.
+            documents: What the model may read, dictionaries, often with a `"title"`
+                and a `"text"`.
+            continue_final_message: Whether to end within the last message, which the
+                model then continues; or the key to continue, if not `"content"`.
             chat_template: Another template than the model's, or the name of one of
                 its own.
-            tokenize: Whether to give the text's ids instead, none added.
+            tokenize: Whether to return the text's ids instead; no BOS or EOS is added.
             **variables: What else the template asks for, such as `enable_thinking`;
-                they go before special tokens of the same names.
+                they replace special tokens of the same names.
 
         Raises:
             TypeError: If `messages` isn't a list of such dictionaries, or an argument
@@ -237,8 +240,9 @@ class Tokenizer:
                 chosen = "tool_use" if suits_tools else "default"
                 if chosen not in templates:
                     raise ValueError(
-                        "`chat_template` must be chosen of the model's, of which none "
-                        f"is the default: {quoted(', '.join(templates))}"
+                        "`chat_template` must name one of the model's templates, as "
+                        f"none is 'default': {quoted(', '.join(templates))}. Received: "
+                        "None"
                     )
             return templates.get(chosen, chosen)
         chosen = templates if chosen is None else chosen

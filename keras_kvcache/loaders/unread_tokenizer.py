@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-# Of tokenizers that were saved without a `tokenizer.json`.
+# Files of tokenizers that were saved without a `tokenizer.json`.
 _OLDER_FILES = (
     "tokenizer.model",
     "spiece.model",
@@ -18,7 +18,7 @@ _OLDER_FILES = (
 
 
 class UnreadTokenizer:
-    """Stops generation from ids as the model's own would, and says why text fails.
+    """Has the stop ids of a model's tokenizer, and says why text can't be used.
 
     Args:
         folder: Of the model.
