@@ -1,7 +1,7 @@
 """The command line: arguments in, a command called.
 
-Neither this nor `arguments` imports Keras: what is wrong with an argument is said at
-once, and Ctrl-C is taken care of before the slow imports.
+Neither this nor `arguments` imports Keras: wrong arguments are refused at once, and
+Ctrl-C has its handler before the slow imports.
 """
 
 from keras_kvcache.cli.arguments import DEFAULT_MODEL, parse
@@ -14,8 +14,8 @@ def main(arguments=None):
     """Runs the command line.
 
     Args:
-        arguments: List of strings. `None` for those of the process, which is the
-            command then: Ctrl-C ends it.
+        arguments: List of strings. `None` for those of the process, which Ctrl-C then
+            ends.
 
     Returns:
         The exit status: 0, 1 after an error, 130 after Ctrl-C. Arguments that are

@@ -1,4 +1,4 @@
-"""What may be typed, and what is wrong with it, told without Keras."""
+"""The command line's arguments, read and checked without Keras."""
 
 import argparse
 import importlib.util
@@ -40,7 +40,7 @@ def parse(arguments):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says which option is wrong as the beginning of a sentence."""
+    """Begins an error with the option: "--top-k must be 1 or more"."""
 
     def error(self, message):
         super().error(re.sub(r"^argument (\S+): ", r"\1 ", message))
@@ -134,10 +134,10 @@ def _add_generation(parser):
         "--cache",
         type=_cache,
         metavar="NAME",
-        help=f"what keys and values are held in ({', '.join(CODECS)}), or how long: "
-        "static keeps all, rolling:W the last W tokens, rolling without a number those "
-        "of each layer's sliding window, for models where all layers have one, auto "
-        "those where a layer has one",
+        help=f"the codec of keys and values ({', '.join(CODECS)}), or the tokens to "
+        "keep: static keeps all; rolling:W the last W; rolling those of each layer's "
+        "sliding window, for models where all layers have one; auto the same where a "
+        "layer has one, and all elsewhere",
     )
     parser.add_argument(
         "--seed", type=_integer(None), metavar="N", help="repeatable sampling"
@@ -145,7 +145,7 @@ def _add_generation(parser):
 
 
 def _received(rule, text):
-    # Nobody wants to see all of a long one again.
+    # A long text would hide the rule.
     short = text if len(text) <= 60 else f"{text[:60]}…"
     return argparse.ArgumentTypeError(f"must be {rule}. Received: {short!r}")
 
@@ -219,7 +219,7 @@ def _text(text):
 
 
 def _model(text):
-    """A name, or the path of something that is there, as far as can be told so soon."""
+    """A model's name or path, checked as far as that goes without Keras."""
     path = Path(text).expanduser()
     if path.is_dir() and not (path / "config.json").exists():
         raise argparse.ArgumentTypeError(

@@ -57,7 +57,7 @@ def generate(prompt, model, raw, dtype, cache, notices, **options):
     if prompt == "-":
         prompt = check_input(sys.stdin.read())
         if not prompt:
-            raise ValueError("Standard input must not be an empty prompt.")
+            raise ValueError("Standard input must hold a prompt. Received: ''")
     answer = _Answerer(model, dtype, cache, notices, options)
     if not raw and answer.chat_template is not None:
         prompt = answer.render([{"role": "user", "content": prompt}])
@@ -68,7 +68,7 @@ def chat(model, system, dtype, cache, notices, **options):
     """Talks turn by turn until the end of input, Ctrl-D or Ctrl-C at the prompt.
 
     Ctrl-C within an answer ends that answer. What the model's context has no room for
-    is forgotten, the oldest turn first.
+    is dropped, the oldest turn first.
     """
     answer = _Answerer(model, dtype, cache, notices, options)
     if answer.chat_template is None:
@@ -174,7 +174,7 @@ def _is_to_be_fetched(model):
 
 def _load(model, dtype):
     if _is_to_be_fetched(model):
-        # Ctrl-C leaves nothing unfinished.
+        # An exception on Ctrl-C lets `fetch` remove unfinished files.
         with interrupt_raises():
             fetch(model)
     lm = DecoderLM.from_preset(model, **({} if dtype is None else {"dtype": dtype}))
@@ -184,9 +184,9 @@ def _load(model, dtype):
 
 
 def _load_shape(model):
-    """The model without values of its weights, for which it needn't fit into memory.
+    """The model without values of its weights, so that it needn't fit into memory.
 
-    Nothing is downloaded of a model that is known by name.
+    A model that is known by name isn't downloaded for this.
     """
     # keras-hub's models need their weights to be made.
     is_hub = not _is_to_be_fetched(model) and is_of_keras_hub(model)
@@ -199,7 +199,7 @@ def _load_shape(model):
 
 
 def _check_rolling(model):
-    """Refuses rolling caches without a window before a model is loaded."""
+    """Refuses `rolling` for layers without a window, before the model is loaded."""
     if any(block.sliding_window is None for block in _load_shape(model).blocks):
         raise ValueError(
             "`cache` must be rolling:W, with how many tokens to keep, such as "

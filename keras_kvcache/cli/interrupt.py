@@ -3,9 +3,9 @@
 Python's own handler raises `KeyboardInterrupt` wherever the interpreter is: within a
 bare `except` of an import, or a callback of XLA or of the garbage collector, where it
 is swallowed; and Python would end while XLA still computes, which crashes. So Ctrl-C
-ends the command's process at once, from its first import on. Python's own handler is
-back where something is to be done about it: while a model is downloaded and at the
-prompt of a talk. Within an answer of a talk it is noted.
+ends the command's process at once, from before the slow imports on. Python's own
+handler is back where something must be done first: while a model is downloaded and at
+the prompt of a chat. Within an answer of a chat it is noted.
 
 A program that imports the package keeps its own handler.
 """

@@ -1,8 +1,8 @@
-"""What of a talk fits into a model's context."""
+"""Chats cut to a model's context."""
 
 
 def drop_oldest_turns(messages, count_tokens, context, room):
-    """The messages that a model is told, without the oldest turns if need be.
+    """Drops the oldest turns of a chat until the rest fits into the context.
 
     Args:
         messages: Perhaps a system message, which is always kept, then pairs of a

@@ -6,11 +6,11 @@ from contextlib import contextmanager
 
 
 def prepare_streams():
-    """Lets output replace what it can't show, and input bring what it can't read.
+    """Replaces what output can't encode, and keeps what input can't decode.
 
-    Python ends with an error otherwise: in an answer at the first character that the
-    terminal doesn't have, in a talk at a byte that isn't of its encoding. What can't be
-    read comes as lone surrogates, which `is_text` finds.
+    Otherwise Python ends with an error: in an answer at the first character that the
+    terminal doesn't have, in a chat at a byte that isn't of its encoding. Bytes that
+    can't be decoded come as lone surrogates, which `is_text` finds.
     """
     for stream, errors in ((sys.stdout, "replace"), (sys.stdin, "surrogateescape")):
         if hasattr(stream, "reconfigure"):
@@ -18,12 +18,12 @@ def prepare_streams():
 
 
 def is_text(text):
-    """Whether all of a string was valid where it came from."""
+    """Whether a string has no lone surrogates, which stand for undecodable bytes."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def check_input(text):
-    """Refuses what standard input brought if it couldn't be read.
+    """Refuses text from standard input that couldn't be decoded.
 
     Args:
         text: What was read.

@@ -10,7 +10,7 @@ _EVENTS = ("/jax/core/compile/", "/keras_kvcache/compile/")
 
 
 class CompileClock:
-    """Within it, notes when programs are compiled, where JAX does that."""
+    """A context manager that notes when JAX compiles programs."""
 
     def __init__(self):
         self._spans = []
@@ -34,7 +34,7 @@ class CompileClock:
             self._spans.append((end - duration, end))
 
     def seconds(self, since=-math.inf):
-        """Seconds spent on it from a time of `time.perf_counter` on."""
+        """Seconds of compilation after a time, as `time.perf_counter` gives it."""
         # Spans lie within others: a function that is traced calls others.
         total, reached = 0.0, since
         for start, end in sorted(self._spans):
