@@ -10,24 +10,24 @@ from keras_kvcache.ops import can_trace, trace
 
 
 def run_block(block, x, **arguments):
-    """Calls a block, whose arguments these are."""
+    """Calls a block with these arguments, as `BlockPrograms` does."""
     return block(x, **arguments)
 
 
 class BlockPrograms:
-    """Runs steps of one token by programs, each traced once for blocks that are alike.
+    """Runs blocks for one token as programs; blocks that are alike share one.
 
-    Called as `run_block` and with what it returns, but that the self-attention cache
-    is given away: its arrays may be those that come back. A block that can't be traced
-    is called as it is, and so are all blocks for more than one token, as each number
-    of tokens would be a program, and where the backend is JAX.
+    It is called like `run_block` and returns the same, but the self-attention cache is
+    donated: its arrays may be those that come back. A block is called without a program
+    if it can't be traced, if there is more than one token, as each number of tokens
+    would need its own program, and on JAX.
     """
 
     def __init__(self):
         self._programs, self._descriptions = {}, {}
 
     def __call__(self, block, x, **arguments):
-        """Calls a block; see the class."""
+        """Calls a block, by its program where there can be one."""
         if not can_trace() or x.shape[1] != 1:
             return block(x, **arguments)
         weights = [ops.convert_to_tensor(weight.value) for weight in block.variables]
@@ -45,9 +45,9 @@ class BlockPrograms:
         return jax.tree_util.tree_unflatten(returned, program(*tensors))
 
     def _describe(self, block):
-        """What tells blocks apart but for their weights, which may be known by shape.
+        """A key: equal for blocks that may share a program if their shapes agree.
 
-        Of a block with layers of another model that is the block itself.
+        A block that has layers of another model shares none: it is its own key.
         """
         if id(block) not in self._descriptions:
             description = block
@@ -61,7 +61,7 @@ class BlockPrograms:
 
 
 def _trace_block(block, tensors, structure):
-    """The program of a block and the structure of what it returns, `None`s if none."""
+    """A block's program and the structure of its result, or two `None`s."""
     variables, returned = list(block.variables), None
 
     def function(*tensors):
@@ -74,11 +74,11 @@ def _trace_block(block, tensors, structure):
         leaves, returned = jax.tree_util.tree_flatten(outputs)
         return tuple(leaves)
 
-    # Of each leaf the number of the argument, to find those of the cache by name.
+    # In the place of each leaf its argument's number, to know those of the cache.
     numbers = range(len(variables), len(tensors))
     _, arguments = jax.tree_util.tree_unflatten(structure, numbers)
     donated = jax.tree_util.tree_leaves(arguments.get("self_attention_cache"))
     try:
         return trace(function, tensors, donated), returned
-    except Exception:  # A layer of somebody else's may depend on values, say.
+    except Exception:  # Such as for a user's layer that depends on values.
         return None, None

@@ -332,9 +332,9 @@ class CachedMultiHeadAttention(
 
     def _has_kernel(self):
         """Whether Keras' fused attention computes what the layer is to compute."""
-        # JAX's wants one head size, and its softmax is float32's whatever comes in.
+        # JAX's wants one head size, and its softmax is float32 for every dtype.
         suits = self._key_dim == self._value_dim and self.compute_dtype != "float64"
-        # Asked for flash attention it shall say so.
+        # Where flash attention is asked for, Keras' own error shall say so.
         return (suits or self._flash_attention) and self.logit_soft_cap is None
 
     def _attends_one_axis(self, query):

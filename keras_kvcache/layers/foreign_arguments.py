@@ -1,4 +1,4 @@
-"""What takes the place of constructor arguments that other attention layers have.
+"""Advice on constructor arguments of other attention layers: what to write instead.
 
 The names are those of Keras' and keras-hub's grouped-query layers, PyTorch's layer,
 flax, mlx and the configurations of transformers.
@@ -80,17 +80,17 @@ ADVICE = {
 
 
 class ExplainsForeignArguments:
-    """Gives a layer the error that says what takes the place of a foreign name."""
+    """Lets a layer refuse foreign argument names, and say what to write instead."""
 
     def __new__(cls, *args, **kwargs):
-        """Checks names before Python misses those of the same meaning."""
+        """Checks names before Python complains that required arguments are missing."""
         owner = next(base for base in cls.__mro__ if "__init__" in vars(base))
-        # The constructor of a subclass may take names of its own out of `kwargs`.
+        # A subclass's constructor may take its own names out of `kwargs` first.
         if ExplainsForeignArguments in owner.__bases__:
             refuse_unknown(cls, cls.__init__, kwargs, ADVICE, leaves_rest=True)
         return super().__new__(cls, *args, **kwargs)
 
     def __init__(self, *args, **kwargs):
-        # Of a subclass here is what it has handed on.
+        # From a subclass these are the arguments that it passes on.
         refuse_unknown(type(self), type(self).__init__, kwargs, ADVICE, True)
         super().__init__(*args, **kwargs)

@@ -11,15 +11,15 @@ _OWN = re.compile(r"cached_multi_head_attention(_\d+)?$")
 
 
 class ExplainsForeignFiles:
-    """Gives a layer the error that names how another layer's weights come in.
+    """Lets a layer refuse another attention layer's file, and say how to load it.
 
     In a functional model Keras looks for a layer's weights under the name of its class
     and its number among layers of that class. So a file of a model with Keras' own
-    attention has none for ours; which are whose is known only in a model of that kind.
+    attention has none for ours, and only such a model can load it.
     """
 
     def load_own_variables(self, store):
-        """Reads the layer's weights; Keras' layers below it read their own.
+        """Reads the layer's weights; its sublayers read their own.
 
         Args:
             store: What Keras opened the file as.

@@ -86,7 +86,8 @@ class Experts(keras.layers.Layer):
         # the kernels would be rearranged for a single one, at many times the cost.
         shape = (self.num_experts, *ops.shape(tokens))
         answers = self._answers(ops.broadcast_to(tokens, shape), ops.convert_to_tensor)
-        # They may be infinite, of float16 above all, and 0 times that is NaN.
+        # Other experts' answers may be infinite, above all in float16: 0 times that
+        # is NaN.
         is_asked = ops.transpose(weights)[..., None] != 0
         answers = ops.where(is_asked, answers, ops.zeros_like(answers))
         return ops.einsum("te,etd->td", weights, answers)

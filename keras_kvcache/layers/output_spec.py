@@ -6,14 +6,14 @@ from keras_kvcache.caches import Cache
 
 
 def output_spec(layer, query, value, cache, return_attention_scores):
-    """What a symbolic call returns.
+    """The symbolic result of a call.
 
     Args:
         layer: The `CachedMultiHeadAttention`.
-        query, value, cache, return_attention_scores: Of its call, and checked.
+        query, value, cache, return_attention_scores: Arguments of the call, checked.
 
     Returns:
-        A `keras.KerasTensor`, or a tuple of them, as the call returns tensors.
+        A `keras.KerasTensor` or a tuple of them, in the place of the call's tensors.
 
     Raises:
         TypeError: The cache is an object that Keras can't carry.

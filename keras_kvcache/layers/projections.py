@@ -18,9 +18,8 @@ def project(layer, inputs, feature_axes=1):
     a matrix product, which reads the weights once and, where there are more, costs
     the same.
 
-    On TensorFlow and PyTorch an `EinsumDense` is a product of two matrices: their
-    `einsum` is one of many operations, or of a batch of matrices, which both are slow
-    for a row.
+    On TensorFlow and PyTorch an `EinsumDense` is computed as a product of two matrices:
+    their `einsum` is many operations, or a batched product, both slow for one row.
 
     Args:
         layer: Layer or function that projects row by row.
@@ -57,7 +56,7 @@ def _is_product(layer, feature_axes):
 
 
 def _multiply(layer, inputs, feature_axes):
-    """What an `EinsumDense` gives, by a product of two matrices."""
+    """The output of an `EinsumDense`, by a product of two matrices."""
     inputs = ops.cast(inputs, layer.compute_dtype)
     kernel = ops.cast(layer.kernel, layer.compute_dtype)
     units = kernel.shape[feature_axes:]

@@ -1,8 +1,8 @@
-"""Files remember which layers were quantized, and how.
+"""Configs and weight files that say which layers were quantized, and how.
 
-`quantize` changes which weights a layer has. Keras tells its own layers' quantization
-by their configs, and a layer that makes others within itself must tell that of those:
-they aren't in any config.
+`quantize` changes which weights a layer has. Keras saves the quantization of a layer in
+its config. Layers that another layer makes within itself are in no config, so that one
+must save their quantization.
 """
 
 import json
@@ -11,23 +11,23 @@ from types import MappingProxyType
 import keras
 import numpy as np
 
-# The key of a config, and of the weights that a layer stores.
+# The key in a config, and beside the weights that a layer stores.
 KEY = "quantization"
 
 
 class KeepsQuantization:
-    """Gives a layer that makes layers within itself a memory of their quantization.
+    """Lets a layer save how the layers that it makes within itself were quantized.
 
     Args:
-        quantization: What `quantized_layers` said of an equal layer, or `None`: its
-            parts are then made with quantized weights.
+        quantization: The result of `quantized_layers` for an equal layer, by which
+            parts are made with quantized weights; `None` for none.
         *args, **kwargs: Arguments of the layer.
     """
 
     _quantization = MappingProxyType({})
 
     def __init__(self, *args, quantization=None, **kwargs):
-        # A proxy, which Keras doesn't track.
+        # Keras would track a dictionary; it leaves a proxy alone.
         self._quantization = MappingProxyType(quantization or {})
         super().__init__(*args, **kwargs)
 
@@ -51,7 +51,7 @@ class KeepsQuantization:
             store[KEY] = np.frombuffer(json.dumps(found).encode(), "uint8")
 
     def load_own_variables(self, store):
-        """As in Keras; parts are quantized first as those were that were saved.
+        """As in Keras, after quantizing the parts as those in the file were.
 
         Raises:
             ValueError: A part was quantized in a way that needs its config.
@@ -91,11 +91,11 @@ def quantized_layers(layer, recursive=True):
 
 
 def quantize_built(layer, described):
-    """Quantizes layers that are built already, those apart that are quantized.
+    """Quantizes built layers, except those that are quantized already.
 
     Args:
         layer: The layer that they are within.
-        described: What `quantized_layers` said of an equal layer.
+        described: The result of `quantized_layers` for an equal layer.
 
     Raises:
         ValueError: A layer can only be quantized by looking at data.
@@ -111,14 +111,14 @@ def quantize_built(layer, described):
             config = keras.saving.deserialize_keras_object(config)
             part.quantize(mode.partition("/")[0], config=config)
             if keras.backend.backend() == "torch":
-                part._track_variables()  # It still holds those that are gone.
+                part._track_variables()  # It still holds the weights before.
         inner = _below(part.name, described)
         if inner:
             quantize_built(part, inner)
 
 
 def _below(name, described):
-    """What a description says of the layers within the one of this name."""
+    """The part of a description that is about layers within the one of this name."""
     prefix = f"{name}/"
     return {
         path.removeprefix(prefix): how
@@ -135,7 +135,7 @@ def _set_policy(layer, mode, config):
 
 
 def _policy_of(layer):
-    """A layer's own dtype policy, where that of many is one map, too."""
+    """A layer's own dtype policy, taken out of a map of policies if need be."""
     policy = layer.dtype_policy
     if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
         policy = policy[layer.path]

@@ -124,7 +124,7 @@ class Acceleration:
                 quantized in a way that can't be shared.
         """
         if keras.backend.backend() == "jax":
-            # A `fit` that goes on holds the weights; see `weights_of`.
+            # A running `fit` holds the weights, as `weights_of` says.
             self._causal_lm.jax_state_sync()
         check_quantization(self._causal_lm.backbone)
         token_ids = ops.convert_to_numpy(inputs[self._ids])

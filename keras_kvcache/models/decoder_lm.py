@@ -287,7 +287,7 @@ class DecoderLM(
 
     @property
     def call_inputs(self):
-        """What `call` takes, as a symbolic tensor."""
+        """The input of `call`, a symbolic tensor."""
         return token_ids_input("token_ids")
 
     def _run_with_cache(self, token_ids, cache, cache_update_index, run_block):

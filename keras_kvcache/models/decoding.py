@@ -145,7 +145,7 @@ class DecodingMethods(GenerateMethods):
         return tuple(spec.allocate() for spec in specs)
 
     def _resize_cache(self, cache, capacity, fill):
-        """What `init_cache` gave, with another number of slots."""
+        """The caches of `init_cache`, with another number of slots."""
         return resize(cache, capacity, fill)
 
     @property
@@ -161,7 +161,7 @@ class DecodingMethods(GenerateMethods):
 
         Args:
             name: What the argument with the tokens is called.
-            length: `T`, or `None` or a symbol.
+            length: `T`; `None` or a symbol where it isn't known.
             index: Position of the first token.
         """
         # An exported program's length is a symbol.
@@ -194,11 +194,11 @@ class DecodingMethods(GenerateMethods):
     def generator(self):
         """The `Generator` behind `generate` and `stream`."""
         if self._generator is None:
-            # A subclass's own caches may be of any kind.
+            # `resize` may not know the caches that a subclass makes.
             has_own = type(self).init_cache is not DecodingMethods.init_cache
             step = self.hidden_with_cache
             if type(self).hidden_with_cache is DecodingMethods.hidden_with_cache:
-                # The loop has its caches for itself, as no step of a user's own may.
+                # The loop may donate its caches; the step of a subclass may need them.
                 programs = BlockPrograms()
                 step = functools.partial(self._run_with_cache, run_block=programs)
             self._generator = Generator(
@@ -212,6 +212,6 @@ class DecodingMethods(GenerateMethods):
                 vocabulary_size=self.vocabulary_size,
                 resize_cache=None if has_own else self._resize_cache,
             )
-        # It may have been set since.
+        # A user may have set the model's tokenizer since.
         self._generator.tokenizer = self.tokenizer
         return self._generator

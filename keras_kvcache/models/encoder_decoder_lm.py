@@ -211,7 +211,7 @@ class EncoderDecoderLM(
 
     @property
     def call_inputs(self):
-        """What `call` takes, as a dictionary of symbolic tensors."""
+        """The inputs of `call`, a dictionary of symbolic tensors."""
         return {**self.encoder.input, DECODER_IDS: token_ids_input(DECODER_IDS)}
 
     def _run_with_cache(self, token_ids, cache, cache_update_index, run_block):
@@ -260,6 +260,6 @@ class EncoderDecoderLM(
         """The model that `get_config` describes."""
         encoder = keras.saving.deserialize_keras_object(config["encoder"])
         model = cls(**{**config, "encoder": encoder})
-        # Keras' attention within an encoder forgets it.
+        # Configs of Keras' own attention, as in an encoder, don't say it.
         quantize_built(model, config.get(QUANTIZATION, {}))
         return model

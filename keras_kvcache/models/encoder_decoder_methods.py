@@ -72,14 +72,14 @@ class EncoderDecoderMethods(DecodingMethods):
         return Encoded(caches, inputs.get(PADDING_MASK))
 
     def _resize_cache(self, cache, capacity, fill):
-        """As in the class above; what was encoded stays as it is."""
+        """As in `DecodingMethods`; what was encoded stays as it is."""
         cache, encoded = cache
         return super()._resize_cache(cache, capacity, fill), encoded
 
     @explains_unknown(ADVICE)
     @takes_options_of(Generator.generate)
     def generate(self, inputs, **options) -> str | list | dict:
-        """Answers what the encoder reads, going on from what the decoder is given.
+        """Answers the encoder's inputs, continuing the decoder's prompt.
 
         Args:
             inputs: With a tokenizer a string, a list of strings, or a dictionary of
@@ -124,10 +124,10 @@ class EncoderDecoderMethods(DecodingMethods):
     @explains_unknown(ADVICE)
     @takes_options_of(Generator.stream)
     def stream(self, inputs, **options) -> TextStream:
-        """Answers what the encoder reads, piece by piece.
+        """Answers the encoder's inputs, piece by piece.
 
         Args:
-            inputs: As in `generate`; of arrays lists of ids are streamed.
+            inputs: As in `generate`; for arrays lists of ids are streamed.
             max_length: The most tokens of the decoder's prompt and answer together.
             max_new_tokens: The most new tokens. The smallest of both and of the
                 model's own limit counts.

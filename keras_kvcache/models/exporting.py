@@ -5,16 +5,15 @@ from keras import tree
 
 
 class Exports:
-    """Gives a model an `export` that knows what the model is called with.
+    """Gives a model an `export` that knows the model's inputs.
 
-    It needs `call_inputs`, the names of its inputs and the shape of each.
+    It needs `call_inputs`: symbolic tensors with the inputs' names, shapes and dtypes.
     """
 
     def export(self, filepath, *args, input_signature=None, **kwargs):
-        """As `keras.Model.export`, of `call`; no call need come before.
+        """As `keras.Model.export`; the model needn't have been called before.
 
-        Keras derives the signature from an earlier call and takes token ids to be
-        floats.
+        Keras would derive the signature from an earlier call, with token ids as floats.
 
         Args:
             filepath: Where to write.

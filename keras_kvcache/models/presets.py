@@ -168,9 +168,8 @@ def assign_weights(model, weights):
             value = weights[name]()
             if tuple(value.shape) != tuple(variable.shape):
                 raise ValueError(
-                    f"The weight "
-                    f"{quoted(name)} must have the shape {tuple(variable.shape)}. "
-                    f"Received: {tuple(value.shape)}"
+                    f"The weight {quoted(name)} must have the shape "
+                    f"{tuple(variable.shape)}. Received: {tuple(value.shape)}"
                 )
             variable.assign(value)
             bar.update(sizes[name])
@@ -233,7 +232,7 @@ def _construct(cls, config, load_weights):
 
 @contextlib.contextmanager
 def _bar_of_blocks(model):
-    """A bar that moves on whenever Keras comes to the weights of a block."""
+    """A progress bar that moves on whenever Keras has loaded a block's weights."""
     with loaders.progress_bar("Loading weights", model.count_params()) as bar:
 
         def counted(block):

@@ -16,12 +16,12 @@ from keras_kvcache.quotes import quoted, shortened
 OBJECT_FILE, OBJECT_FOLDER = "tokenizer_object.json", "tokenizer_object"
 # All that `save_tokenizer` may write.
 TOKENIZER_FILES = (*loaders.TOKENIZER_FILES, OBJECT_FILE, OBJECT_FOLDER)
-# Set while a model is pickled, whose tokenizer goes beside the model's file.
+# Set while a model is pickled: its tokenizer goes beside the model's file, not into it.
 _goes_beside = contextvars.ContextVar("goes_beside", default=False)
 
 
 class KeepsTokenizer:
-    """Gives a model whose `tokenizer` is written and read with it."""
+    """Lets a model save, load, pickle and copy its `tokenizer` with itself."""
 
     def save_assets(self, directory):
         """Writes the tokenizer into the folder that Keras gives the model's files.
@@ -43,7 +43,7 @@ class KeepsTokenizer:
             self.tokenizer = tokenizer
 
     def __reduce__(self):
-        """Pickles and copies the model by Keras' file, the tokenizer as it is."""
+        """Pickles and copies the model as Keras' file, and the tokenizer itself."""
         token = _goes_beside.set(True)
         try:
             load, arguments = super().__reduce__()
@@ -60,15 +60,15 @@ def _unpickle(load, arguments, tokenizer):
 
 
 def save_tokenizer(tokenizer, directory):
-    """Writes a tokenizer into a folder, or warns that it can't be.
+    """Writes a tokenizer into a folder, or warns that it can't be saved.
 
-    It's written if it is a `keras_kvcache` tokenizer, or one of a class that is
-    registered by `keras.saving.register_keras_serializable` and has `get_config` and
-    `from_config`; it may have `save_assets(directory)` and `load_assets(directory)`.
-    Weights that took hours must not be lost for the sake of any other.
+    It's written if it is one of this package, or of a class that is registered by
+    `keras.saving.register_keras_serializable` and has `get_config` and `from_config`;
+    it may have `save_assets(directory)` and `load_assets(directory)`. For any other a
+    warning is enough: an error would lose the weights that are to be saved.
 
     Args:
-        tokenizer: The tokenizer, or `None`, of which nothing is written.
+        tokenizer: The tokenizer, or `None` to write nothing.
         directory: Path of an existing folder.
     """
     if tokenizer is None:
@@ -104,7 +104,7 @@ def load_tokenizer(directory):
         return loaders.Tokenizer.load(directory)
     if not (directory / OBJECT_FILE).exists():
         return None
-    # It registers its classes, and its package imports models, which import this.
+    # It registers its classes. Imported late, as its package imports this module.
     from keras_kvcache.models.hub import tokenizer as _  # noqa: F401
 
     described = loaders.read_json(directory / OBJECT_FILE)
@@ -124,7 +124,7 @@ def load_tokenizer(directory):
 
 
 def move_tokenizer(source, directory):
-    """Puts the tokenizer of one folder into another, in place of what is there."""
+    """Moves a tokenizer from one folder to another and replaces the one there."""
     for name in TOKENIZER_FILES:
         new, old = source / name, directory / name
         if old.is_dir():
