@@ -4,8 +4,8 @@ Keras asks for TensorFlow unless told otherwise. This package is fast on JAX, so
 JAX is the backend if nobody chose one: neither `KERAS_BACKEND` in the
 environment nor an `import keras` before this one.
 
-Importing the package imports neither Keras nor JAX, unless Keras is there already;
-the first use does, or the first `import keras`.
+Importing the package imports neither Keras nor JAX, unless Keras is there already. They
+are imported when the package is first used, or by the first `import keras`.
 """
 
 import importlib as _importlib
@@ -40,6 +40,7 @@ __all__ = [
     "samplers",
 ]
 
+# Imported when first used: subpackages, and names by the module that they come from.
 _FOLDERS = ("caches", "generation", "layers", "loaders", "models", "ops", "samplers")
 _HOMES = {
     "DecoderLM": "models",

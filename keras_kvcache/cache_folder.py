@@ -1,4 +1,4 @@
-"""Where models that were downloaded and what was compiled are kept."""
+"""The folder that keeps downloaded models and compiled programs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def explain(error: OSError) -> str | None:
     """Why nothing can be kept in the folder, and how to have another.
 
     Args:
-        error: What writing there failed with.
+        error: The error that writing there raised.
 
     Returns:
         Two sentences, or `None` if the error is about something else.

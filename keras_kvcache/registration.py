@@ -1,8 +1,8 @@
 """Lets Keras know the package's classes wherever it may be asked to load one.
 
 `keras.saving.load_model` finds a class of another package only if its module was
-imported, which registers it. To import all of them with the package would make Keras
-and JAX come with it, which take seconds. So they are imported once Keras is.
+imported, which registers it. Importing all these modules with the package would import
+Keras and JAX, too, which take seconds. So they are imported once Keras is.
 """
 
 import importlib
@@ -10,7 +10,7 @@ import importlib.util
 import sys
 from importlib.abc import MetaPathFinder
 
-# With what these import, all modules that register a class.
+# These, and the modules that they import, register all classes.
 MODULES = ("models", "models.accelerate", "models.hub")
 
 
@@ -18,14 +18,14 @@ def register_with_keras(folders):
     """Imports the package's classes: now if Keras is there already, else after it.
 
     Args:
-        folders: Names of the package's folders that import Keras. The first of them to
-            be imported brings the other classes along, too.
+        folders: Names of the package's folders that import Keras. After the first one
+            that is imported, all classes are.
     """
     if "keras" in sys.modules:
         _import_all()
     else:
         names = {"keras", *(f"keras_kvcache.{folder}" for folder in folders)}
-        sys.meta_path.insert(0, _After(names))
+        sys.meta_path.insert(0, _ImportsClasses(names))
 
 
 def _import_all():
@@ -33,15 +33,15 @@ def _import_all():
         importlib.import_module(f"keras_kvcache.{module}")
 
 
-class _After(MetaPathFinder):
-    """Imports the package's classes after the first of some modules."""
+class _ImportsClasses(MetaPathFinder):
+    """Imports the package's classes right after the first of some modules."""
 
     def __init__(self, names):
         self._names = names
         self._is_searching = False
 
     def find_spec(self, name, path=None, target=None):
-        """The spec that others find, its module followed by the classes."""
+        """The spec that other finders give; running its module imports the classes."""
         if name not in self._names or self._is_searching:
             return None
         self._is_searching = True
@@ -53,7 +53,7 @@ class _After(MetaPathFinder):
             run = spec.loader.exec_module
 
             def run_then_import(module):
-                # Not before: whoever only looks for a spec imports nothing.
+                # Only now: whoever looks for a spec alone must import nothing.
                 is_first = self in sys.meta_path
                 if is_first:
                     sys.meta_path.remove(self)

@@ -8,7 +8,7 @@ from keras_kvcache.quotes import quoted
 
 
 def explains_unknown(advice):
-    """Decorates a method that is called with names of other packages, too.
+    """Decorates a method that users may call with argument names of other packages.
 
     Args:
         advice: As in `refuse_unknown`.
@@ -38,7 +38,7 @@ def refuse_unknown(owner, method, options, advice, leaves_rest=False):
         options: Dictionary of the arguments that were given by name.
         advice: Mapping from a name to what takes its place: a text, or a function that
             makes it of all that was given by unknown names.
-        leaves_rest: Whether names of which there is nothing to say pass.
+        leaves_rest: Whether unknown names without advice pass.
 
     Raises:
         TypeError: A name is unknown.
@@ -53,7 +53,7 @@ def refuse_unknown(owner, method, options, advice, leaves_rest=False):
 
 
 def _parameters(owner, method):
-    """Names of a method's arguments; where it passes on, of its base classes', too."""
+    """Names of a method's arguments, and of its bases' if it has `**kwargs`."""
     names, methods = {}, [method]
     if _passes_on(method):
         bases = (vars(base).get(method.__name__) for base in owner.__mro__)
@@ -71,7 +71,7 @@ def _passes_on(method):
 
 
 def _advise(name, unknown, known, advice):
-    """What takes the place of a name, or `None`."""
+    """The advice on a name, or `None`."""
     if name not in advice:
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
         if close:

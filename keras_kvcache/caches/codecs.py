@@ -22,7 +22,7 @@ from keras_kvcache.ops import (
 )
 
 DTYPES = ("float32", "float16", "bfloat16")
-# And what is for comparisons rather than for decoding.
+# float64 is for comparisons, not for decoding.
 FLOATS = (*DTYPES, "float64")
 
 # What bfloat16 numbers that belong to codes are held as: whole numbers of their bits.
@@ -260,8 +260,8 @@ def get_codec(identifier, dtype="float32"):
     Args:
         identifier: `"float32"`, `"float16"`, `"bfloat16"`, `"float64"`, `"int8"`,
             `"int4"`, a `Codec`, or `None` for entries of `dtype` as they are.
-        dtype: Dtype of what a codec by name keeps exactly; float64 stands for float32
-            where the backend computes in that instead.
+        dtype: Dtype of what a codec by name keeps exactly. float64 becomes float32
+            where the backend has no float64.
 
     Returns:
         A `Codec`.

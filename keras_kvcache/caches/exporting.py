@@ -21,10 +21,10 @@ CODECS = {
 
 
 def register():
-    """Lets functions be serialized that take or give caches.
+    """Lets `jax.export` serialize functions that take or return caches.
 
-    The static fields of a cache are numbers, `None` and its codec, which is JSON as a
-    dictionary of its class and its fields.
+    The static fields of a cache become JSON: numbers and `None` as they are, a codec as
+    a dictionary of its class and its fields.
     """
     for node in NODES:
         export.register_pytree_node_serialization(

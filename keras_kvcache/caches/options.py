@@ -1,4 +1,4 @@
-"""What users say of the caches they want."""
+"""The `cache` argument of `generate`: kind, codec and layout."""
 
 from keras_kvcache.caches.codecs import CODECS, FLOATS, Codec
 from keras_kvcache.caches.kinds import Rolling, Static

@@ -1,8 +1,7 @@
 """New text from tokens that come one by one.
 
-Which text is new: of the text of prompt and answer, decoded together, all but what it
-begins with in common with the text of the prompt. So where decoding them together gives
-the prompt and more, new is what comes after the prompt.
+Prompt and answer are decoded together. New is this text without the longest prefix that
+it has in common with the decoded prompt: mostly all that comes after the prompt.
 """
 
 import os
@@ -14,13 +13,14 @@ REPLACEMENT = "\ufffd"
 class Detokenizer:
     """Gives the new text of a growing row of tokens, piece by piece.
 
-    The pieces, joined, are the `new_text` of the row, however its tokens are parted.
-    Exactly so for the tokenizers of this package; for others if a token changes
-    decoded text at its end only, by completing characters and appending.
+    The pieces, joined, are the `new_text` of the row, however its tokens are split into
+    calls. That holds for the tokenizers of this package, and for others if a further
+    token changes the decoded text at its end only, by completing a character or
+    appending.
 
     Args:
         tokenizer: Object with `decode(ids) -> text`. If it has a method
-            `decode_stream()`, that gives, unless it gives `None`, an object with
+            `decode_stream()`, that returns `None`, or an object with
             `push(ids) -> text` and `flush() -> text`, which decodes in parts.
         prompt_ids: The tokens before the first new one.
         prompt: The text that they were made of, if there is one.
@@ -31,7 +31,7 @@ class Detokenizer:
         self._stream = make_stream() or WindowedStream(tokenizer.decode)
         shown = shown_text(tokenizer, prompt_ids, prompt)
         settled = self._stream.push([int(token) for token in prompt_ids])
-        # What of the prompt may still turn out otherwise.
+        # The end of the prompt's text, which the next tokens may change.
         self._shown = shown.removeprefix(settled)
 
     def push(self, token_ids):
@@ -39,7 +39,7 @@ class Detokenizer:
         return self._new(self._stream.push([int(token) for token in token_ids]))
 
     def flush(self):
-        """What was held back and won't become whole any more."""
+        """The new text that was held back, now that no token follows."""
         return self._new(self._stream.flush())
 
     def _new(self, text):
@@ -49,17 +49,17 @@ class Detokenizer:
 
 
 def new_text(tokenizer, prompt_ids, new_ids, prompt=None):
-    """The text that new tokens add to a prompt's. Arguments as in `Detokenizer`."""
+    """The text that new tokens add to a prompt; arguments as in `Detokenizer`."""
     shown = shown_text(tokenizer, prompt_ids, prompt)
     whole = tokenizer.decode([int(token) for token in (*prompt_ids, *new_ids)])
     return whole[len(os.path.commonprefix([shown, whole])) :]
 
 
 def shown_text(tokenizer, prompt_ids, prompt):
-    """The text of a prompt as decoding gives it: without special tokens, say.
+    """The text of a prompt as decoding gives it, such as without special tokens.
 
-    Some decoders write a space before the next word only. If the prompt ends in it,
-    the next word has none before it.
+    Some decoders write a space only with the word that follows it. So spaces at the end
+    of the prompt are added: else they would count as new text.
     """
     decoded = tokenizer.decode([int(token) for token in prompt_ids])
     if prompt is not None and prompt.startswith(decoded):
@@ -79,10 +79,10 @@ class WindowedStream:
         decode: Function of a list of ids that gives their text.
     """
 
-    # So many ids are decoded at a time before a window begins anew, with so many
-    # before the newest.
+    # A window of more ids than the first number is cut; as many as the second stay, or
+    # more.
     LONGEST, CONTEXT = 48, 8
-    # More U+FFFD than these are no bytes of a run that becomes valid.
+    # A longer run of U+FFFD is given: it won't become valid any more.
     MOST_HELD = 256
 
     def __init__(self, decode):
@@ -104,7 +104,7 @@ class WindowedStream:
         return piece
 
     def flush(self):
-        """What was held back."""
+        """The text that was held back."""
         return self._give(self._decode(self._ids))
 
     def _give(self, text):
@@ -113,7 +113,7 @@ class WindowedStream:
         return piece
 
     def _begin_anew(self, text):
-        """Forgets ids that the text of later ones doesn't depend on."""
+        """Cuts the window: forgets ids that later text doesn't depend on."""
         for length in range(self.CONTEXT, self.LONGEST):
             ids = self._ids[-length:]
             context = self._decode(ids)

@@ -1,4 +1,4 @@
-"""What takes the place of arguments that `generate` has in other packages.
+"""Advice on arguments that `generate` has in other packages: what to write instead.
 
 The names are those of transformers, keras-hub, mlx-lm, llama.cpp's Python package and
 OpenAI's interface.

@@ -59,10 +59,10 @@ class Generator:
             positions may nevertheless go on. `None` if they never may.
         vocabulary_size: `V`, to check ids against; `None` to leave them unchecked.
         sampler: What to sample with unless told otherwise; see `samplers.get`.
-        resize_cache: `(cache, capacity, fill) -> cache` with so many slots, of which
-            `fill` hold tokens, as `keras_kvcache.caches.resize`. With it, caches whose
-            end is far begin with fewer slots, which `init_cache` is told as `room`, and
-            grow as the text does. `None` if they have all from the start.
+        resize_cache: `(cache, capacity, fill) -> cache` with `capacity` slots, of which
+            `fill` hold tokens, such as `keras_kvcache.caches.resize`. With it, caches
+            for many new tokens begin with fewer slots, which `init_cache` gets as
+            `room`, and grow with the text. `None` if they have all slots at once.
 
     On JAX, generation compiles: one program that decodes and up to three that
     run prompts, for each batch size, cache capacity and kind of sampler met.
@@ -176,8 +176,8 @@ class Generator:
             a list of answers.
 
         Raises:
-            TypeError: An argument is of the wrong kind or unknown; of names that
-                other packages have for it the message says what to write.
+            TypeError: An argument is of the wrong kind or unknown; for a name from
+                another package the message says what to write instead.
             ValueError: A prompt is empty, too long or not in the vocabulary, an
                 argument is out of range, or messages came and there is no chat
                 template.

@@ -5,21 +5,22 @@ import itertools
 from keras_kvcache.caches.sizes import segment_sizes
 from keras_kvcache.generation.sizes import capacity_for
 
-# New tokens for which there are slots from the start. Where there may be more, caches
-# begin with place for at least as many as here, which most answers don't reach: slots
-# take time to allocate, and programs that read many segments take time to compile.
+# Up to this many new tokens have slots from the start.
 MOST_AT_ONCE = 1024
+# If there may be more, caches begin with slots for at least this many, as most answers
+# are short: slots take time to allocate, and programs that read many segments take time
+# to compile.
 FEWEST_AT_FIRST = 128
 
 
 def growing_capacities(length, end, limit=None):
-    """How many slots caches have, one number after the other.
+    """The capacities that caches have, one after the other.
 
     Each is where a segment ends (256, 1024, 2048, 4096, …), so that growing adds
     segments and copies nothing.
 
     Args:
-        length: Of the longest prompt.
+        length: Tokens of the longest prompt.
         end: The position past the last possible token of all rows.
         limit: The most slots, or `None`.
 
@@ -49,7 +50,7 @@ class Growth:
         self._fill = fill
 
     def has_room(self, steps):
-        """Whether so many steps fit as it is."""
+        """Whether so many steps fit without growing."""
         return not self._larger or self._fill + steps <= self._capacity
 
     def grow(self, cache):
@@ -58,5 +59,5 @@ class Growth:
         return self._resize(cache, self._capacity, self._fill)
 
     def advance(self, steps):
-        """Notes that so many steps are made, or fewer."""
+        """Counts steps that were made; rows may have stopped before."""
         self._fill += steps

@@ -7,7 +7,7 @@ from keras_kvcache.generation.generator import Generator
 
 
 def _as_method(method):
-    """A method of the generator as that of a model, documented as it is."""
+    """A method of `Generator` as one of a model, with the same documentation."""
 
     @functools.wraps(method)
     def of_model(self, *arguments, **options):
@@ -18,7 +18,7 @@ def _as_method(method):
 
 
 def takes_options_of(method):
-    """Gives a method that hands its `**options` on the signature of `method`."""
+    """Shows the signature of `method` on one that passes its `**options` to it."""
 
     def decorate(function):
         function.__signature__ = inspect.signature(method)

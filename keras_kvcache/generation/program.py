@@ -73,14 +73,14 @@ def make_program(function, model, donate=(), static=()):
 def weights_of(model):
     """The values of a model's variables, those that a running `fit` holds included.
 
-    Within an epoch Keras' trainer on JAX has the values of what it trains, and the
-    variables have none. It gives them back, as it does for a callback's `self.model`.
+    Within an epoch Keras' trainer on JAX holds the values, and the variables have none.
+    `jax_state_sync` gives them back, as Keras does for a callback's `self.model`.
 
     Args:
         model: A `keras.Model`.
 
     Raises:
-        RuntimeError: Another model has the variables, and trains them now.
+        RuntimeError: A model that this one is part of is being trained and holds them.
     """
     model.jax_state_sync()
     try:

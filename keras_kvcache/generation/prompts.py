@@ -1,4 +1,4 @@
-"""What users generate from: texts, messages, token ids, keras-hub's dictionaries."""
+"""The inputs of `generate`: texts, messages, token ids, keras-hub's dictionaries."""
 
 import numbers
 from collections.abc import Mapping
@@ -92,7 +92,7 @@ def _are_messages(prompt):
 
 
 def _read_chats(chats, tokenizer, vocabulary_size):
-    """Conversations as the text that the chat template makes of them."""
+    """Conversations, as the texts that the chat template makes of them."""
     if getattr(tokenizer, "chat_template", None) is None:
         raise ValueError(
             "`inputs` may be messages only if the model's tokenizer has a "

@@ -108,7 +108,7 @@ def decode(model, state, limits, sampler, seed, steps, width, channel=None):
         step_seed = ops.stack([seed, ops.cast(state.step, "uint32")])
         sampled = _sample(model.logits(outputs[:, 0]), sampler, step_seed)
         emitted = ops.where(state.done, NO_TOKEN, sampled)
-        # Of one dtype both, which JAX insists on, also where it counts in 64 bits.
+        # JAX wants both of one dtype, with `jax_enable_x64`, too.
         place = (ops.zeros_like(count), count)
         tokens = ops.slice_update(tokens, place, emitted[:, None])
         # A finished row stands still: it feeds its last token again and again.

@@ -75,7 +75,7 @@ class Sampler:
 
 
 def _shown(parameter):
-    """A number as it is, of a tensor the shape and the dtype."""
+    """A number as it is; a tensor by its shape and dtype."""
     shape = getattr(parameter, "shape", None)
     if shape is None:
         return repr(parameter)
