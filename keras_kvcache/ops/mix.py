@@ -14,7 +14,7 @@ from keras_kvcache.ops.view import slots_of
 
 # Slots that are checked at a time: few, so that this takes little memory.
 BLOCK = 16
-# Of keys as many as some codecs code together.
+# For keys whole groups, as some codecs encode 32 tokens of them together.
 KEY_BLOCK = 32
 
 

@@ -1,4 +1,4 @@
-"""Functions of which Keras makes float32 where they are given float64."""
+"""Functions that keep float64; those of `keras.ops` return float32 for it."""
 
 import keras
 from keras import ops
