@@ -15,6 +15,7 @@ import attention_cases as cases
 import keras
 import numpy as np
 import pytest
+from conftest import skip_if_too_new
 from keras import layers, ops
 
 from keras_kvcache.layers import CachedMultiHeadAttention, RotaryEmbedding
@@ -228,10 +229,6 @@ def step(token_ids, caches, index):
 }
 
 
-# TensorFlow's words where JAX writes in a newer format than it knows, any model.
-TOO_NEW = "failed to deserialize portable artifact"
-
-
 def run_script(script, *arguments, **environment):
     result = subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)],
@@ -239,8 +236,7 @@ def run_script(script, *arguments, **environment):
         capture_output=True,
         text=True,
     )
-    if TOO_NEW in result.stderr:
-        pytest.skip("this TensorFlow is too old for what this JAX exports")
+    skip_if_too_new(result.stderr)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 

@@ -256,6 +256,10 @@ def test_older_files_are_named_where_text_is_asked_for(tmp_path, names):
     model = dict(vocab_size=331, eos_token_id=[317, 331])
     tokenizer = read_tokenizer(tmp_path, model)
     assert tokenizer.stop_token_ids == (317,)
-    for ask in (lambda: tokenizer.encode("a"), lambda: tokenizer.decode([1])):
+    for ask in (
+        lambda: tokenizer.encode("a"),
+        lambda: tokenizer.decode([1]),
+        lambda: tokenizer.chat_template,
+    ):
         with pytest.raises(ValueError, match=f"tokenizer.json.*{', '.join(names)}"):
             ask()

@@ -153,7 +153,7 @@ if sys.argv[1] != "none":
     name, value = sys.argv[1].split("=")
     jax.config.update(name, {"True": True}.get(value, value))
 sys.path.insert(0, sys.argv[2])
-import keras, numpy as np
+import keras, keras_kvcache, numpy as np
 from test_numbers import PROMPTS, make_lm
 from keras_kvcache import samplers
 from keras_kvcache.caches import Rolling
@@ -169,6 +169,17 @@ for lm in (make_lm(), make_lm(sliding_window=5, final_logit_soft_cap=3.0)):
         answers.append(rows)
     sampler = samplers.top_p(0.9, 0.8, k=17)
     answers.append(lm.generate(PROMPTS, max_new_tokens=5, sampler=sampler, seed=3))
+import keras_hub
+backbone = keras_hub.models.GPT2Backbone(
+    vocabulary_size=61, num_layers=1, num_heads=2, hidden_dim=34, intermediate_dim=41
+)
+causal_lm = keras_hub.models.GPT2CausalLM(backbone=backbone)
+causal_lm.compile(sampler="greedy")
+token_ids = np.array([[5, 7, 0, 0, 0, 0, 0], [3, 0, 0, 0, 0, 0, 0]])
+inputs = {"token_ids": token_ids, "padding_mask": token_ids != 0}
+with keras_kvcache.accelerate(causal_lm):
+    answer = causal_lm.generate(inputs, stop_token_ids=None)
+answers.append(answer["token_ids"].tolist())
 print(json.dumps(answers))
 """
 

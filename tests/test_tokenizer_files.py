@@ -11,7 +11,7 @@ from conftest import make_lm
 from vocabularies import EOS, byte_level, sentence_piece
 
 from keras_kvcache import DecoderLM, EncoderDecoderLM
-from keras_kvcache.loaders import Tokenizer
+from keras_kvcache.loaders import Tokenizer, UnreadTokenizer
 from keras_kvcache.loaders.gguf_tokenizer import build_tokenizer
 
 PROMPT = "hello 1234"
@@ -211,3 +211,17 @@ def test_one_of_keras_hub(way, tmp_path):
     expected = lm.generate("on the moon", max_new_tokens=7)
     assert loaded.generate("on the moon", max_new_tokens=7) == expected
     assert loaded.tokenizer.stop_token_ids == lm.tokenizer.stop_token_ids
+
+
+@WAYS
+def test_a_tokenizer_that_is_not_read_stays_so(way, tmp_path):
+    files = ["tokenizer.model"]
+    lm = make_writer(UnreadTokenizer(tmp_path / "llama", files, [7, 11]))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*tokenizer.*")
+        loaded = way(lm, tmp_path)
+    assert loaded.tokenizer.stop_token_ids == (7, 11)
+    for inputs in ("a", [{"role": "user", "content": "a"}]):
+        with pytest.raises(ValueError, match="`tokenizer.json`.*has tokenizer.model"):
+            loaded.generate(inputs, max_new_tokens=3)
+    assert loaded.generate([5, 7], max_new_tokens=3)

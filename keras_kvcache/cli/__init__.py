@@ -4,6 +4,8 @@ Neither this nor `arguments` imports Keras: wrong arguments are refused at once,
 Ctrl-C has its handler before the slow imports.
 """
 
+import os
+
 from keras_kvcache.cli.arguments import DEFAULT_MODEL, parse
 from keras_kvcache.cli.interrupt import end_process, set_handler
 
@@ -24,6 +26,8 @@ def main(arguments=None):
     if arguments is None:
         set_handler(end_process)
     options = parse(arguments)
+    # keras-hub imports TensorFlow, whose notes would stand before an error.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     from keras_kvcache.cli import commands
 
     return commands.run(options.pop("command"), **options)

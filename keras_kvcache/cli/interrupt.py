@@ -12,23 +12,8 @@ A program that imports the package keeps its own handler.
 
 import os
 import signal
-import sys
 import threading
 from contextlib import contextmanager
-
-
-def is_command():
-    """Whether this process is `keras-kvcache` or `python -m keras_kvcache`.
-
-    While Python imports the package that `-m` names, or one that holds the module that
-    it names, `sys.argv[0]` is `"-m"`. The name is in `sys.orig_argv` then, before the
-    same arguments.
-    """
-    program = "".join(sys.argv[:1])
-    if program == "-m":
-        module = "".join(sys.orig_argv[-len(sys.argv) :][:1])
-        return module.removeprefix("-m").partition(".")[0] == "keras_kvcache"
-    return os.path.basename(program).removesuffix(".exe") == "keras-kvcache"
 
 
 def set_handler(handler):

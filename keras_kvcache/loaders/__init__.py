@@ -9,6 +9,7 @@ from keras_kvcache.loaders.hugging_face import read_hugging_face
 from keras_kvcache.loaders.json_file import read_json
 from keras_kvcache.loaders.progress import progress_bar
 from keras_kvcache.loaders.tokenizer import TOKENIZER_FILES, Tokenizer
+from keras_kvcache.loaders.unread_tokenizer import UnreadTokenizer
 
 __all__ = [
     "PRESETS",
@@ -17,6 +18,7 @@ __all__ = [
     "DownloadError",
     "Preset",
     "Tokenizer",
+    "UnreadTokenizer",
     "fetch",
     "get_preset",
     "known_presets",

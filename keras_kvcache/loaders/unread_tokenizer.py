@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 # Files of tokenizers that were saved without a `tokenizer.json`.
 _OLDER_FILES = (
@@ -27,8 +28,12 @@ class UnreadTokenizer:
     """
 
     def __init__(
-        self, folder: Path, files: Sequence[str], stop_token_ids: Sequence[int] = ()
+        self,
+        folder: str | Path,
+        files: Sequence[str],
+        stop_token_ids: Sequence[int] = (),
     ):
+        self._folder, self._files = folder, tuple(files)
         self._reason = (
             f"Text needs the tokenizer's `tokenizer.json`; {folder} has "
             f"{', '.join(files)}, which aren't read. transformers makes one: "
@@ -52,6 +57,28 @@ class UnreadTokenizer:
             ValueError: Always; the message names the files.
         """
         raise ValueError(f"{self._reason}. Received: ids to be decoded")
+
+    @property
+    def chat_template(self) -> str:
+        """Refuses.
+
+        Raises:
+            ValueError: Always; the message names the files.
+        """
+        raise ValueError(f"{self._reason}. Received: a chat")
+
+    def get_config(self) -> dict[str, Any]:
+        """Constructor arguments, of the folder its name alone."""
+        return {
+            "folder": Path(self._folder).name,
+            "files": list(self._files),
+            "stop_token_ids": list(self.stop_token_ids),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> UnreadTokenizer:
+        """The tokenizer that `get_config` describes."""
+        return cls(**config)
 
 
 def find_older_files(folder: Path) -> list[str]:

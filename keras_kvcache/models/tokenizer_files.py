@@ -12,6 +12,9 @@ import keras
 from keras_kvcache import loaders
 from keras_kvcache.quotes import quoted, shortened
 
+# Here, as loaders know nothing of Keras.
+keras.saving.register_keras_serializable("keras_kvcache")(loaders.UnreadTokenizer)
+
 # A tokenizer that Keras can write as an object: its config, and a folder of its files.
 OBJECT_FILE, OBJECT_FOLDER = "tokenizer_object.json", "tokenizer_object"
 # All that `save_tokenizer` may write.

@@ -166,6 +166,7 @@ def _splice_gather(buffer, update, index, axis):
     """As `_splice_slice`, by the numbers of each row's slots."""
     import torch
 
+    buffer = ops.convert_to_tensor(buffer)
     capacity, length = buffer.shape[axis], update.shape[axis]
     width = min(length, capacity)
     first = ops.clip(index, 0, capacity - width)
