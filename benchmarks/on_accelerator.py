@@ -51,7 +51,7 @@ def script(name, seconds, *arguments):
 PARTS = (
     script("machine", 60),
     script("kernel_tests", 120, "run_tests", "kernel"),
-    script("parity", 100),
+    script("parity", 120),
     script("attention_kernels", 100),
     script("attention_step", 100),
     script("memory_limit", 120),
