@@ -87,6 +87,7 @@ def main():
         failures = measure_on_accelerator(report, read_memory, rounds)
         report.finish()
         sys.exit("\n".join(failures) if failures else 0)
+    add_missing(report, peers.ALL)
     runs = ((subjects.gpt2, GPT2_CASES), (subjects.smollm2, SMOLLM2_CASES))
     for make_subject, cases in runs:
         subject = make_subject(options.quick)
@@ -95,6 +96,18 @@ def main():
         for case in QUICK_CASES if options.quick else cases:
             measure(report, subject, contenders, case, rounds, read_memory)
     report.finish()
+
+
+def add_missing(report, kinds):
+    """Adds a row for each contender whose modules aren't here; the others, a list."""
+    there = []
+    for kind in kinds:
+        if missing := peers.missing_modules(kind):
+            reason = f"no module {', '.join(missing)}"
+            report.add(contender=kind.name, skipped=reason)
+        else:
+            there.append(kind)
+    return there
 
 
 def measure_on_accelerator(report, read_memory, rounds):
@@ -111,11 +124,7 @@ def measure_on_accelerator(report, read_memory, rounds):
 
     tiny = subjects.llama_1b(quick=True)
     with jax.default_matmul_precision("highest"):
-        for kind in ON_ACCELERATOR:
-            if missing := peers.missing_modules(kind):
-                reason = f"no module {', '.join(missing)}"
-                report.add(contender=kind.name, skipped=reason)
-                continue
+        for kind in add_missing(report, ON_ACCELERATOR):
             try:
                 answer = kind(tiny).generate([tiny.prompt(24)], 16, 41)
             except Exception as error:  # The others are still worth timing.

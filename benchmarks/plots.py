@@ -63,7 +63,8 @@ def main():
 
 def save(figure, context, rows, path):
     """Draws a figure, panel by panel, into a file."""
-    panels = group(rows, figure.panels)
+    measured = (row for row in rows if not {"skipped", "failed"} & row.keys())
+    panels = group(measured, figure.panels)
     panels = {values: figure.choose(chosen) for values, chosen in panels.items()}
     panels = {values: chosen for values, chosen in panels.items() if chosen}
     size = dict(figsize=(WIDTH, HEIGHT), layout="constrained")
