@@ -204,6 +204,9 @@ TOKENS = dict(bos_token="<s>", eos_token="</s>", sep_token="<sep>", pad_token="<
 )
 def test_renders_as_transformers_does(template, messages, options):
     utilities = pytest.importorskip("transformers.utils.chat_template_utils")
+    if not hasattr(utilities, "_alias_reasoning_fields"):
+        # transformers before it knew the other names of what was thought.
+        messages = [{k: v for k, v in m.items() if k != "reasoning"} for m in messages]
     # An absent BOS is empty here, as ever; there it's undefined, which writes nothing.
     try:
         texts, _ = utilities.render_jinja_template(
