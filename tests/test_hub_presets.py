@@ -174,5 +174,7 @@ def test_the_command_line_takes_such_folders(gpt2_folder, capsys):
 
 def test_the_command_line_without_keras_hub(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "keras_hub", None)
-    assert cli.main(["info", "hf://user/model"]) == 1
-    assert "pip install" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["info", "hf://user/model"])
+    assert ended.value.code == 2
+    assert "keras-hub's, which isn't installed" in capsys.readouterr().err

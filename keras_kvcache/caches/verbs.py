@@ -231,9 +231,9 @@ def resize(cache, capacity, fill):
         if isinstance(cache, RollingCache):
             return cache
         resized = _as_cache(cache).resize(capacity, fill)
-        return resized if isinstance(cache, Cache) else resized.to_dense()
+        return distributed(resized if isinstance(cache, Cache) else resized.to_dense())
 
-    return distributed(map_caches(one, cache))
+    return map_caches(one, cache)
 
 
 def resize_window(cache, window, fill):
