@@ -1,6 +1,7 @@
 """What all benchmarks share: interleaved timing, the machine, tables, JSON lines."""
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -11,6 +12,10 @@ import statistics
 import sys
 import time
 from pathlib import Path
+
+# PyTorch for CUDA imports it late, and once TensorFlow is there that kills the process.
+with contextlib.suppress(ImportError):
+    import triton as _  # noqa: F401
 
 RESULTS = Path(__file__).parent / "results"
 # Seconds before a call is timed: a stream that was left has its next step under way.

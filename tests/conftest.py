@@ -1,5 +1,6 @@
 """What several test modules use."""
 
+import contextlib
 import functools
 import gc
 import os
@@ -7,6 +8,10 @@ from types import SimpleNamespace
 
 # Before any test module imports Keras, which would choose TensorFlow.
 os.environ.setdefault("KERAS_BACKEND", "jax")
+
+# PyTorch for CUDA imports it late, and once TensorFlow is there that kills the process.
+with contextlib.suppress(ImportError):
+    import triton as _  # noqa: F401
 
 import jax
 import keras
