@@ -111,7 +111,10 @@ def test_lora_and_frozen_parts(tmp_path):
     lm.blocks[1].attention._query_dense.enable_lora(3)
     expected = answer(lm)
     for way in (by_keras, by_preset, by_weights):
-        np.testing.assert_array_equal(answer(way(lm, tmp_path, make)), expected)
+        # What LoRA added is merged in, and quantized anew.
+        np.testing.assert_allclose(
+            answer(way(lm, tmp_path, make)), expected, rtol=0, atol=1e-5
+        )
 
 
 def test_experts(tmp_path):

@@ -23,8 +23,9 @@ CODECS = {
 def register():
     """Lets `jax.export` serialize functions that take or return caches.
 
-    The static fields of a cache become JSON: numbers and `None` as they are, a codec as
-    a dictionary of its class and its fields.
+    A program that reads such a function imports `keras_kvcache.caches` before. The
+    static fields of a cache become JSON: numbers and `None` as they are, a codec as a
+    dictionary of its class and its fields.
     """
     for node in NODES:
         export.register_pytree_node_serialization(
