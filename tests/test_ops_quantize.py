@@ -154,7 +154,7 @@ def test_zeros_come_back_as_zeros(function):
 @pytest.mark.parametrize("size", [1, 2, 7, 64, 80])
 def test_rotation_spreads_what_is_large(size):
     """It's orthogonal, and of one channel it makes a bit of each."""
-    turn = np.float64(rotation(size))
+    turn = rotation(size).astype("float64")
     np.testing.assert_allclose(turn @ turn.T, np.eye(size), rtol=0, atol=1e-6)
     assert abs(turn).max() <= (2 / size) ** 0.5 + 1e-6
     # As of what lies in all channels alike, or with changing signs.

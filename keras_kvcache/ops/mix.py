@@ -43,8 +43,13 @@ def make_mix(mix_slots):
     return mix
 
 
+def _is_cut(count, block):
+    """Whether slots go in blocks: on JAX, unless an export leaves their number open."""
+    return keras.backend.backend() == "jax" and isinstance(count, int) and count > block
+
+
 def _mix_in_blocks(mix_slots, weights, first, count):
-    if keras.backend.backend() != "jax" or count <= BLOCK:
+    if not _is_cut(count, BLOCK):
         return mix_slots(mix_weighed, weights, first, count)
 
     def add(number, mixed):
@@ -68,7 +73,7 @@ def in_blocks(make, like):
         like: Tensor of the shape and dtype of what it makes.
     """
     count = like.shape[-1]
-    if keras.backend.backend() != "jax" or count <= KEY_BLOCK:
+    if not _is_cut(count, KEY_BLOCK):
         return make(0, count)
 
     def put(number, made):
