@@ -6,6 +6,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import types
 from importlib import metadata
@@ -15,6 +16,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path.name for path in ROOT.glob("*.md")}
+PAGES |= {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")}
 TARGET = re.compile(r"\]\(([^)]*)\)")
 
 
@@ -61,28 +64,39 @@ def test_no_address_is_made_up():
     assert "urls" not in project
 
 
-def test_a_build_has_it(description, tmp_path):
+def build(folder, call):
+    """What a function of setuptools gives, called in a folder with little to build."""
     try:
         version = metadata.version("setuptools")
     except metadata.PackageNotFoundError:
         version = "0"
     if int(version.split(".")[0]) < 77:
         pytest.skip("builds need setuptools 77")
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "keras_kvcache").mkdir()
-    (tmp_path / "keras_kvcache" / "__init__.py").touch()
-    build = (
-        "from setuptools import build_meta\n"
-        "print('made', build_meta.prepare_metadata_for_build_wheel('built'))"
-    )
-    (tmp_path / "built").mkdir()
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", *PAGES):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    (folder / "keras_kvcache").mkdir()
+    (folder / "keras_kvcache" / "__init__.py").touch()
+    (folder / "built").mkdir()
+    code = f"from setuptools import build_meta; build_meta.{call}('built')"
     result = subprocess.run(
-        [sys.executable, "-c", build], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_a_build_has_it(description, tmp_path):
+    build(tmp_path, "prepare_metadata_for_build_wheel")
     (path,) = (tmp_path / "built").glob("*.dist-info/METADATA")
     made = email.message_from_string(path.read_text(encoding="utf-8"))
     assert made["Description-Content-Type"] == "text/markdown"
     assert made.get_payload().strip() == description.strip()
     assert made["Requires-Python"] == ">=3.11" and not made.get_all("Project-URL")
+
+
+def test_the_source_distribution_has_every_page(tmp_path):
+    build(tmp_path, "build_sdist")
+    (path,) = (tmp_path / "built").glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert names >= PAGES

@@ -1,4 +1,4 @@
-"""Every block of code in the README runs."""
+"""The README and the guides: their code runs, their links lead somewhere."""
 
 import os
 import re
@@ -8,33 +8,68 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^## (.+?)$|^```(\w+)\n(.*?)^```", README, re.M | re.S)
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+GUIDES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [README, *GUIDES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+TEXTS = {path: path.read_text(encoding="utf-8") for path in PAGES}
+
+MOST_LINES = 200
+# `shell` is what the tests run, `console` what a reader may type.
+LANGUAGES = {"python", "shell", "console", "text"}
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
+LINK = re.compile(r"\]\(([^)]+)\)")
+HEADING = re.compile(r"^#+ (.+)$", re.M)
+
+each_page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 
 
-def code_blocks():
-    heading = ""
-    for title, language, code in BLOCKS:
-        if title:
-            heading = title
-            continue
-        marks = [pytest.mark.real_model] if "smollm2" in code else []
-        yield pytest.param(language, code, id=f"{heading}-{language}", marks=marks)
+def blocks(path, language):
+    return [block for block in BLOCK.finditer(TEXTS[path]) if block[1] == language]
 
 
-def test_there_are_blocks_of_both_kinds():
-    languages = [block.values[0] for block in code_blocks()]
-    assert languages.count("python") >= 4
-    assert languages.count("shell") == 2
+def program(path, chosen):
+    """Some blocks of a page, at the lines that they have there, so that errors tell."""
+    lines = ""
+    for block in chosen:
+        before = TEXTS[path].count("\n", 0, block.start(2))
+        lines += "\n" * (before - lines.count("\n")) + block[2]
+    return lines
+
+
+def programs():
+    """A block of the README runs alone, as it may be copied alone.
+
+    Those of a guide run one after the other, as they are read, and share a model.
+    """
+    for path in (README, *GUIDES):
+        found = blocks(path, "python")
+        groups = [[block] for block in found] if path == README else [found]
+        for group in filter(None, groups):
+            code = program(path, group)
+            line = len(code) - len(code.lstrip("\n")) + 1
+            marks = [pytest.mark.real_model] if "smollm2" in code else []
+            yield pytest.param(code, id=f"{path.name}:{line}", marks=marks)
+
+
+def test_the_readme_is_short_and_has_blocks_of_both_kinds():
+    assert len(TEXTS[README].splitlines()) <= MOST_LINES
+    assert len(blocks(README, "python")) >= 4
+    assert len(blocks(README, "shell")) == 2
+
+
+@each_page
+def test_every_block_has_a_language_that_is_known(path):
+    fences = re.findall("^```", TEXTS[path], re.M)
+    languages = [block[1] for block in BLOCK.finditer(TEXTS[path])]
+    assert len(fences) == 2 * len(languages)
+    assert set(languages) <= LANGUAGES
+    assert path == README or "shell" not in languages
 
 
 @pytest.mark.jax_only
-@pytest.mark.parametrize(
-    "language, code",
-    [block for block in code_blocks() if block.values[0] == "python"],
-)
-def test_python_block_runs(language, code, tmp_path):
+@pytest.mark.parametrize("code", list(programs()))
+def test_python_runs(code, tmp_path):
     environment = {
         name: value for name, value in os.environ.items() if name != "KERAS_BACKEND"
     }
@@ -51,7 +86,7 @@ def test_python_block_runs(language, code, tmp_path):
 @pytest.mark.real_model
 def test_shell_commands_run(smollm2_path):
     """What follows the installation, in the environment that is there."""
-    first, second = (code for _, language, code in BLOCKS if language == "shell")
+    first, second = (block[2] for block in blocks(README, "shell"))
     install, run = first.strip().split(" && ")
     assert install == "pip install ."
     assert second.strip() == 'pip install -e ".[test]" && pytest -n 2 --dist loadfile'
@@ -62,7 +97,27 @@ def test_shell_commands_run(smollm2_path):
     assert "tokens/s" in result.stderr
 
 
-def test_links_lead_somewhere():
-    links = [link for link in re.findall(r"\]\((.+?)\)", README) if "://" not in link]
-    assert links
-    assert all((ROOT / link).exists() for link in links)
+def anchor(heading):
+    """How a link names a heading: in lower case, without punctuation."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def targets(path):
+    """Pairs of a file and a heading's name, maybe empty, of links that aren't URLs."""
+    for link in LINK.findall(TEXTS[path]):
+        if "://" not in link:
+            name, _, heading = link.partition("#")
+            yield (path.parent / name).resolve() if name else path, heading
+
+
+@each_page
+def test_links_lead_somewhere(path):
+    for target, heading in targets(path):
+        assert target.exists(), target
+        assert target.is_relative_to(ROOT)
+        if heading:
+            assert heading in map(anchor, HEADING.findall(TEXTS[target])), heading
+
+
+def test_the_readme_leads_to_every_page():
+    assert {target for target, _ in targets(README)} >= set(PAGES) - {README}
