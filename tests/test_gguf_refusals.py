@@ -30,7 +30,7 @@ def test_a_missing_file(tmp_path):
 
 
 def test_a_folder(tmp_path):
-    refuses(tmp_path, "not a file")
+    refuses(tmp_path, "which is no file")
 
 
 @pytest.mark.parametrize("content", [b"", b"GGU", b"PK\3\4" + bytes(60)])

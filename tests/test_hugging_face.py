@@ -376,10 +376,12 @@ def test_a_missing_shard_is_refused(tmp_path):
 
 def test_a_pickle_is_not_read(llama):
     (llama / "model.safetensors").rename(llama / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match="pytorch_model.bin: a pickle"):
+    with pytest.raises(
+        FileNotFoundError, match="has neither. It has pytorch_.*: a pickle"
+    ):
         DecoderLM.from_preset(llama)
     (llama / "pytorch_model.bin").unlink()
-    with pytest.raises(FileNotFoundError, match="has neither.$"):
+    with pytest.raises(FileNotFoundError, match="has neither$"):
         DecoderLM.from_preset(llama)
 
 

@@ -167,7 +167,7 @@ def rope(**values):
     [
         ("smollm3", {}, "`model_type` must be one of llama, .*'smollm3'"),
         ("llama", dict(model_type=["llama"]), "`model_type` must be one of"),
-        ("llama", dict(hidden_size=...), "`hidden_size` must be given; it is absent"),
+        ("llama", dict(hidden_size=...), "`hidden_size` must be given. Received: none"),
         ("llama", dict(hidden_size=True), "`hidden_size`.*positive integer.*True"),
         ("llama", dict(hidden_size=83), "`hidden_size` must be a multiple of.*83"),
         ("llama", dict(num_key_value_heads=4), "`num_attention_heads`.*6 and 4"),

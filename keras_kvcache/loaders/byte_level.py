@@ -76,15 +76,15 @@ def byte_level_backend(
 
     if pre_type not in _SPLITS:
         raise ValueError(
-            f"the pre-tokenizer must be one of {', '.join(_SPLITS)}; it is "
-            f"{quoted(pre_type)}."
+            f"the pre-tokenizer must be one of {', '.join(_SPLITS)}. Received: "
+            f"{quoted(pre_type)}"
         )
     ids = {token: index for index, token in enumerate(tokens)}
     for merge in merges:
         if len(merge) != 2 or any(part not in ids for part in (*merge, "".join(merge))):
             raise ValueError(
-                "a merge must be two tokens that form a third; found "
-                f"{quoted(' '.join(merge))}."
+                "a merge must be two tokens that form a third. Received: "
+                f"{quoted(' '.join(merge))}"
             )
     backend = tokenizers.Tokenizer(
         models.BPE(ids, list(merges), ignore_merges=pre_type in WHOLE_WORDS)

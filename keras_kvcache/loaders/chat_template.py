@@ -64,11 +64,11 @@ def render_chat_template(
             says which and why.
     """
     if not isinstance(template, str):
-        raise TypeError(f"`template` must be a string; got {quoted(template)}.")
+        raise TypeError(f"`template` must be a string. Received: {quoted(template)}")
     if len(template) > _MAX_TEMPLATE_LENGTH:
         raise ValueError(
-            f"`template` must have at most {_MAX_TEMPLATE_LENGTH} characters; it has "
-            f"{len(template)}."
+            f"`template` must have at most {_MAX_TEMPLATE_LENGTH} characters. "
+            f"Received: {len(template)}"
         )
     if add_generation_prompt and continue_final_message:
         raise ValueError(
@@ -148,7 +148,7 @@ def _read_messages(messages: Any) -> list[dict[str, Any]]:
         if not isinstance(message.get("role"), str):
             raise TypeError(
                 "every one of `messages` must be a dictionary whose 'role' is a "
-                f"string; got {quoted(message)}."
+                f"string. Received: {quoted(message)}"
             )
     return [_with_reasoning(message) for message in messages]
 
@@ -166,7 +166,7 @@ def _read_list(name: str, values: Any) -> list[dict[str, Any]]:
     """A copy of a list of dictionaries made of JSON types only."""
     if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
         raise TypeError(
-            f"`{name}` must be a list of dictionaries; got {quoted(values)}."
+            f"`{name}` must be a list of dictionaries. Received: {quoted(values)}"
         )
     values = [_as_mapping(value) for value in values]
     for value in values:
@@ -175,11 +175,11 @@ def _read_list(name: str, values: Any) -> list[dict[str, Any]]:
                 f"`{name}` must be dictionaries, for a function its JSON schema: "
                 "{'type': 'function', 'function': {'name': …, 'description': …, "
                 "'parameters': …}}, which `transformers.utils.get_json_schema` makes "
-                f"of one; got {quoted(value)}."
+                f"of one. Received: {quoted(value)}"
             )
         if not isinstance(value, Mapping):
             raise TypeError(
-                f"every one of `{name}` must be a dictionary; got {quoted(value)}."
+                f"every one of `{name}` must be a dictionary. Received: {quoted(value)}"
             )
     return _plain(name, values)
 

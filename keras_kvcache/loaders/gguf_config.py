@@ -26,8 +26,8 @@ def read_config(header: Header) -> dict[str, Any]:
     architecture = get_value(metadata, "general.architecture", str)
     if architecture not in _ARCHITECTURES:
         raise ValueError(
-            f"'general.architecture' must be one of {_ARCHITECTURES}; it is "
-            f"{quoted(architecture)}."
+            f"'general.architecture' must be one of {_ARCHITECTURES}. Received: "
+            f"{quoted(architecture)}"
         )
     _refuse_variants(metadata)
     D = _positive(metadata, "llama.embedding_length")
@@ -36,24 +36,24 @@ def read_config(header: Header) -> dict[str, Any]:
     if N % K:
         raise ValueError(
             "'llama.attention.head_count' must be a multiple of "
-            f"'llama.attention.head_count_kv'; they are {N} and {K}."
+            f"'llama.attention.head_count_kv'. Received: {N} and {K}"
         )
     if "llama.attention.key_length" not in metadata and D % N:
         raise ValueError(
             "'llama.embedding_length' must be a multiple of "
-            f"'llama.attention.head_count'; they are {D} and {N}."
+            f"'llama.attention.head_count'. Received: {D} and {N}"
         )
     H = _positive(metadata, "llama.attention.key_length", D // N)
     if _positive(metadata, "llama.attention.value_length", H) != H:
         raise ValueError(
             "'llama.attention.value_length' must equal the key length "
-            f"{H}; it is {metadata['llama.attention.value_length']}."
+            f"{H}. Received: {metadata['llama.attention.value_length']}"
         )
     rotary_dim = _positive(metadata, "llama.rope.dimension_count", H)
     if rotary_dim % 2 or rotary_dim > H:
         raise ValueError(
             "'llama.rope.dimension_count' must be even and at most the head size "
-            f"{H}; it is {rotary_dim}."
+            f"{H}. Received: {rotary_dim}"
         )
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
@@ -85,8 +85,8 @@ def read_config(header: Header) -> dict[str, Any]:
     # count has to be caught here.
     if config["num_layers"] > len(header.tensors):
         raise ValueError(
-            f"'llama.block_count' must match the tensors; it is "
-            f"{config['num_layers']} in a file of {len(header.tensors)} tensors."
+            f"'llama.block_count' must match the tensors. Received: "
+            f"{config['num_layers']} in a file of {len(header.tensors)} tensors"
         )
     return config
 
@@ -96,14 +96,14 @@ def _refuse_variants(metadata: dict[str, Any]) -> None:
     experts = get_value(metadata, "llama.expert_count", int, 0)
     if experts > 0:
         raise ValueError(
-            "mixtures of experts aren't supported: 'llama.expert_count' must be 0; "
-            f"it is {experts}."
+            "mixtures of experts aren't supported: 'llama.expert_count' must be 0. "
+            f"Received: {experts}"
         )
     parts = get_value(metadata, "split.count", int, 1)
     if parts > 1:
         raise ValueError(
-            "the model must be in one file: 'split.count' must be at most 1; it is "
-            f"{parts}."
+            "the model must be in one file: 'split.count' must be at most 1. "
+            f"Received: {parts}"
         )
 
 
@@ -113,8 +113,8 @@ def _position_scaling(metadata: dict[str, Any]) -> float:
     kind = get_value(metadata, "llama.rope.scaling.type", str, "linear")
     if kind not in _ROPE_SCALINGS:
         raise ValueError(
-            f"'llama.rope.scaling.type' must be one of {_ROPE_SCALINGS}; it is "
-            f"{quoted(kind)}."
+            f"'llama.rope.scaling.type' must be one of {_ROPE_SCALINGS}. Received: "
+            f"{quoted(kind)}"
         )
     if kind == "none":
         return 1.0
@@ -125,7 +125,7 @@ def _position_scaling(metadata: dict[str, Any]) -> float:
 def _positive(metadata: dict[str, Any], key: str, default: Any = REQUIRED) -> int:
     value = get_value(metadata, key, int, default)
     if value < 1:
-        raise ValueError(f"{quoted(key)} must be at least 1; it is {value}.")
+        raise ValueError(f"{quoted(key)} must be at least 1. Received: {value}")
     return value
 
 
@@ -133,7 +133,7 @@ def _real(metadata: dict[str, Any], key: str, default: Any = REQUIRED) -> float:
     value = get_value(metadata, key, float, default)
     if not (value > 0 and np.isfinite(value)):
         raise ValueError(
-            f"{quoted(key)} must be a positive finite number; it is {value}."
+            f"{quoted(key)} must be a positive finite number. Received: {value}"
         )
     # The file holds float32: 1e-5 would read 9.999999747378752e-06 elsewhere.
     return float(str(np.float32(value)))

@@ -86,16 +86,20 @@ def read_header(path: str | os.PathLike) -> Header:
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"`path` must name a GGUF file; there is no {path}.")
+        raise FileNotFoundError(
+            f"`path` must name a GGUF file. Received: {path}, which is absent"
+        )
     if not path.is_file():
-        raise ValueError(f"`path` must name a GGUF file; {path} is not a file.")
+        raise ValueError(
+            f"`path` must name a GGUF file. Received: {path}, which is no file"
+        )
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             magic = file.read(4)
             if magic != _MAGIC:
                 raise ValueError(
-                    f"it must begin with {quoted(_MAGIC)}; it begins {quoted(magic)}."
+                    f"it must begin with {quoted(_MAGIC)}. Received: {quoted(magic)}"
                 )
             with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as data:
                 return _parse(_Cursor(data, size))
@@ -116,13 +120,14 @@ def get_value(
     value = metadata.get(key, default)
     if value is REQUIRED:
         raise ValueError(
-            f"the metadata must have the key {quoted(key)}; it is missing."
+            f"the metadata must have the key {quoted(key)}. Received: metadata "
+            "without it"
         )
     # Not isinstance: a bool is no number here. A default may be None.
     if type(value) is not kind and value is not default:
         found = repr(value)
         raise ValueError(
-            f"{quoted(key)} must be of type {kind.__name__}; it is {found[:60]}."
+            f"{quoted(key)} must be of type {kind.__name__}. Received: {found[:60]}"
         )
     return value
 
@@ -157,7 +162,7 @@ class _Cursor:
             return text.decode("utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"{what} must be UTF-8; found {quoted(text[:40])}."
+                f"{what} must be UTF-8. Received: {quoted(text[:40])}"
             ) from error
 
     def strings(self, count: int, what: str) -> list[str]:
@@ -171,7 +176,7 @@ def _parse(cursor: _Cursor) -> Header:
         # A big-endian file shows its version in the upper half.
         order = " (a big-endian file)" if version and not version & 0xFFFF else ""
         raise ValueError(
-            f"its version must be one of {_VERSIONS}; it is {version}{order}."
+            f"its version must be one of {_VERSIONS}. Received: {version}{order}"
         )
     num_tensors = cursor.integer("<Q", "the number of tensors")
     num_pairs = cursor.integer("<Q", "the number of metadata pairs")
@@ -181,7 +186,7 @@ def _parse(cursor: _Cursor) -> Header:
         key = cursor.string("a metadata key")
         if key in metadata:
             raise ValueError(
-                f"a metadata key must occur once; {quoted(key)} occurs twice."
+                f"a metadata key must occur once. Received: {quoted(key)} twice"
             )
         metadata[key] = _read_value(cursor, key)
     cursor.require(num_tensors * _MIN_TENSOR, f"a list of {num_tensors} tensors")
@@ -200,8 +205,8 @@ def _read_value(cursor: _Cursor, key: str) -> Any:
         return cursor.string(what) if count is None else cursor.strings(count, what)
     if code not in _SCALARS:
         raise ValueError(
-            f"{what} must be a number, a string or a flat list of these; it has "
-            f"type code {code}."
+            f"{what} must be a number, a string or a flat list of these. Received: "
+            f"type code {code}"
         )
     kind = np.dtype(_SCALARS[code])
     values = np.frombuffer(
@@ -217,8 +222,8 @@ def _read_tensor(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     rank = cursor.integer("<I", what)
     if rank > _MAX_DIMENSIONS:
         raise ValueError(
-            f"tensor {quoted(name)} must have at most {_MAX_DIMENSIONS} dimensions; it "
-            f"has {rank}."
+            f"tensor {quoted(name)} must have at most {_MAX_DIMENSIONS} dimensions. "
+            f"Received: {rank}"
         )
     # The file lists the fastest axis first.
     shape = struct.unpack(f"<{rank}Q", cursor.take(8 * rank, what))[::-1]
@@ -234,25 +239,28 @@ def _place_tensors(
     alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1:
         raise ValueError(
-            "'general.alignment' must be a positive integer; it is "
-            f"{quoted(alignment)}."
+            "'general.alignment' must be a positive integer. Received: "
+            f"{quoted(alignment)}"
         )
     begin = -(-cursor.at // alignment) * alignment
     tensors = {}
     for name, shape, code, offset in described:
         if name in tensors:
-            raise ValueError(f"a tensor must occur once; {quoted(name)} occurs twice.")
+            raise ValueError(
+                f"a tensor must occur once. Received: {quoted(name)} twice"
+            )
         try:
             quantization = GGMLQuantizationType(code)
         except ValueError as error:
             raise ValueError(
-                f"tensor {quoted(name)} has the unknown quantization type {code}."
+                f"tensor {quoted(name)} must be of a known quantization type. "
+                f"Received: type {code}"
             ) from error
         block, block_bytes = GGML_QUANT_SIZES[quantization]
         if shape and shape[-1] % block:
             raise ValueError(
                 f"the rows of {quantization.name} tensor {quoted(name)} must be a "
-                f"multiple of {block} long; its shape is {shape}."
+                f"multiple of {block} long. Received: shape {shape}"
             )
         size = math.prod(shape) // block * block_bytes
         if begin + offset + size > cursor.size:

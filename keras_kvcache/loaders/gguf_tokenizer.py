@@ -45,14 +45,14 @@ def build_tokenizer(
     model = get_value(metadata, f"{_PREFIX}.model", str)
     if model not in _BACKENDS:
         raise ValueError(
-            f"'{_PREFIX}.model' must be one of {tuple(_BACKENDS)}; it is "
-            f"{quoted(model)}."
+            f"'{_PREFIX}.model' must be one of {tuple(_BACKENDS)}. Received: "
+            f"{quoted(model)}"
         )
     tokens = _get_list(metadata, "tokens", str)
     if not tokens or len(set(tokens)) != len(tokens):
         raise ValueError(
-            f"'{_PREFIX}.tokens' must hold every token once; of {len(tokens)}, "
-            f"{len(set(tokens))} differ."
+            f"'{_PREFIX}.tokens' must hold every token once. Received: {len(tokens)}, "
+            f"of which {len(set(tokens))} differ"
         )
     kinds = [_NORMAL] * len(tokens)
     if f"{_PREFIX}.token_type" in metadata:
@@ -173,7 +173,8 @@ def _token_id(metadata: dict[str, Any], name: str, size: int) -> int | None:
     token_id = get_value(metadata, key, int, None)
     if token_id is not None and not 0 <= token_id < size:
         raise ValueError(
-            f"{quoted(key)} must be the id of one of {size} tokens; it is {token_id}."
+            f"{quoted(key)} must be the id of one of {size} tokens. Received: "
+            f"{token_id}"
         )
     return token_id
 
@@ -187,12 +188,12 @@ def _get_list(
     # The items of a list in a GGUF file all have the type of the first.
     if values and type(values[0]) is not kind:
         raise ValueError(
-            f"{quoted(key)} must be a list of {kind.__name__}; it begins "
-            f"{quoted(values[0])}."
+            f"{quoted(key)} must be a list of {kind.__name__}. Received: "
+            f"one that begins with {quoted(values[0])}"
         )
     if length is not None and len(values) != length:
         raise ValueError(
-            f"{quoted(key)} must have an item for each of {length} tokens; it has "
-            f"{len(values)}."
+            f"{quoted(key)} must have an item for each of {length} tokens. Received: "
+            f"{len(values)}"
         )
     return values

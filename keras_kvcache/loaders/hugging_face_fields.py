@@ -81,7 +81,7 @@ class Fields:
         """The value or what stands for it, and which of the two."""
         if key not in self.values:
             if default is _REQUIRED:
-                raise ValueError(f"`{self._path}{key}` must be given; it is absent.")
+                raise ValueError(f"`{self._path}{key}` must be given. Received: none")
             return default, False
         value = self.values[key]
         if value is not None:

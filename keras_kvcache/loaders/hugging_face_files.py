@@ -47,7 +47,7 @@ class TensorFiles:
     def _read_header(self, path: Path) -> None:
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path} must be there, as {INDEX_FILE} names it; it is absent."
+                f"{path} must be there, as {INDEX_FILE} names it. Received: no file"
             )
         with _open(path) as file:
             for name in file.keys():
@@ -96,13 +96,14 @@ def _read_index(folder: Path) -> dict[str, str]:
     if not (folder / INDEX_FILE).exists():
         found = sorted(path.name for path in folder.glob("*.bin"))
         pickled = (
-            f" It has {', '.join(found[:3])}: a pickle, which may run any code when it "
-            "is read, so it isn't. `save_pretrained` of the model in transformers "
-            "writes safetensors."
+            f". It has {', '.join(found[:3])}: a pickle, which may run any code when "
+            "it is read, so it isn't. `save_pretrained` of the model in transformers "
+            "writes safetensors"
         )
         raise FileNotFoundError(
             f"`preset`, if a Hugging Face folder, must have a {WEIGHTS_FILE} or a "
-            f"{INDEX_FILE}; {folder} has neither.{pickled if found else ''}"
+            f"{INDEX_FILE}. Received: {folder}, which has neither"
+            f"{pickled if found else ''}"
         )
     places = read_json(folder / INDEX_FILE).get("weight_map")
     if (

@@ -90,9 +90,9 @@ class Tokenizer:
             if token_id is not None:
                 self._check_id(name, token_id)
         if add_bos and bos_token_id is None:
-            raise ValueError("`add_bos=True` needs a `bos_token_id`; it is None.")
+            raise ValueError("`add_bos=True` needs a `bos_token_id`. Received: None")
         if add_eos and eos_token_id is None:
-            raise ValueError("`add_eos=True` needs an `eos_token_id`; it is None.")
+            raise ValueError("`add_eos=True` needs an `eos_token_id`. Received: None")
 
     def __repr__(self) -> str:
         template = "with" if self.chat_template is not None else "without"
@@ -113,7 +113,7 @@ class Tokenizer:
             ValueError: If `text` can't be written as UTF-8.
         """
         if not isinstance(text, str):
-            raise TypeError(f"`text` must be a string; got {quoted(text)}.")
+            raise TypeError(f"`text` must be a string. Received: {quoted(text)}")
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -142,14 +142,16 @@ class Tokenizer:
         """
         ids = np.asarray(ids)
         if ids.ndim != 1:
-            raise ValueError(f"`ids` must have one axis; got shape {ids.shape}.")
+            raise ValueError(f"`ids` must have one axis. Received: shape {ids.shape}")
         if ids.size == 0:
             return ""
         if ids.dtype.kind not in "iu":
-            raise TypeError(f"`ids` must be integers; got dtype {ids.dtype}.")
+            raise TypeError(f"`ids` must be integers. Received: dtype {ids.dtype}")
         for extreme in (int(ids.min()), int(ids.max())):
             if not 0 <= extreme < 2**31:
-                raise ValueError(f"`ids` must be from 0 to 2**31 - 1; got {extreme}.")
+                raise ValueError(
+                    f"`ids` must be from 0 to 2**31 - 1. Received: {extreme}"
+                )
         return self._backend.decode(
             ids.tolist(), skip_special_tokens=skip_special_tokens
         )
@@ -299,7 +301,7 @@ class Tokenizer:
         # A model may have more ids than its tokenizer has tokens, and stop at one.
         if not 0 <= token_id < 2**31:
             raise ValueError(
-                f"`{name}` must be ids from 0 to 2**31 - 1; got {token_id}."
+                f"`{name}` must be ids from 0 to 2**31 - 1. Received: {token_id}"
             )
 
     def _text_of(self, token_id: int | None) -> str:

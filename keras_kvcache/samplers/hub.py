@@ -46,7 +46,7 @@ class HubSampler:
                 "A keras-hub `sampler` must choose each token in "
                 "`get_next_token`, without a `__call__` of its own: it is the "
                 "generation loop that calls the model here. Received: "
-                f"{type(self.sampler).__name__}."
+                f"{type(self.sampler).__name__}"
             )
 
     def __repr__(self):

@@ -40,7 +40,7 @@ def get(identifier):
         if identifier not in _RECIPES:
             raise ValueError(
                 f"`sampler` must be one of the names {', '.join(_RECIPES)}. "
-                f"Received: {identifier!r}."
+                f"Received: {identifier!r}"
             )
         return _RECIPES[identifier]()
     if is_hub_sampler(identifier):
@@ -52,7 +52,7 @@ def get(identifier):
             f"`sampler` must be one of the names {', '.join(_RECIPES)}, a sampler "
             "made by a function of `samplers`, an instance of a keras-hub "
             "sampler, or a function of (logits, seed). "
-            f"Received: {identifier!r} of type {type(identifier).__name__}."
+            f"Received: {identifier!r} of type {type(identifier).__name__}"
         )
     if jax.tree_util.all_leaves([identifier]):
         return jax.tree_util.Partial(identifier)

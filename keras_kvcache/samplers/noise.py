@@ -36,7 +36,7 @@ def seed_words(seed):
     if tuple(words.shape) != (2,):
         raise ValueError(
             "`seed` must be an int or two integers (seed, step). "
-            f"Received a tensor of shape {tuple(words.shape)}."
+            f"Received: a tensor of shape {tuple(words.shape)}"
         )
     return words[0], words[1]
 

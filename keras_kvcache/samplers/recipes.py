@@ -138,6 +138,6 @@ def _checked(name, value, in_range, rule):
     if ops.is_tensor(value) or isinstance(value, np.ndarray):
         return value
     if not (isinstance(value, numbers.Real) and in_range(value)):
-        raise ValueError(f"`{name}` must be {rule}. Received: {value!r}.")
+        raise ValueError(f"`{name}` must be {rule}. Received: {value!r}")
     # One type for all numbers: JAX would compile anew for 1 after 1.0.
     return float(value)
