@@ -94,7 +94,7 @@ def chat(model, system, dtype, cache, notices, **options):
 
 
 def info(model, batch_size, length, **_):
-    """Prints a model's shape and what its caches would take."""
+    """Prints a model's shape and the bytes of its caches."""
     lm = _load_shape(model)
     windows = sorted({block.sliding_window for block in lm.blocks} - {None})
     length = lm.max_sequence_length if length is None else length
@@ -130,7 +130,7 @@ _COMMANDS = {"generate": generate, "chat": chat, "info": info}
 
 
 def _as_typed(message, options):
-    """An error's message with options in the place of Python's arguments."""
+    """Renames Python's arguments in an error to the options that were typed."""
     names = {
         "preset": "model",
         "inputs": "prompt",
@@ -234,11 +234,11 @@ class _Answerer:
         return getattr(self._lm.tokenizer, "chat_template", None)
 
     def render(self, messages):
-        """Messages as the model's template writes them."""
+        """Renders messages by the model's chat template."""
         return self._lm.tokenizer.apply_chat_template(messages)
 
     def fit(self, messages):
-        """Messages as far as the model's context has room; see `drop_oldest_turns`."""
+        """Drops the oldest turns until the messages fit into the model's context."""
         if self._lm.is_endless(**read_options(self._options["cache"])):
             return messages
         context = self._lm.max_sequence_length

@@ -1,4 +1,4 @@
-"""What Ctrl-C (SIGINT) does to the command line.
+"""Handles Ctrl-C (SIGINT) in the command line.
 
 Python's own handler raises `KeyboardInterrupt` wherever the interpreter is: within a
 bare `except` of an import, or a callback of XLA or of the garbage collector, where it

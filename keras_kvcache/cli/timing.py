@@ -1,4 +1,4 @@
-"""How long an answer took, its programs' compilation told from the rest."""
+"""Times answers, and tells compilation from decoding."""
 
 import math
 import time

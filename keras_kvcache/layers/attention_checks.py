@@ -1,4 +1,4 @@
-"""What the attention layer refuses, apart from what its cache and index refuse."""
+"""Checks of the attention layer's arguments, but for those of cache and index."""
 
 import numbers
 
@@ -46,7 +46,7 @@ def check_constructor(layer):
 
 
 def check_left_to_keras(layer, cache, cache_update_index):
-    """Refuses what attention over other axes than axis 1 doesn't know.
+    """Refuses cache arguments where attention runs over other axes than axis 1.
 
     Raises:
         ValueError: Something is asked for that Keras' own layer doesn't have.

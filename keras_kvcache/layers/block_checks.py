@@ -1,4 +1,4 @@
-"""What the decoder block refuses."""
+"""Checks of the decoder block's arguments."""
 
 
 def check_encoder(has_encoder, **arguments):

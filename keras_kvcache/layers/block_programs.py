@@ -10,7 +10,7 @@ from keras_kvcache.ops import can_trace, trace
 
 
 def run_block(block, x, **arguments):
-    """Calls a block with these arguments, as `BlockPrograms` does."""
+    """Calls a block without a program of its own."""
     return block(x, **arguments)
 
 

@@ -244,7 +244,7 @@ class DecoderBlock(AdoptsParts, keras.layers.Layer):
         decoder_sequence_mask=None,
         encoder_sequence_mask=None,
     ):
-        """See the class."""
+        """Runs attention, cross-attention if built, and the feed-forward part."""
         check_encoder(
             self.cross_attention is not None,
             encoder_sequence=encoder_sequence,
@@ -303,7 +303,7 @@ class DecoderBlock(AdoptsParts, keras.layers.Layer):
         return (x, *caches) if caches else x
 
     def _add(self, x, change, norm, training, post_norm=None):
-        """What a part was given and what it gives, added up."""
+        """Adds a part's output to its input; post-norm blocks normalize the sum."""
         if post_norm is not None:
             change = post_norm(change)
         x = x + self.residual_dropout(change, training=training)

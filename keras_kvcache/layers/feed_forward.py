@@ -77,7 +77,7 @@ class FeedForward(AdoptsParts, keras.layers.Layer):
         )
 
     def call(self, inputs):
-        """See the class."""
+        """Projects inputs `(…, D)` up, applies the activation, projects down."""
         inner = project(self.intermediate, inputs)
         if self.gated:
             inner = self.activation(project(self.gate, inputs)) * inner

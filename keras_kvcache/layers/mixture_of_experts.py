@@ -66,7 +66,7 @@ class Experts(keras.layers.Layer):
         return self._ask_all(tokens, chosen, weights)
 
     def _ask_chosen(self, tokens, chosen, weights):
-        """Reads the kernels of a token's experts only."""
+        """Sparse dispatch: gathers the kernels of the chosen experts only."""
         count, choices = chosen.shape
         tokens = ops.repeat(tokens, choices, axis=0)[:, None]
         experts = ops.reshape(chosen, (-1,))
@@ -79,7 +79,7 @@ class Experts(keras.layers.Layer):
         return ops.einsum("tc,tcd->td", weights, answers)
 
     def _ask_all(self, tokens, chosen, weights):
-        """Every expert answers; the answers that nobody asked for count nothing."""
+        """Dense dispatch: all experts run, and those not chosen get weight 0."""
         chosen = ops.one_hot(chosen, self.num_experts, dtype=weights.dtype)
         weights = ops.einsum("tc,tce->te", weights, chosen)
         # With a copy for each expert these are products, one an expert. Without,
@@ -93,18 +93,18 @@ class Experts(keras.layers.Layer):
         return ops.einsum("te,etd->td", weights, answers)
 
     def _answers(self, tokens, pick):
-        """What experts make of tokens, `(experts, any, D)` to the same shape.
+        """Runs experts on tokens, `(experts, any, D)` to the same shape.
 
         Args:
-            tokens: For each expert those it's asked of.
-            pick: Function of a kernel `(E, …)` that gives that of these experts.
+            tokens: Those of each expert.
+            pick: Selects the experts' rows of a kernel `(E, …)`.
         """
         gate = self.activation(ops.matmul(tokens, pick(self.gate_kernel)))
         inner = ops.matmul(tokens, pick(self.intermediate_kernel))
         return ops.matmul(gate * inner, pick(self.output_kernel))
 
     def compute_output_shape(self, tokens_shape, chosen_shape, weights_shape):
-        """That of `tokens`."""
+        """The shape of `tokens`."""
         return tokens_shape
 
     def get_config(self):

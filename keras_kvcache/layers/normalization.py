@@ -33,7 +33,7 @@ class UnitOffsetRMSNormalization(keras.layers.Layer):
         )
 
     def call(self, inputs):
-        """See the class."""
+        """Normalizes the last axis."""
         dtype = sum_dtype(inputs)
         gain = 1.0 + ops.cast(self.scale, dtype)
         normed = ops.rms_normalization(

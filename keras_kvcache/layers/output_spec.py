@@ -1,4 +1,4 @@
-"""Shapes and dtypes of what the attention layer returns."""
+"""Shapes and dtypes of the attention layer's results."""
 
 import keras
 

@@ -1,4 +1,4 @@
-"""Projections: what multiplies a model's rows with its weights."""
+"""Projections: products of a model's rows with its weights."""
 
 import math
 import re

@@ -64,7 +64,7 @@ class KeepsQuantization:
 
 
 def quantized_layers(layer, recursive=True):
-    """Which layers within a layer are quantized, and how.
+    """Describes which sublayers of a layer are quantized, and how.
 
     Args:
         layer: The layer.
@@ -118,7 +118,7 @@ def quantize_built(layer, described):
 
 
 def _below(name, described):
-    """The part of a description that is about layers within the one of this name."""
+    """The entries of a description for sublayers of the layer of this name."""
     prefix = f"{name}/"
     return {
         path.removeprefix(prefix): how

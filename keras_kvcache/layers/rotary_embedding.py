@@ -69,7 +69,7 @@ class RotaryEmbedding(keras.layers.Layer):
         self.frequency_factors = frequency_factors
 
     def build(self, input_shape):
-        """Checks that what is to be rotated has room for it."""
+        """Checks the rotated dimension and the factors against the head size."""
         rotary_dim = self.rotary_dim or input_shape[-1]
         if rotary_dim > input_shape[-1] or rotary_dim % 2:
             raise ValueError(
@@ -84,7 +84,7 @@ class RotaryEmbedding(keras.layers.Layer):
             )
 
     def call(self, inputs, positions):
-        """See the class."""
+        """Rotates `inputs` `(B, T, heads, H)` by their positions."""
         frequencies = inverse_frequencies(
             self.rotary_dim or inputs.shape[-1],
             self.max_wavelength,
@@ -115,7 +115,7 @@ def llama3_frequency_factors(
     high_freq_factor,
     pretraining_sequence_length,
 ):
-    """What divides the frequencies of a Llama 3.1 and later.
+    """Divisors of the rotary frequencies, as Llama 3.1 and later have them.
 
     Pairs that turn often within the pretraining length stay as they are, those that
     turn seldom are slowed down, and between the two it's interpolated (Dubey et al.,

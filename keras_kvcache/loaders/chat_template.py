@@ -58,7 +58,7 @@ def render_chat_template(
     Raises:
         TypeError: If `template` isn't a string, `messages`, `tools` or `documents`
             not a list of dictionaries, or one of them holds other than JSON types.
-        ValueError: If the template is too long, has a syntax error, tries to
+        ValueError: The template is too long, has a syntax error, tries to
             leave the sandbox, uses what isn't defined, refuses the messages or
             fails in any other way, or if there is nothing to continue. The message
             says which and why.

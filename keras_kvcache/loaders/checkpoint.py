@@ -1,4 +1,4 @@
-"""What every loader yields: a configuration, weights by name, a tokenizer."""
+"""The result of every loader: a configuration, weights by name, a tokenizer."""
 
 from __future__ import annotations
 

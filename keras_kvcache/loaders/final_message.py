@@ -24,7 +24,7 @@ def mark_ending(template: str, messages: list[dict[str, Any]], key: str) -> str:
         The text that was marked.
 
     Raises:
-        ValueError: If there is no such text.
+        ValueError: There is no such text.
     """
     final = messages[-1].get(key) if messages else None
     keys = [key]
@@ -61,7 +61,7 @@ def cut_after_ending(text: str, ending: str) -> str:
         ending: The text that `mark_ending` returned.
 
     Raises:
-        ValueError: If the template left out what was marked.
+        ValueError: The template left out what was marked.
     """
     mark = _MARK.strip()
     if mark not in text or ending.strip() not in text:

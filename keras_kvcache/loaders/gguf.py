@@ -35,8 +35,8 @@ def read_gguf(path: str | os.PathLike) -> Checkpoint:
         The checkpoint.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged or holds a model that the decoder
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged or holds a model that the decoder
             can't run. The message names the path, the rule and what was found.
     """
     path = Path(path)
@@ -72,7 +72,7 @@ def read_gguf(path: str | os.PathLike) -> Checkpoint:
 
 @dataclass(frozen=True)
 class _Source:
-    """What one weight of the model is made of.
+    """The tensor that one weight of the model is read from, and how.
 
     Attributes:
         tensor: Its name in the file.

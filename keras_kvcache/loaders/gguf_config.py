@@ -19,7 +19,7 @@ def read_config(header: Header) -> dict[str, Any]:
     `rope_frequency_factors` is left at None: it comes from a tensor.
 
     Raises:
-        ValueError: If a key is missing, has the wrong type or asks for what the
+        ValueError: A key is missing, has the wrong type or asks for what the
             decoder doesn't do. The message names the key and its value.
     """
     metadata = header.metadata
@@ -108,7 +108,7 @@ def _refuse_variants(metadata: dict[str, Any]) -> None:
 
 
 def _position_scaling(metadata: dict[str, Any]) -> float:
-    """By what positions are divided before they are rotated."""
+    """The divisor of positions before rotation."""
     # A factor without a type means linear, as does the older name of the key.
     kind = get_value(metadata, "llama.rope.scaling.type", str, "linear")
     if kind not in _ROPE_SCALINGS:

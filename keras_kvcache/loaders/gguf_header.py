@@ -80,8 +80,8 @@ def read_header(path: str | os.PathLike) -> Header:
         path: Of a GGUF file, version 2 or 3, little-endian.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is no GGUF file, is cut short or contradicts
+        FileNotFoundError: There is no such file.
+        ValueError: The file is no GGUF file, is cut short or contradicts
             itself. The message names the path, the rule and what was found.
     """
     path = Path(path)
@@ -115,7 +115,7 @@ def get_value(
     """The metadata value of a key, whose type is checked.
 
     Raises:
-        ValueError: If the value isn't a `kind`, or is missing and has no default.
+        ValueError: The value isn't a `kind`, or is missing and has no default.
     """
     value = metadata.get(key, default)
     if value is REQUIRED:
@@ -141,7 +141,7 @@ class _Cursor:
         self.at = len(_MAGIC)
 
     def take(self, count: int, what: str) -> bytes:
-        """The next `count` bytes, which are `what`."""
+        """Reads the next `count` bytes; `what` names them in errors."""
         self.require(count, what)
         start, self.at = self.at, self.at + count
         return self.data[start : self.at]

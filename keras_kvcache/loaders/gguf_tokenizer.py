@@ -39,7 +39,7 @@ def build_tokenizer(
             tokens; `None` for the number of tokens.
 
     Raises:
-        ValueError: If a key is missing or malformed, or if the tokenizer is of a
+        ValueError: A key is missing or malformed, or the tokenizer is of a
             kind this package doesn't know. The message names the key.
     """
     model = get_value(metadata, f"{_PREFIX}.model", str)
@@ -114,7 +114,7 @@ _BACKENDS = {"gpt2": _build_byte_level, "llama": _build_sentence_piece}
 def _add_whole_tokens(
     backend: tokenizers.Tokenizer, tokens: list[str], kinds: list[int]
 ) -> None:
-    """Makes the tokens that are never split be found in a text first.
+    """Adds the tokens that are matched before a text is split.
 
     Control tokens and the unknown token are left out of decoded text; tokens a
     model's author defined are part of it.

@@ -36,8 +36,8 @@ def read_hugging_face(
         The checkpoint.
 
     Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If a file is damaged, or the model is one that the decoder
+        FileNotFoundError: A file is missing.
+        ValueError: A file is damaged, or the model is one that the decoder
             can't run as transformers does. The message names the folder, the rule
             and what was found.
     """

@@ -1,4 +1,4 @@
-"""What each family of Hugging Face models is in the words of the decoder.
+"""Translates the `config.json` of each Hugging Face family to the decoder's arguments.
 
 A family is a function of a config that gives the decoder's arguments and the layout
 of the weights. Defaults are those of the family's class in transformers, whose files
@@ -41,7 +41,7 @@ _GEMMA_ACTIVATIONS = {**_ACTIVATIONS, "gelu": "gelu_tanh"}
 
 
 class Family(NamedTuple):
-    """How a config is read.
+    """Reads the configs of one family.
 
     Attributes:
         architectures: The classes whose weights the decoder has.
@@ -53,7 +53,7 @@ class Family(NamedTuple):
 
 
 def read_config(values: dict[str, Any]) -> tuple[dict[str, Any], Callable]:
-    """The decoder's arguments, and its layout of the files' tensors.
+    """Reads the decoder's arguments and the layout of the files' tensors.
 
     Args:
         values: Of `config.json`.
@@ -63,7 +63,7 @@ def read_config(values: dict[str, Any]) -> tuple[dict[str, Any], Callable]:
         of these and of the tensors' names that gives a `Source` for each weight.
 
     Raises:
-        ValueError: If a key is missing, has the wrong type or asks for what the
+        ValueError: A key is missing, has the wrong type or asks for what the
             decoder doesn't do. The message names the key and its value.
     """
     fields = Fields(values)
@@ -94,7 +94,7 @@ def _llama_like(
     activation: tuple[str, str] = ("hidden_act", "silu"),
     activations: dict[str, str] = _ACTIVATIONS,
 ) -> dict[str, Any]:
-    """What Llama and its descendants have in common, rotation and windows apart.
+    """Reads the fields that Llama and its descendants share, but rotation and windows.
 
     Args:
         fields: Of the config.
@@ -199,7 +199,7 @@ def _phi3(fields):
 
 
 def _qwen_window(fields, layers):
-    """The first `max_window_layers` layers have none."""
+    """Qwen's window, which the first `max_window_layers` layers don't have."""
     window = None
     if fields.flag("use_sliding_window", False):
         window = fields.size("sliding_window", 4096, null=None)
@@ -225,7 +225,7 @@ def _qwen3(fields):
 
 
 def _gemma_like(fields, activation, default_groups=4):
-    """What the Gemma models have in common."""
+    """Reads the fields that the Gemma models share."""
     config = _llama_like(
         fields,
         default_groups=default_groups,
@@ -274,7 +274,7 @@ def _gemma3(fields):
 
 
 def _gemma_extras(fields, config, default_cap, default_pattern):
-    """What Gemma 2 and 3 add: norms, a cap, a scale and alternating windows."""
+    """Reads what Gemma 2 and 3 add: norms, a cap, a scale and alternating windows."""
     slides = [i % default_pattern != 0 for i in range(1, config["num_layers"] + 1)]
     types = layer_types(fields, slides)
     window = fields.size("sliding_window", 4096, null=None)
@@ -290,7 +290,7 @@ def _gemma_extras(fields, config, default_cap, default_pattern):
 
 
 def _learned(D, N, F, **others):
-    """What GPT-2 and OPT have in common."""
+    """Arguments that GPT-2 and OPT share."""
     if D % N:
         raise ValueError(
             "The width must be a multiple of the number of heads. Received: "

@@ -34,7 +34,7 @@ class Fields:
         self._path = path
 
     def size(self, key: str, default: Any = _REQUIRED, null: Any = _REQUIRED) -> Any:
-        """A positive integer; `null` is what the value `null` stands for."""
+        """A positive integer; a value of `null` becomes the argument `null`."""
         value, is_given = self._get(key, default, null)
         if is_given and not (_is_number(value, numbers.Integral) and value > 0):
             raise self._error(key, "a positive integer", value)
@@ -58,7 +58,7 @@ class Fields:
         return value
 
     def choice(self, key: str, choices: Mapping[str, str], default: str) -> str:
-        """What one of several names stands for."""
+        """The meaning of a name that must be one of `choices`."""
         value, _ = self._get(key, default)
         if not isinstance(value, str) or value not in choices:
             raise self._error(key, f"one of {', '.join(choices)}", value)
@@ -78,7 +78,7 @@ class Fields:
         return value
 
     def _get(self, key, default, null=_REQUIRED):
-        """The value or what stands for it, and which of the two."""
+        """The value, or its default if absent; and whether it was given."""
         if key not in self.values:
             if default is _REQUIRED:
                 raise ValueError(f"`{self._path}{key}` must be given. Received: none")
@@ -100,7 +100,7 @@ class Fields:
 def rope_options(
     fields: Fields, head_dim: int, default_theta: float, may_be_partial: bool = False
 ) -> dict[str, Any]:
-    """How positions are rotated, in the decoder's arguments.
+    """Arguments of the decoder that say how positions are rotated.
 
     transformers 5 writes all of it into `rope_parameters`; before, there were
     `rope_theta` and `rope_scaling`.
@@ -198,7 +198,7 @@ def _rope(fields, values, path, head_dim, theta, may_be_partial=False):
 def window_options(
     window: int | None, types: Sequence[str], key: str, value: Any
 ) -> dict[str, Any]:
-    """Which layers have a window, in the decoder's arguments.
+    """Arguments of the decoder that say which layers have a window.
 
     Args:
         window: `W`, or `None`.
@@ -207,7 +207,7 @@ def window_options(
         value: Its value there.
 
     Raises:
-        ValueError: If the decoder can't have windows in just these layers.
+        ValueError: The decoder can't have windows in just these layers.
     """
     sliding = [kind == _SLIDING for kind in types]
     if not any(sliding):
@@ -234,7 +234,7 @@ def window_options(
 
 
 def layer_types(fields: Fields, slides: Sequence[bool]) -> list[str]:
-    """The config's `layer_types`, or those that `slides` says if there are none."""
+    """Reads `layer_types`; where it is absent, `slides` stands for it."""
     types = fields.values.get("layer_types")
     if types is None:
         return [_SLIDING if one else _FULL for one in slides]

@@ -27,8 +27,8 @@ class TensorFiles:
         shapes: For each tensor, by name, its shape.
 
     Raises:
-        FileNotFoundError: If a file is absent.
-        ValueError: If a file is damaged or cut short, or the index doesn't fit.
+        FileNotFoundError: A file is absent.
+        ValueError: A file is damaged or cut short, or the index doesn't fit.
     """
 
     def __init__(self, folder: Path):
@@ -73,7 +73,7 @@ class TensorFiles:
             part: An axis, 0 or 1, and from where to where on it; `None` for all.
 
         Raises:
-            ValueError: If the file has changed since it was opened first.
+            ValueError: The file has changed since it was opened first.
         """
         axis, begin, end = part or (0, 0, self.shapes[name][0])
         slices = (slice(None),) * axis + (slice(begin, end),)
@@ -90,7 +90,7 @@ class TensorFiles:
 
 
 def _read_index(folder: Path) -> dict[str, str]:
-    """Which file each tensor is in; empty where there is but one file."""
+    """Maps tensors to files by the index; empty where there is only one file."""
     if (folder / WEIGHTS_FILE).exists():
         return {}
     if not (folder / INDEX_FILE).exists():

@@ -16,7 +16,7 @@ def llama_layout(
     mlp_bias: bool = False,
     is_fused: bool = False,
 ) -> dict[str, Source]:
-    """Llama and all that follow its names.
+    """Maps the tensors of Llama and of all families that use its names.
 
     The rows of the query and key projections pair component `j` with
     `j + rotary_dim / 2` already, unlike those of a llama-architecture GGUF file.
@@ -100,7 +100,7 @@ def _norms(config: dict[str, Any]) -> dict[str, str]:
 
 
 def _experts(layout: Layout, ours: str, theirs: str) -> None:
-    """A mixture of experts: each a tensor of its own, or all in one tensor."""
+    """Maps a mixture of experts, stored one tensor an expert or all in one."""
     config = layout.config
     D, F, E = (
         config[name] for name in ("hidden_dim", "intermediate_dim", "num_experts")
@@ -144,7 +144,7 @@ _EXPERT_TENSORS = {"gate": "w1", "intermediate": "w3", "output": "w2"}
 
 
 def gpt2_layout(config: dict[str, Any], names: Collection[str]) -> dict[str, Source]:
-    """GPT-2, which stores kernels as `(inputs, outputs)`."""
+    """Maps GPT-2's tensors, whose kernels are stored as `(inputs, outputs)`."""
     layout = Layout(config, names, "transformer.")
     D, F = config["hidden_dim"], config["intermediate_dim"]
     heads = (config["num_query_heads"], config["head_dim"])
@@ -189,7 +189,7 @@ OPT_POSITION_OFFSET = 2
 
 
 def opt_layout(config: dict[str, Any], names: Collection[str]) -> dict[str, Source]:
-    """OPT."""
+    """Maps OPT's tensors."""
     layout = Layout(config, names, "model.")
     D, F = config["hidden_dim"], config["intermediate_dim"]
     heads = (config["num_query_heads"], config["head_dim"])

@@ -38,7 +38,7 @@ def read_tokenizer(
         tokenizer's own end of text.
 
     Raises:
-        ValueError: If a file is damaged or says what can't be done; the message
+        ValueError: A file is damaged or says what can't be done; the message
             names the file and the key.
     """
     if not (folder / _VOCABULARY_FILE).exists():
@@ -149,7 +149,7 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
 
 
 def _added_ids(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and after a text of its own accord."""
+    """The ids that the tokenizer adds before and after every text."""
     for text in itertools.chain(("a",), backend.get_vocab()):
         bare = backend.encode(text, add_special_tokens=False).ids
         if bare:
@@ -165,7 +165,7 @@ def _added_ids(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
 
 
 def _added_token(name: str, added: list[int], token_id: int | None) -> int | None:
-    """The one token that is added; nothing but the named one can be.
+    """The one token that the tokenizer adds, or `None`; it must be the named one.
 
     `add_bos_token` of the config isn't asked: it is for making a `tokenizer.json`.
     """

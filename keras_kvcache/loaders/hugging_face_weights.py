@@ -25,7 +25,7 @@ _NOT_WEIGHTS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.(bias|masked_bias
 
 @dataclass(frozen=True)
 class Source:
-    """What one weight of the decoder is made of.
+    """The tensors that one weight of the decoder is read from, and how.
 
     Attributes:
         tensors: Names in the files: one, several to be stacked, or none for a

@@ -17,8 +17,8 @@ def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, An
         default: What an absent file stands for; `None` if it has to be there.
 
     Raises:
-        FileNotFoundError: If the file is absent and there is no default.
-        ValueError: If it holds anything but a JSON object.
+        FileNotFoundError: The file is absent and there is no default.
+        ValueError: It holds anything but a JSON object.
     """
     if default is not None and not path.exists():
         return default

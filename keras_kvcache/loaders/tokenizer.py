@@ -58,7 +58,7 @@ class Tokenizer:
             name a token, and the model's own vocabulary size may be larger.
 
     Raises:
-        ValueError: If an id isn't an int32 from 0 on, or an id to add is None.
+        ValueError: An id isn't an int32 from 0 on, or an id to add is None.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class Tokenizer:
 
         Raises:
             TypeError: If `ids` aren't integers.
-            ValueError: If there is more than one axis, or if an id is no int32
+            ValueError: There is more than one axis, or an id is no int32
                 from 0 on.
         """
         ids = np.asarray(ids)
@@ -157,7 +157,7 @@ class Tokenizer:
         )
 
     def decode_stream(self, skip_special_tokens: bool = True) -> DecodeStream | None:
-        """Decodes in parts: what `push(ids)` and `flush()` give, joined, is `decode`'s.
+        """Decodes in parts, whose texts joined are the text that `decode` gives.
 
         Args:
             skip_special_tokens: Whether to leave out special tokens.
@@ -207,7 +207,7 @@ class Tokenizer:
         Raises:
             TypeError: If `messages` isn't a list of such dictionaries, or an argument
                 is one of transformers' that has no meaning here.
-            ValueError: If the model has no template, or the template fails.
+            ValueError: The model has no template, or the template fails.
         """
         foreign = sorted(_FOREIGN_ARGUMENTS & set(variables))
         if foreign:
@@ -278,8 +278,8 @@ class Tokenizer:
         """Reads what `save` wrote.
 
         Raises:
-            FileNotFoundError: If the folder lacks one of the two files.
-            ValueError: If one of them is damaged.
+            FileNotFoundError: The folder lacks one of the two files.
+            ValueError: One of them is damaged.
         """
         import tokenizers
 

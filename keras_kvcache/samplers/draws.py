@@ -9,8 +9,8 @@ def most_likely(logits, seed):
     """Takes the most likely token, the first one of those that tie.
 
     Args:
-        logits: float tensor `(B, V)`.
-        seed: not used; there so that all draws are called alike.
+        logits: Float tensor `(B, V)`.
+        seed: Not used; there so that all draws are called alike.
 
     Returns:
         Token ids, an int32 tensor `(B,)`.
@@ -25,8 +25,8 @@ def categorical(logits, seed):
     et al., "A* sampling" (2014).
 
     Args:
-        logits: float tensor `(B, V)`; -inf is never drawn.
-        seed: int, or two integers `(seed, step)`, traced or not. A row's draw
+        logits: Float tensor `(B, V)`; -inf is never drawn.
+        seed: Integer, or two integers `(seed, step)`, traced or not. A row's draw
             depends on the seed, its logits and its place in the batch.
 
     Returns:

@@ -23,8 +23,8 @@ def scale_temperature(logits, temperature):
     Ackley et al., "A learning algorithm for Boltzmann machines" (1985).
 
     Args:
-        logits: float tensor `(B, V)`.
-        temperature: number or tensor, above 0.
+        logits: Float tensor `(B, V)`.
+        temperature: Number or tensor, above 0.
 
     Returns:
         A float32 tensor `(B, V)`.
@@ -38,8 +38,8 @@ def keep_top_k(logits, k):
     Fan et al., "Hierarchical neural story generation" (2018).
 
     Args:
-        logits: float tensor `(B, V)`.
-        k: number or tensor. From `V` on it keeps every token.
+        logits: Float tensor `(B, V)`.
+        k: Number or tensor. From `V` on it keeps every token.
 
     Returns:
         A float32 tensor `(B, V)`.
@@ -64,8 +64,8 @@ def keep_top_p(logits, p):
     another filter, those of the tokens it kept.
 
     Args:
-        logits: float tensor `(B, V)`.
-        p: number or tensor. From 1 on it keeps every token with a float32
+        logits: Float tensor `(B, V)`.
+        p: Number or tensor. From 1 on it keeps every token with a float32
             probability above 0.
 
     Returns:
@@ -92,8 +92,8 @@ def keep_min_p(logits, p):
     coherent LLM outputs" (2024).
 
     Args:
-        logits: float tensor `(B, V)`.
-        p: number or tensor. 0 keeps every token.
+        logits: Float tensor `(B, V)`.
+        p: Number or tensor. 0 keeps every token.
 
     Returns:
         A float32 tensor `(B, V)`.
@@ -124,7 +124,7 @@ def _largest_threshold(keys, holds):
 
     Args:
         keys: int32 tensor `(B, V)`, read for its batch size only.
-        holds: callable of an int32 tensor `(B, 1)` to a boolean one, true at
+        holds: Callable of an int32 tensor `(B, 1)` to a boolean one, true at
             the smallest int32 and false from some value on.
 
     Returns:

@@ -30,10 +30,10 @@ class HubSampler:
     effect on it. Make a new sampler instead.
 
     Attributes:
-        sampler: a `keras_hub.samplers.Sampler` that `is_hub_sampler` knows.
+        sampler: A `keras_hub.samplers.Sampler` that `is_hub_sampler` knows.
 
     Raises:
-        ValueError: if the sampler runs a decoding loop of its own, as beam,
+        ValueError: The sampler runs a decoding loop of its own, as beam,
             contrastive and speculative search do.
     """
 
@@ -55,7 +55,7 @@ class HubSampler:
         return f"{type(self).__name__}({type(self.sampler).__name__}({shown}))"
 
     def __call__(self, logits, seed):
-        """Draws one token a row, see `Sampler`."""
+        """Draws one token a row: logits `(B, V)` and a seed to int32 ids `(B,)`."""
         states = [
             (variable, _generator_state(seed, i, variable.dtype))
             for i, variable in enumerate(self.sampler.variables)

@@ -1,4 +1,4 @@
-"""From what a user passes as `sampler` to a sampler."""
+"""Turns the argument `sampler` into a sampler."""
 
 import jax
 
@@ -30,9 +30,9 @@ def get(identifier):
         A callable `(logits, seed) -> token ids`.
 
     Raises:
-        ValueError: for an unknown name, and for a keras-hub sampler with a
-            decoding loop of its own.
-        TypeError: for anything else.
+        ValueError: The name is unknown, or a keras-hub sampler has a decoding loop
+            of its own.
+        TypeError: It is none of these.
     """
     if identifier is None:
         return recipes.greedy()

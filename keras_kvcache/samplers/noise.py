@@ -20,14 +20,14 @@ def seed_words(seed):
     """Returns a seed as the two 32-bit words of a generator key.
 
     Args:
-        seed: an int of up to 64 bits, or two integers `(seed, step)`: a tensor
+        seed: An int of up to 64 bits, or two integers `(seed, step)`: a tensor
             of shape `(2,)`, usually `uint32`, which may be traced.
 
     Returns:
         Two int32 scalars holding the words' bits.
 
     Raises:
-        ValueError: if `seed` is neither an int nor two integers.
+        ValueError: `seed` is neither an int nor two integers.
     """
     if isinstance(seed, numbers.Integral):
         seed = int(seed)
@@ -50,8 +50,8 @@ def threefry(key, counter):
     with arithmetic on every backend.
 
     Args:
-        key: two int32 tensors, scalar or broadcastable with `counter`.
-        counter: two int32 tensors of broadcastable shapes.
+        key: Two int32 tensors, scalar or broadcastable with `counter`.
+        counter: Two int32 tensors of broadcastable shapes.
 
     Returns:
         Two int32 tensors of the broadcast shape.
@@ -71,9 +71,9 @@ def gumbel(seed, num_rows, num_columns):
     """Standard Gumbel noise, the same for a row whatever the number of rows.
 
     Args:
-        seed: int or two integers, see `seed_words`.
-        num_rows: int (or scalar tensor), `B`.
-        num_columns: int, `V`.
+        seed: Integer or two integers, as in `seed_words`.
+        num_rows: Integer (or scalar tensor), `B`.
+        num_columns: Integer, `V`.
 
     Returns:
         A float32 tensor `(B, V)` of finite values, from -2.9 to 22.2.

@@ -36,23 +36,23 @@ def random(temperature=1.0):
     """Any token, with its probability at this temperature.
 
     Args:
-        temperature: float, at least 1e-6. `make` takes 0 for greedy.
+        temperature: Float, at least 1e-6. `make` takes 0 for greedy.
 
     Returns:
         A `Sampler`.
 
     Raises:
-        ValueError: if a parameter is out of range, here and in all recipes.
+        ValueError: A parameter is out of range, here and in all recipes.
     """
     return chain(_temperature(temperature))
 
 
 def top_k(k=5, temperature=1.0):
-    """One of the `k` most likely tokens, see `keep_top_k`.
+    """One of the `k` most likely tokens (`keep_top_k`).
 
     Args:
-        k: int, at least 1.
-        temperature: float, at least 1e-6.
+        k: Integer, at least 1.
+        temperature: Float, at least 1e-6.
 
     Returns:
         A `Sampler`.
@@ -61,12 +61,12 @@ def top_k(k=5, temperature=1.0):
 
 
 def top_p(p=0.9, temperature=1.0, k=None):
-    """One of the most likely tokens that together reach `p`, see `keep_top_p`.
+    """One of the most likely tokens that together reach `p` (`keep_top_p`).
 
     Args:
-        p: float, above 0 and at most 1.
-        temperature: float, at least 1e-6.
-        k: int, at least 1: first keeps this many. All, if `None`.
+        p: Float, above 0 and at most 1.
+        temperature: Float, at least 1e-6.
+        k: Integer, at least 1: first keeps this many. All, if `None`.
 
     Returns:
         A `Sampler`.
@@ -79,8 +79,8 @@ def min_p(p=0.1, temperature=1.0):
     """One of the tokens at least `p` times as likely as the most likely one.
 
     Args:
-        p: float, from 0 to 1, see `keep_min_p`.
-        temperature: float, at least 1e-6.
+        p: Float, from 0 to 1.
+        temperature: Float, at least 1e-6.
 
     Returns:
         A `Sampler`.
@@ -92,10 +92,10 @@ def make(temperature=1.0, top_k=None, top_p=None, min_p=None):
     """Builds a sampler from keyword settings; a filter left out isn't run.
 
     Args:
-        temperature: float. 0 stands for greedy, whatever the other settings.
-        top_k: int, at least 1.
-        top_p: float, above 0 and at most 1.
-        min_p: float, from 0 to 1.
+        temperature: Float. 0 stands for greedy, whatever the other settings.
+        top_k: Integer, at least 1.
+        top_p: Float, above 0 and at most 1.
+        min_p: Float, from 0 to 1.
 
     Returns:
         A `Sampler`.

@@ -37,9 +37,9 @@ class Sampler:
     sampler compiles once for all temperatures.
 
     Attributes:
-        filters: functions `(logits, parameter) -> logits`, applied in order.
-        parameters: one number or tensor for each filter.
-        draw: function `(logits, seed) -> token ids`.
+        filters: Functions `(logits, parameter) -> logits`, applied in order.
+        parameters: One number or tensor for each filter.
+        draw: Function `(logits, seed) -> token ids`.
     """
 
     filters: tuple[Callable, ...]
@@ -50,8 +50,8 @@ class Sampler:
         """Draws one token a row.
 
         Args:
-            logits: float tensor `(B, V)`.
-            seed: int, or two integers `(seed, step)`, traced or not.
+            logits: Float tensor `(B, V)`.
+            seed: Integer, or two integers `(seed, step)`, traced or not.
 
         Returns:
             Token ids, an int32 tensor `(B,)`.
@@ -96,11 +96,11 @@ def chain(*steps, draw=categorical):
     ```
 
     Args:
-        *steps: pairs `(filter, parameter)`, applied in this order. A filter is
+        *steps: Pairs `(filter, parameter)`, applied in this order. A filter is
             a function `(logits, parameter) -> logits` with logits `(B, V)`.
             It gets the parameter as given; to JAX the int 1 and the float 1.0
             are two types, each with a compilation of its own.
-        draw: function `(logits, seed) -> token ids (B,)`.
+        draw: Function `(logits, seed) -> token ids (B,)`.
 
     Returns:
         A `Sampler`.
