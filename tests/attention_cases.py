@@ -12,6 +12,16 @@ GARBAGE = 1e30  # what slots hold that nobody wrote
 LAYOUTS = ("dense", "head_major")
 
 
+def stored(codecs):
+    """Pairs of a codec and a layout that it has: codes lie head-major only."""
+    return [
+        (codec, layout)
+        for codec in codecs
+        for layout in LAYOUTS
+        if layout == "head_major" or codec not in ("int8", "int4")
+    ]
+
+
 def noise(*shape, seed=0, dtype="float32"):
     """Reproducible normal numbers."""
     return np.random.default_rng(seed).normal(size=shape).astype(dtype)

@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import reference
 
-from keras_kvcache.ops import View, dense_segment, head_major_segment
+from keras_kvcache.ops import View, dense_segment, head_major_segment, slots_of
 from keras_kvcache.ops.products import reader
 
 SCALE = 0.3
@@ -24,7 +24,7 @@ def make_view(keys, values, layout="head_major"):
         part = slice(first, first + size)
         positions = cases.int32(np.arange(first, first + size)[None])
         if layout == "dense":
-            read = (reader(tensor[:, half, part], axis=1) for half in (0, 1))
+            read = (dense_reader(tensor[:, half, part]) for half in (0, 1))
             heads = keys.shape[2]
             segment = dense_segment(*read, positions, heads, None, (tensor,), first)
         else:
@@ -37,6 +37,11 @@ def make_view(keys, values, layout="head_major"):
         segments.append(segment)
         first += size
     return View(tuple(segments), keys.shape[2], values.shape[3])
+
+
+def dense_reader(entries):
+    """A function that reads slots of entries `(B, n, K, H)`."""
+    return lambda first, count: slots_of(entries, first, count, axis=1)
 
 
 def cut(mask):

@@ -4,6 +4,7 @@ import pickle
 import subprocess
 import sys
 
+import attention_cases as cases
 import jax
 import numpy as np
 import pytest
@@ -36,8 +37,9 @@ def program(cache, key, value, index):
     return cache, cache.to_dense() if hasattr(cache, "to_dense") else key
 
 
-@pytest.mark.parametrize("layout", ["head_major", "dense"])
-@pytest.mark.parametrize("codec", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize(
+    "codec, layout", cases.stored(["float32", "bfloat16", "int8", "int4"])
+)
 @pytest.mark.parametrize("kind", [Static(), Rolling(13, 3)])
 def test_an_exported_function_of_a_cache(kind, codec, layout, tmp_path):
     spec = CacheSpec(2, 61, 3, 10, codec=codec, layout=layout, kind=kind)

@@ -48,8 +48,7 @@ def caches():
     """A tree of every kind, codec and layout."""
     return tuple(
         {"one": make_cache(codec=codec, layout=layout, kind=kind)}
-        for codec in ("bfloat16", *CODECS)
-        for layout in cases.LAYOUTS
+        for codec, layout in cases.stored(("bfloat16", *CODECS))
         for kind in KINDS.values()
     )
 
@@ -193,7 +192,7 @@ keras.distribution.set_distribution(
 options = dict(codec="int4", kind=Rolling(13, sinks=3))
 caches = (
     CacheSpec(6, 37, 4, 7, **options).allocate(),
-    CacheSpec(6, 37, 4, 7, **options, layout="dense").allocate(),
+    CacheSpec(6, 37, 4, 7, kind=options["kind"], layout="dense").allocate(),
     CacheSpec(6, 37, 4, 7, layout="dense").allocate().to_dense(),
 )
 assert len(caches[0].storage.segments[0][0].sharding.device_set) == 8

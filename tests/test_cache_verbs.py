@@ -5,7 +5,6 @@ it does to slots, by the entries that they decode to and by what a query sees th
 """
 
 import functools
-import itertools
 
 import attention_cases as cases
 import jax
@@ -35,7 +34,7 @@ from keras_kvcache.ops import attend, rotation, token_positions, view_masks
 B, S, K, H = 5, 41, 2, 7
 KINDS = {"static": "static", "rolling": Rolling(13), "sinks": Rolling(13, sinks=3)}
 CODECS = ("float32", "bfloat16", "int8", "int4")
-COMBINATIONS = list(itertools.product(KINDS, CODECS, cases.LAYOUTS))
+COMBINATIONS = [(kind, *pair) for kind in KINDS for pair in cases.stored(CODECS)]
 every_combination = pytest.mark.parametrize("kind, codec, layout", COMBINATIONS)
 TURN = rotation(H)
 # Codecs without and with groups, as `ReferenceCache` knows them.
@@ -128,8 +127,8 @@ def test_rows_inserted(kind, codec, layout):
 
 
 def test_row_of_a_known_index():
-    cache = make_cache("rolling", "int8", "dense")
-    other = make_cache("rolling", "int8", "dense", rows=2, seed=1)
+    cache = make_cache("rolling", "int8", "head_major")
+    other = make_cache("rolling", "int8", "head_major", rows=2, seed=1)
     inserted = insert_rows(cache, other, 1)
     rows = [(0, 0), (1, 0), (1, 1), (0, 3), (0, 4)]
     assert_rows(inserted, cache, other, rows=rows)
@@ -161,7 +160,7 @@ def test_trees_of_caches():
     tensor = keras.ops.convert_to_tensor(cases.noise(B, 2, S, K, H))
     tree = {
         "layers": (
-            make_cache("static", "int4", "dense"),
+            make_cache("static", "int4", "head_major"),
             make_cache("sinks", "bfloat16", "head_major"),
         ),
         "tensor": tensor,
@@ -260,8 +259,7 @@ class Followed:
             self.reference.window = slots
 
 
-@pytest.mark.parametrize("layout", cases.LAYOUTS)
-@pytest.mark.parametrize("codec", RULES)
+@pytest.mark.parametrize("codec, layout", cases.stored(RULES))
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_seen_after_growing_and_shrinking(kind, codec, layout):
     """Groups take more entries to be there at all."""
@@ -277,8 +275,7 @@ def test_what_is_seen_after_growing_and_shrinking(kind, codec, layout):
     followed.write(1)
 
 
-@pytest.mark.parametrize("layout", cases.LAYOUTS)
-@pytest.mark.parametrize("codec", RULES)
+@pytest.mark.parametrize("codec, layout", cases.stored(RULES))
 def test_what_is_seen_after_going_back_and_shrinking(codec, layout):
     """What was gone back to stays, not what was written last."""
     followed = Followed(Rolling(65), codec, layout)
@@ -288,8 +285,7 @@ def test_what_is_seen_after_going_back_and_shrinking(codec, layout):
     followed.write(1)
 
 
-@pytest.mark.parametrize("layout", cases.LAYOUTS)
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec, layout", cases.stored(CODECS))
 def test_static_entries_survive_a_new_size(codec, layout):
     """And new slots are empty; a size may cut a segment or end with one."""
     cache = make_cache("static", codec, layout, capacity=1033)
@@ -320,7 +316,7 @@ def test_cropped_as_far_as_a_ring_reaches(kind, layout):
     followed.write(1)
     with pytest.raises(ValueError, match=r"\[19\] to before \[21\] are overwritten"):
         crop(followed.cache, np.array([34]), np.array([31]))
-    grouped = Followed(kind, "int4", layout)
+    grouped = Followed(kind, "int4", "head_major")
     for length in (64, 11):
         grouped.write(length)
     grouped.crop(60)  # into a group that was full
@@ -332,7 +328,7 @@ def test_cropped_as_far_as_a_ring_reaches(kind, layout):
 
 def test_a_ring_that_overwrote_nothing_goes_back_anywhere():
     for codec, fill in (("float32", 13), ("int4", 64)):
-        cache = make_spec("rolling", codec, "dense").allocate()
+        cache = make_spec("rolling", codec, "head_major").allocate()
         for length in range(fill + 1):
             assert crop(cache, fill, length) is cache
     sinks = make_spec("sinks", "float32", "dense").allocate()
@@ -343,8 +339,7 @@ def test_a_ring_that_overwrote_nothing_goes_back_anywhere():
         crop(sinks, 17, 10)
 
 
-@pytest.mark.parametrize("layout", cases.LAYOUTS)
-@pytest.mark.parametrize("codec", RULES)
+@pytest.mark.parametrize("codec, layout", cases.stored(RULES))
 def test_a_text_begins_again(codec, layout):
     """Nothing of what a ring lost is needed for that, nor are sinks in a group."""
     for kind in ("rolling", "sinks"):
@@ -428,8 +423,8 @@ def test_caches_that_are_not_alike():
         "kind": make_spec("static", "float32", "dense"),
         "sinks": make_spec("sinks", "float32", "dense"),
         "window": make_spec(Rolling(11), "float32", "dense"),
-        "codec": make_spec("rolling", "int8", "dense"),
-        "groups": make_spec("rolling", "int4", "dense"),
+        "codec": make_spec("rolling", "int8", "head_major"),
+        "groups": make_spec("rolling", "int4", "head_major"),
         "dtype": make_spec("rolling", "bfloat16", "dense"),
         "layout": make_spec("rolling", "float32", "head_major"),
     }
@@ -485,7 +480,7 @@ def test_windows_that_do_not_show_what_is_there():
     words = refusal(resize_window, rolling, 17, 14)
     assert "overwritten" in words and "fill=14" in words
     assert resize_window(rolling, 11, 1009) is not None
-    sinks = make_cache("sinks", "int8", "dense")
+    sinks = make_cache("sinks", "int8", "head_major")
     assert "sinks=3" in refusal(resize_window, sinks, 3, 5)
     for window in (0, -1, 2.0, True, None):
         words = refusal(resize_window, rolling, window, 0)
@@ -517,7 +512,7 @@ def test_caches_that_differ_grow_together():
     """As those of a model of which some layers slide: each in its own way."""
     tree = (
         make_cache("static", "float32", "head_major"),
-        make_cache("sinks", "int4", "dense"),
+        make_cache("sinks", "int4", "head_major"),
         keras.ops.convert_to_tensor(cases.noise(B, 2, S, K, H)),
     )
     longer = resize(tree, 53, 7)

@@ -29,7 +29,7 @@ CAPACITIES = (1, 256, 257, 1033)
 DTYPES = ("float32", "bfloat16", "float16")
 KINDS = {"static": "static", "rolling": Rolling(13), "sinks": Rolling(13, sinks=3)}
 CODECS = ("float32", "bfloat16", "int8", "int4")
-COMBINATIONS = list(itertools.product(KINDS, CODECS, cases.LAYOUTS))
+COMBINATIONS = [(kind, *pair) for kind in KINDS for pair in cases.stored(CODECS)]
 every_combination = pytest.mark.parametrize("kind, codec, layout", COMBINATIONS)
 
 
@@ -124,12 +124,11 @@ def test_size_is_what_is_allocated(kind, codec, layout, value_dim):
         assert not array.any()
 
 
-@pytest.mark.parametrize("layout", cases.LAYOUTS)
 @pytest.mark.parametrize("codec, bytes_per_number", [("int8", 1), ("int4", 0.5)])
-def test_codes_take_few_bytes(codec, bytes_per_number, layout):
+def test_codes_take_few_bytes(codec, bytes_per_number):
     """At head sizes of models, scales and the newest group cost little."""
-    spec = CacheSpec(1, 4096, 8, 64, codec=codec, layout=layout)
-    exact = CacheSpec(1, 4096, 8, 64, codec="bfloat16", layout=layout)
+    spec = CacheSpec(1, 4096, 8, 64, codec=codec)
+    exact = CacheSpec(1, 4096, 8, 64, codec="bfloat16")
     assert spec.nbytes <= (bytes_per_number / 2 + 0.05) * exact.nbytes
     if codec == "int4":
         assert spec.nbytes <= 0.30 * exact.nbytes
@@ -161,6 +160,9 @@ def test_values_may_have_another_size(layout):
         (dict(codec="float8"), ["`codec`", "'float8'", "float32"]),
         (dict(codec=8), ["`codec`", "8"]),
         (dict(layout="sparse"), ["`layout`", "'sparse'", "dense", "head_major"]),
+        (dict(layout="dense", codec="int8"), ["`layout`", "head_major", "'int8'"]),
+        (dict(layout="dense", codec="int4"), ["`layout`", "head_major", "'int4'"]),
+        (dict(layout="dense", codec=get_codec("int4").ungrouped), ["`layout`"]),
         (dict(kind="ring"), ["`kind`", "'ring'", "static", "Rolling"]),
         (dict(kind="rolling"), ["`kind`", "'rolling'", "Rolling(window"]),
         (dict(kind=None), ["`kind`", "None"]),
@@ -224,18 +226,13 @@ def test_layouts_turn_into_each_other(capacity, dtype):
 
 
 @pytest.mark.parametrize("codec", ["int8", "int4"])
-def test_coded_entries_of_both_layouts_are_the_same(codec):
-    """As keys and values and as a dense tensor."""
-    entries, decoded = make_entries(37), []
-    for layout in cases.LAYOUTS:
-        cache = make_spec("static", codec, layout).allocate()
-        cache = update(cache, entries, cases.int32(0))
-        full = 32 if codec == "int4" else 37
-        keys, values = (cases.numpy(x)[:, :full] for x in cache.storage.decode())
-        decoded.append((keys, values))
-        dense = cases.entries(cache)[:, :, :full]
-        np.testing.assert_array_equal(dense, np.stack([keys, values], axis=1))
-    np.testing.assert_allclose(*decoded, rtol=0, atol=1e-5)
+def test_a_dense_tensor_of_coded_entries(codec):
+    cache = make_spec("static", codec, "head_major").allocate()
+    cache = update(cache, make_entries(37), cases.int32(0))
+    full = 32 if codec == "int4" else 37
+    keys, values = (cases.numpy(x)[:, :full] for x in cache.storage.decode())
+    dense = cases.entries(cache)[:, :, :full]
+    np.testing.assert_array_equal(dense, np.stack([keys, values], axis=1))
 
 
 # What a call sees.
@@ -249,8 +246,7 @@ def positions_after(cache, entries, index):
     return keras.ops.concatenate(positions), cache
 
 
-@pytest.mark.parametrize("layout", cases.LAYOUTS)
-@pytest.mark.parametrize("codec", ["float32", "int4"])
+@pytest.mark.parametrize("codec, layout", cases.stored(["float32", "int4"]))
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_in_sight_is_seen_once(kind, codec, layout):
     """By its position, wherever its slot is; what's elsewhere has no position there."""
@@ -325,7 +321,7 @@ def test_a_text_written_whole_is_read_whole(kind, codec):
     length = 41 if kind == "static" else 13
     query, entries = cases.noise(B, 5, K, H), make_entries(length)
     outputs = []
-    for layout in cases.LAYOUTS:
+    for _, layout in cases.stored([codec]):
         cache = make_spec(kind, codec, layout).allocate()
         cache = update(cache, entries, cases.int32(0))
 
@@ -347,11 +343,11 @@ def test_a_text_written_whole_is_read_whole(kind, codec):
 # Codecs.
 
 
-def relative_error(codec, kind, layout):
+def relative_error(codec, kind):
     """Of the attention of the next token, against exact entries."""
     query, outputs = cases.noise(B, 1, K, H, seed=5) / H**0.5, []
     for name in (codec, "float32"):
-        cache = make_spec(kind, name, layout, capacity=101).allocate()
+        cache = make_spec(kind, name, "head_major", capacity=101).allocate()
         for index in range(0, 99, 11):
             cache = update(cache, make_entries(11, seed=index), cases.int32(index))
         output, _ = step(cache, query, make_entries(1, seed=99), cases.int32(99))
@@ -363,20 +359,17 @@ def relative_error(codec, kind, layout):
 @pytest.mark.parametrize(
     "codec, largest", [("bfloat16", 0.005), ("int8", 0.01), ("int4", 0.2)]
 )
-@pytest.mark.parametrize("kind, layout", [("static", "head_major"), ("sinks", "dense")])
-def test_codecs_change_attention_little(codec, largest, kind, layout):
-    assert 0 < relative_error(codec, kind, layout) <= largest
+@pytest.mark.parametrize("kind", ["static", "sinks"])
+def test_codecs_change_attention_little(codec, largest, kind):
+    assert 0 < relative_error(codec, kind) <= largest
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("layout", cases.LAYOUTS)
 @pytest.mark.parametrize("codec", ["int8", "int4"])
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.7, 6.5e4])
-def test_constants_survive(value, codec, layout, dtype):
+def test_constants_survive(value, codec, dtype):
     """Keys as they were; of values int4 loses as much as of any others."""
-    cache = CacheSpec(
-        B, 64, K, H, codec=get_codec(codec, dtype), layout=layout
-    ).allocate()
+    cache = CacheSpec(B, 64, K, H, codec=get_codec(codec, dtype)).allocate()
     entries = np.full((2, B, 37, K, H), value, dtype)
     value = float(entries[0, 0, 0, 0, 0])
     cache = update(cache, entries, cases.int32(0))
@@ -409,12 +402,11 @@ def test_a_dtype_that_the_backend_lacks():
         spec.allocate()
 
 
-@pytest.mark.parametrize("layout", cases.LAYOUTS)
 @pytest.mark.parametrize("kind", ["static", "rolling"])
-def test_keys_are_exact_until_their_group_is_full(kind, layout):
+def test_keys_are_exact_until_their_group_is_full(kind):
     """And within half a step of it from then on."""
     entries = make_entries(37)
-    cache = make_spec(kind, "int4", layout).allocate()
+    cache = make_spec(kind, "int4", "head_major").allocate()
     cache = update(cache, entries[:, :, :31], cases.int32(0))
     newest, _ = map(cases.numpy, cache.newest.storage.decode())
     np.testing.assert_array_equal(newest[:, :31], entries[0, :, :31])
@@ -433,18 +425,16 @@ def test_keys_are_exact_until_their_group_is_full(kind, layout):
         np.testing.assert_array_equal(coded[row, :32], expected)
 
 
-@pytest.mark.parametrize("layout", cases.LAYOUTS)
-def test_sinks_are_exact_whatever_the_codec(layout):
+def test_sinks_are_exact_whatever_the_codec():
     entries = make_entries(17)
     for codec in ("int8", "int4"):
-        cache = make_spec("sinks", codec, layout).allocate()
+        cache = make_spec("sinks", codec, "head_major").allocate()
         cache = update(cache, entries, cases.int32(0))
         for decoded, given in zip(cache.sinks.decode(), entries, strict=True):
             np.testing.assert_array_equal(cases.numpy(decoded), given[:, :3])
 
 
-@pytest.mark.parametrize("codec", ["float32", "bfloat16", "int8", "int4"])
-@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("codec, layout", cases.stored(CODECS))
 @pytest.mark.parametrize("kind", ["rolling", "sinks"])
 def test_what_left_the_window_is_gone(kind, codec, layout):
     """Entries of 1e30, and the same query sees what it'd see without them."""
@@ -464,11 +454,10 @@ def test_what_left_the_window_is_gone(kind, codec, layout):
     assert abs(outputs[1]).max() < 9
 
 
-@pytest.mark.parametrize("layout", cases.LAYOUTS)
 @pytest.mark.parametrize("length", [1, 3])
-def test_a_row_that_brings_nothing_stays_as_it_was(layout, length):
+def test_a_row_that_brings_nothing_stays_as_it_was(length):
     """Even one that was rolled back into a group that was full."""
-    cache = make_spec("static", "int4", layout).allocate()
+    cache = make_spec("static", "int4", "head_major").allocate()
     cache = update(cache, make_entries(37), cases.int32(0))
     padding = np.full((2, B, length, K, H), cases.GARBAGE, "float32")
     idle = update(cache.with_end(cases.int32([19] * B)), padding, cases.int32(19))

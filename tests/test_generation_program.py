@@ -53,7 +53,6 @@ CACHES = {
     "int4": ({"codec": "int4"}, 1.1, 512),
     "rolling_float16": ({"kind": Rolling(S), "codec": "float16"}, 0.6, 512),
     "rolling_int8": ({"kind": Rolling(S), "codec": "int8"}, 0.6, 512),
-    "dense_int8": ({"layout": "dense", "codec": "int8"}, 1.1, 1024),
 }
 
 

@@ -13,6 +13,7 @@ import math
 import re
 from pathlib import Path
 
+import attention_cases as cases
 import jax
 import numpy as np
 import pytest
@@ -115,8 +116,7 @@ def check_program(program, cache):
 
 @quietly
 @pytest.mark.usefixtures("on_gpu")
-@pytest.mark.parametrize("codec", ["bfloat16", "float16", "int8"])
-@pytest.mark.parametrize("layout", ["head_major", "dense"])
+@pytest.mark.parametrize("codec, layout", cases.stored(["bfloat16", "float16", "int8"]))
 @pytest.mark.parametrize("batch_size, heads", [(1, 2), (1, 6), (3, 2), (3, 6)])
 def test_decode_loop(batch_size, heads, layout, codec, gpu):
     lm = make_model(heads)

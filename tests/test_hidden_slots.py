@@ -27,8 +27,7 @@ def spoilt(cache):
 
 
 @pytest.mark.parametrize("ways", ["plain", "scores", "dropout"])
-@pytest.mark.parametrize("layout", cases.LAYOUTS)
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec, layout", cases.stored(CODECS))
 def test_slots_that_nobody_wrote_hold_anything(codec, layout, ways):
     options = dict(dropout=1e-9) if ways == "dropout" else {}
     layer = cases.make_layer(6, 8, num_key_value_heads=2, **options)

@@ -71,6 +71,8 @@ class Codec(abc.ABC):
     block = CODED_BLOCK
     # Whether a cache's arrays may be the `arrays` of a `Segment`.
     kernels_read = False
+    # Whether keys and values are kept as they are, one number each.
+    is_exact = False
 
     def __post_init__(self):
         if self.dtype not in FLOATS:
@@ -116,6 +118,8 @@ class Codec(abc.ABC):
 @dataclass(frozen=True)
 class Exact(Codec):
     """Entries as they are, but for the dtype."""
+
+    is_exact = True
 
     @property
     def name(self):
@@ -248,7 +252,7 @@ class ExactKeys(_Int4Values, Exact):
     """Keys whose group of `Int4` isn't full yet, as they are."""
 
     name = "int4 in the making"
-    kernels_read = False
+    kernels_read = is_exact = False
 
 
 CODECS = {"int8": Int8, "int4": Int4}

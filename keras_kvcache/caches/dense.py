@@ -6,10 +6,10 @@ import jax
 from keras import ops
 
 from keras_kvcache.caches.sizes import segment_sizes
-from keras_kvcache.caches.storage import Field, Storage, decoded, read_slots
+from keras_kvcache.caches.storage import Field, Storage
 from keras_kvcache.ops import dense_segment, slots_of, start_of_slice
 
-# Axes of the head size and of the slots: where keys and values share arrays
+# Axes of the head size and of the slots: where keys and values share one array
 # `(B, 2, S, K, H)`, and where each have their own `(B, S, K, H)`.
 SHARED = (4, 2)
 OWN = (3, 1)
@@ -18,12 +18,12 @@ OWN = (3, 1)
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False, repr=False)
 class DenseStorage(Storage):
-    """One segment, whose slots come before the heads.
+    """One segment of exact entries, whose slots come before the heads.
 
-    Its arrays are `(B, 2, S, K, H)`, keys at 0 and values at 1 of axis 1. Where the
-    codec or the head size differ between the two they have arrays of their own,
-    `(B, S, K, H)` and `(B, S, K, Hv)`. It's updated in place when compiled and
-    donated, and read as it lies: at memory speed by kernels, more slowly by XLA.
+    Its array is `(B, 2, S, K, H)`, keys at 0 and values at 1 of axis 1. Values of
+    another head size have an array of their own: then keys are `(B, S, K, H)` and
+    values `(B, S, K, Hv)`. It's updated in place when compiled and donated, and read as
+    it lies: at memory speed by kernels, more slowly by XLA.
     """
 
     @classmethod
@@ -31,26 +31,20 @@ class DenseStorage(Storage):
         """See `Storage.allocate`."""
         rows, heads = spec.batch_size, spec.num_key_value_heads
         head_dim, value_dim = spec.head_dim, spec.value_dim or spec.head_dim
-        keys, values = codec.key_parts(head_dim), codec.value_parts(value_dim)
-        both = (2,) if keys == values else ()
-        arrays = (
-            make((rows, *both, slots // part.tokens, heads, part.width), part.dtype)
-            for part in (keys if both else keys + values)
-        )
-        return cls((tuple(arrays),), codec, head_dim, value_dim)
-
-    @property
-    def _key_parts(self):
-        return self.codec.key_parts(self.head_dim)
-
-    @property
-    def _value_parts(self):
-        return self.codec.value_parts(self.value_dim)
+        ((_, _, dtype),) = codec.key_parts(head_dim)
+        if head_dim == value_dim:
+            arrays = (make((rows, 2, slots, heads, head_dim), dtype),)
+        else:
+            arrays = tuple(
+                make((rows, slots, heads, width), dtype)
+                for width in (head_dim, value_dim)
+            )
+        return cls((arrays,), codec, head_dim, value_dim)
 
     @property
     def is_shared(self):
-        """Whether keys and values share arrays."""
-        return self._key_parts == self._value_parts
+        """Whether keys and values share one array."""
+        return self.head_dim == self.value_dim
 
     @property
     def _kernels_read(self):
@@ -59,56 +53,27 @@ class DenseStorage(Storage):
     @property
     def fields(self):
         """See `Storage.fields`."""
-        if self.is_shared:
-            return tuple(Field(SHARED[1], part.tokens) for part in self._key_parts)
-        parts = self._key_parts + self._value_parts
-        return tuple(Field(OWN[1], part.tokens) for part in parts)
+        return (Field(SHARED[1], 1),) if self.is_shared else (Field(OWN[1], 1),) * 2
 
     def encode(self, key, value, codec=None):
         """See `Storage.encode`."""
-        codec = codec or self.codec
-        entries = replace(self, segments=(), codec=codec)
-        if entries.is_shared:
-            arrays = codec.encode_keys(ops.stack([key, value], axis=1), *SHARED)
-        else:
-            arrays = (
-                *codec.encode_keys(key, *OWN),
-                *codec.encode_values(value, *OWN),
-            )
-        return replace(entries, segments=(arrays,))
-
-    def regroup(self, codec):
-        """See `Storage.regroup`."""
-        keys, values = self._arrays()
-        keys = self.codec.read_keys(keys, self.head_dim, *OWN).matrix
-        arrays = (*codec.encode_keys(keys, *OWN), *values)
-        return replace(self, segments=(arrays,), codec=codec)
-
-    def _arrays(self):
-        """The arrays of keys and those of values."""
-        (arrays,) = self.segments
         if self.is_shared:
-            return arrays, arrays
-        split = len(self._key_parts)
-        return arrays[:split], arrays[split:]
+            both = ops.stack([key, value], axis=1)
+            return replace(self, segments=(self.codec.encode_keys(both, *SHARED),))
+        keys = self.codec.encode_keys(key, *OWN)
+        values = self.codec.encode_values(value, *OWN)
+        return replace(self, segments=((*keys, *values),))
 
     def _read(self, half, start, count):
-        """Some slots of keys (0) or values (1), as a `Read` of `(B, count, K, …)`."""
-        arrays = self._arrays()[half]
+        """Some slots of keys (0) or values (1), `(B, count, K, H | Hv)`."""
+        (arrays,) = self.segments
         if self.is_shared:
-            arrays = tuple(
-                _half(array, half, start // part.tokens, count // part.tokens)
-                for array, part in zip(arrays, self._key_parts, strict=True)
-            )
+            part = _half(arrays[0], half, start, count)
         else:
-            fields = tuple(
-                Field(OWN[1], part.tokens)
-                for part in (self._key_parts, self._value_parts)[half]
-            )
-            arrays = read_slots(arrays, fields, start, count)
+            part = slots_of(arrays[half], start, count, OWN[1])
         if half == 0:
-            return self.codec.read_keys(arrays, self.head_dim, *OWN)
-        return self.codec.read_values(arrays, self.value_dim, *OWN)
+            return self.codec.read_keys((part,), self.head_dim, *OWN).matrix
+        return self.codec.read_values((part,), self.value_dim, *OWN).matrix
 
     @property
     def spans(self):
@@ -140,19 +105,17 @@ class DenseStorage(Storage):
         """See `Storage.resize`."""
 
         def cut_or_pad(array, field, first, size):
-            held, wanted = size // field.tokens, slots // field.tokens
-            if wanted <= held:
-                return slots_of(array, 0, wanted, field.slots)
+            if slots <= size:
+                return slots_of(array, 0, slots, field.slots)
             widths = [[0, 0] for _ in array.shape]
-            widths[field.slots][1] = wanted - held
+            widths[field.slots][1] = slots - size
             return ops.pad(array, widths)
 
         return self.map(cut_or_pad)
 
     def decode(self):
         """See `Storage.decode`."""
-        reads = (self._read(half, 0, self.slots) for half in (0, 1))
-        return tuple(decoded(read) for read in reads)
+        return tuple(self._read(half, 0, self.slots) for half in (0, 1))
 
 
 def _half(array, half, start, count):

@@ -66,7 +66,7 @@ class HeadMajorStorage(Storage):
         return replace(self, segments=(arrays,), codec=codec)
 
     def regroup(self, codec):
-        """See `Storage.regroup`."""
+        """The same slots with another codec for keys, and the same one for values."""
         segments = []
         for arrays in self.segments:
             keys, values = arrays[: self._key_parts], arrays[self._key_parts :]

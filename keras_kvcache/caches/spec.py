@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_kvcache.caches.base import NO_END, itemsize, nbytes
-from keras_kvcache.caches.codecs import Codec, Exact, get_codec
+from keras_kvcache.caches.codecs import DTYPES, Codec, Exact, get_codec
 from keras_kvcache.caches.dense import DenseStorage
 from keras_kvcache.caches.head_major import HeadMajorStorage
 from keras_kvcache.caches.kinds import Rolling, Static
@@ -40,12 +40,13 @@ class CacheSpec:
         value_dim: Size of a value head; `None` for `head_dim`.
         codec: `"float32"`, `"float16"`, `"bfloat16"` or `"float64"` for entries as
             they are, `"int8"`, `"int4"`, or a `Codec`.
-        layout: `"head_major"`, or `"dense"` for slots before heads.
+        layout: `"head_major"`, or `"dense"` for slots before heads, which are kept as
+            they are: codes have no dense layout.
         kind: `"static"`, `Static()` or a `Rolling`.
 
     Raises:
         ValueError: A size isn't a positive integer, or the codec, the layout or the
-            kind is unknown.
+            kind is unknown, or a dense layout is asked for codes.
     """
 
     batch_size: int
@@ -69,6 +70,12 @@ class CacheSpec:
         if self.layout not in LAYOUTS:
             raise ValueError(
                 f"`layout` must be one of {list(LAYOUTS)}. Received: {self.layout!r}"
+            )
+        if self.layout == "dense" and not self.codec.is_exact:
+            raise ValueError(
+                f"`layout` must be 'head_major' for the codec {self.codec.name!r}: a "
+                f"dense cache keeps entries as they are ({', '.join(DTYPES)}). "
+                f"Received: layout='dense', codec={self.codec.name!r}"
             )
         if self.kind == Static.name:
             object.__setattr__(self, "kind", Static())

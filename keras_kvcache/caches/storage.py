@@ -86,10 +86,6 @@ class Storage(abc.ABC):
         """
 
     @abc.abstractmethod
-    def regroup(self, codec):
-        """The same slots with another codec for keys, and the same one for values."""
-
-    @abc.abstractmethod
     def segment(self, first, size, positions, first_position=None):
         """Some slots for attention.
 

@@ -324,9 +324,9 @@ struct Segment {
   ffi::DataType dtype;
   bool is_dense;
   const void* keys;           // (B, K, H, n), or all of (B, 2, S, K, H)
-  const float* key_scales;    // (B, K, 1, n) or (B, 2, S, K, 1); null without codes
+  const float* key_scales;    // (B, K, 1, n); null without codes, as if dense
   const void* values;         // (B, K, n, Hv); unused if dense
-  const float* value_scales;  // (B, K, n, 1); unused if dense or without codes
+  const float* value_scales;  // (B, K, n, 1); null without codes
   int64_t tensor_slots;       // n or S
   int64_t start;              // of the n among the S slots
   ffi::AnyBuffer mask;        // (1 | B, 1 | N, 1 | T, n)
@@ -351,31 +351,16 @@ struct Partial {
   float* output;   // (heads · R, Hv), the sum of exp(score - maximum) · value
 };
 
-// One number a slot, `stride` apart; null for none.
-struct Scales {
-  const float* data;
-  int64_t stride;
-
-  Vector Of(int64_t slot, int64_t lanes) const {
-    if (stride == 1) return Load(data + slot, lanes);
-    Vector scales = {};
-    for (int64_t lane = 0; lane < lanes; ++lane) {
-      scales[lane] = data[(slot + lane) * stride];
-    }
-    return scales;
-  }
-};
-
-// Scores become weights: scaled, capped, hidden and raised to powers of e. NaN among
-// them is left in the total. A part of the values is fetched meanwhile.
-void Softmax(float* scores, Scales key_scales, Scales value_scales,
+// Scores become weights: scaled (null: not), capped, hidden and raised to powers of e.
+// NaN among them is left in the total. A part of the values is fetched meanwhile.
+void Softmax(float* scores, const float* key_scales, const float* value_scales,
              const uint8_t* mask, int64_t count, float soft_cap, float* maximum,
              float* total, Ahead* ahead) {
   const Vector hidden = Vector{} + kHidden;
   Vector maxima = hidden, sums = {};
   ForVectors(count, [&](int64_t slot, int64_t lanes) {
     Vector score = Load(scores + slot, lanes);
-    if (key_scales.data != nullptr) score *= key_scales.Of(slot, lanes);
+    if (key_scales != nullptr) score *= Load(key_scales + slot, lanes);
     if (soft_cap > 0) score = soft_cap * Tanh(score / soft_cap);
     // Not 0 where seen, 0 in lanes past the last slot.
     const Vector seen = Load(reinterpret_cast<const int8_t*>(mask) + slot, lanes);
@@ -396,12 +381,12 @@ void Softmax(float* scores, Scales key_scales, Scales value_scales,
     sums += weight;
   });
   *total = Sum(sums);
-  if (value_scales.data == nullptr) return;
+  if (value_scales == nullptr) return;
   ForVectors(count, [&](int64_t slot, int64_t lanes) {
     const Vector weight = Load(scores + slot, lanes);
     // A slot of weight 0 may have any scale, NaN too.
     Store(scores + slot,
-          weight != 0.0f ? weight * value_scales.Of(slot, lanes) : Vector{}, lanes);
+          weight != 0.0f ? weight * Load(value_scales + slot, lanes) : Vector{}, lanes);
   });
 }
 
@@ -422,8 +407,8 @@ void AttendHeadMajor(const Sizes& sizes, const float* query, const Piece& piece,
   Ahead ahead(values, piece.count * sizes.value_dim * sizeof(T));
   for (int64_t row = 0; row < sizes.rows; ++row) {
     Softmax(scores + row * kPiece,
-            {coded ? segment.key_scales + slot : nullptr, 1},
-            {coded ? segment.value_scales + slot : nullptr, 1},
+            coded ? segment.key_scales + slot : nullptr,
+            coded ? segment.value_scales + slot : nullptr,
             piece.mask.Of(sizes, piece.head, row), piece.count, sizes.soft_cap,
             partial.maximum + row, partial.total + row, &ahead);
   }
@@ -474,14 +459,9 @@ void AttendDense(const Sizes& sizes, const float* query, const Piece& piece,
   });
   Ahead ahead(values, piece.count * width * sizeof(T));
   for (int64_t row = 0; row < heads * sizes.rows; ++row) {
-    const int64_t head = row / sizes.rows;
-    const auto scales = [&](int64_t slot) -> Scales {
-      if (segment.key_scales == nullptr) return {nullptr, heads};
-      return {segment.key_scales + slot * heads + head, heads};
-    };
-    Softmax(scores + row * kDensePiece, scales(key_slot), scales(value_slot),
-            piece.mask.Of(sizes, head, row % sizes.rows), piece.count, sizes.soft_cap,
-            partial.maximum + row, partial.total + row, &ahead);
+    Softmax(scores + row * kDensePiece, nullptr, nullptr,
+            piece.mask.Of(sizes, row / sizes.rows, row % sizes.rows), piece.count,
+            sizes.soft_cap, partial.maximum + row, partial.total + row, &ahead);
   }
   std::fill_n(partial.output, heads * sizes.rows * head_dim, 0.0f);
   ForBlocks(values, width, piece.count,
@@ -517,7 +497,7 @@ void AttendPiece(const Sizes& sizes, const float* queries, const Piece& piece,
     case ffi::F32:
       return AttendPieceOf<float>(sizes, query, piece, scores, partial);
     case ffi::S8:
-      return AttendPieceOf<int8_t>(sizes, query, piece, scores, partial);
+      return AttendHeadMajor<int8_t>(sizes, query, piece, scores, partial);
     default:  // BF16, or S16 for the bits of it
       return AttendPieceOf<BFloat16>(sizes, query, piece, scores, partial);
   }
@@ -642,8 +622,8 @@ std::pair<int64_t, int64_t> SeenSlots(const Sizes& sizes, const Mask& mask,
   return {std::min(begin, end), end};
 }
 
-// The segments of which an operation has the buffers: keys, values and the mask, or
-// the tensor of both and the mask. Codes are each followed by their scales.
+// The segments of which an operation has the buffers: keys, values, each followed by
+// scales if they are codes, and the mask; or the tensor of both and the mask.
 ffi::ErrorOr<std::vector<Segment>> TakeSegments(ffi::RemainingArgs operands,
                                                 ffi::Span<const int64_t> starts) {
   std::vector<Segment> segments;
@@ -660,8 +640,8 @@ ffi::ErrorOr<std::vector<Segment>> TakeSegments(ffi::RemainingArgs operands,
     }
     const auto axes = keys->dimensions();
     const bool is_dense = axes.size() == 5, is_coded = dtype == ffi::S8;
-    const size_t half = is_coded ? 2 : 1, arrays = is_dense ? half : 2 * half;
-    if (next + arrays >= operands.size()) {
+    const size_t half = is_coded ? 2 : 1, arrays = is_dense ? 1 : 2 * half;
+    if ((is_dense && is_coded) || next + arrays >= operands.size()) {
       return ffi::Unexpected(ffi::Error::InvalidArgument("a segment isn't whole"));
     }
     const auto data = [&](size_t number) {
@@ -671,9 +651,9 @@ ffi::ErrorOr<std::vector<Segment>> TakeSegments(ffi::RemainingArgs operands,
       return is_coded ? static_cast<const float*>(data(number)) : nullptr;
     };
     segments.push_back({dtype, is_dense, data(0), scales(1),
-                        is_dense ? nullptr : data(half),
-                        is_dense ? nullptr : scales(half + 1), axes[is_dense ? 2 : 3],
-                        start, *operands.get<ffi::AnyBuffer>(next + arrays)});
+                        is_dense ? nullptr : data(half), scales(half + 1),
+                        axes[is_dense ? 2 : 3], start,
+                        *operands.get<ffi::AnyBuffer>(next + arrays)});
     next += arrays + 1;
   }
   return segments;

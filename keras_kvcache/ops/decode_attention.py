@@ -121,7 +121,7 @@ class _Operands(NamedTuple):
 
     @property
     def is_dense(self):
-        """Whether keys and values are in one tensor."""
+        """Whether keys and values are in one tensor, which holds no codes."""
         return self.arrays[0].ndim == 5
 
     def halves(self):
@@ -132,20 +132,19 @@ class _Operands(NamedTuple):
     def expected(self, query, value_dim):
         """Shapes and dtypes that the arrays must have."""
         batch, heads, _, head_dim = query.shape
-        if self.is_dense:
-            tensor_slots = self.arrays[0].shape[2]
-            shapes = [(batch, 2, tensor_slots, heads, n) for n in (head_dim, 1)]
-        else:
-            slots = self.mask.shape[3]
-            shapes = [
-                *((batch, heads, n, slots) for n in (head_dim, 1)),
-                *((batch, heads, slots, n) for n in (value_dim, 1)),
-            ]
         dtype = str(self.arrays[0].dtype)
         dtypes = DTYPES if is_jax_on_cpu() else GPU_DTYPES
         dtype = dtype if dtype in dtypes else dtypes[0]
+        if self.is_dense:
+            dtype = dtypes[0] if dtype == "int8" else dtype
+            return [((batch, 2, self.arrays[0].shape[2], heads, head_dim), dtype)]
+        slots = self.mask.shape[3]
+        shapes = [
+            *((batch, heads, n, slots) for n in (head_dim, 1)),
+            *((batch, heads, slots, n) for n in (value_dim, 1)),
+        ]
         if dtype == "int8":
-            return list(zip(shapes, [dtype, "float32"] * 2, strict=False))
+            return list(zip(shapes, [dtype, "float32"] * 2, strict=True))
         return [(shape, dtype) for shape in shapes[::2]]
 
     def segment(self, block):
@@ -156,17 +155,16 @@ class _Operands(NamedTuple):
             keys, values = self.halves()
             reads = _reader(keys, axis=3), _reader(values, axis=2)
             return head_major_segment(*reads, positions, block)
-        reads = (_reader(self.arrays, 2, self.start, half) for half in (0, 1))
-        return dense_segment(*reads, positions, self.arrays[0].shape[3])
+        (tensor,) = self.arrays
+        reads = (_dense_reader(tensor, self.start, half) for half in (0, 1))
+        return dense_segment(*reads, positions, tensor.shape[3])
 
 
 def _of_segments(operands, starts):
     """The `_Operands` of each segment."""
     operands = list(operands)
     for start in starts:
-        count = (2 if operands[0].dtype == "int8" else 1) * (
-            1 if operands[0].ndim == 5 else 2
-        )
+        count = 1 if operands[0].ndim == 5 else 4 if operands[0].dtype == "int8" else 2
         yield _Operands(tuple(operands[:count]), operands[count], start)
         operands = operands[count + 1 :]
 
@@ -180,7 +178,7 @@ def _stand_in(query, *operands, starts, value_dim, length, soft_cap, block):
     return attend_segments(query, segments, masks, value_dim, length, soft_cap)
 
 
-def _reader(arrays, axis, start=0, half=None):
+def _reader(arrays, axis):
     """A function that reads slots on an axis, of which segments are made.
 
     It cuts what is asked for and no more, as it's traced where a hidden segment is
@@ -188,11 +186,18 @@ def _reader(arrays, axis, start=0, half=None):
     """
 
     def read(first, count):
-        parts = (slots_of(array, start + first, count, axis) for array in arrays)
-        if half is not None:
-            parts = (part[:, half] for part in parts)
-        matrix, *scales = parts
+        matrix, *scales = (slots_of(array, first, count, axis) for array in arrays)
         return Read(_as_bfloat16(matrix).astype("float32"), *scales)
+
+    return read
+
+
+def _dense_reader(tensor, start, half):
+    """The same for slots from `start` on of the keys (0) or values (1) of a tensor."""
+
+    def read(first, count):
+        part = slots_of(tensor, start + first, count, axis=2)[:, half]
+        return _as_bfloat16(part).astype("float32")
 
     return read
 

@@ -106,10 +106,8 @@ def dense_segment(
     only reading. Many queries pay for the copy.
 
     Args:
-        read_keys: Function of `first` and `count`: a `Read` of keys `(B, count, K,
-            H)`.
-        read_values: Function of `first` and `count`: a `Read` of values `(B, count,
-            K, Hv)`.
+        read_keys: Function of `first` and `count`: keys `(B, count, K, H)`.
+        read_values: Function of `first` and `count`: values `(B, count, K, Hv)`.
         heads: `K`.
         positions, first, arrays, start: As in `Segment`.
 
@@ -118,7 +116,7 @@ def dense_segment(
     """
 
     def scores(query, first, count):
-        keys, scale, _ = read_keys(first, count)
+        keys = read_keys(first, count)
 
         def by_head(keys):
             keys_last = ops.transpose(keys, (0, 2, 3, 1))
@@ -137,29 +135,24 @@ def dense_segment(
                     is_finite,
                     lambda: product,
                     lambda: in_blocks(
-                        lambda start, size: by_head(
-                            read_keys(first + start, size).matrix
-                        ),
+                        lambda start, size: by_head(read_keys(first + start, size)),
                         product,
                     ),
                 )
-        else:
-            product = by_head(keys)
-        return _scaled(product, scale, (0, 2, 3, 1))
+            return product
+        return by_head(keys)
 
     def mix_slots(product, weights, first, count):
-        values, scale, rotation = read_values(first, count)
+        values = read_values(first, count)
         batch, value_dim = ops.shape(values)[0], values.shape[3]
-        weights = _weighed(weights, scale, (0, 2, 3, 1))
         if is_few(weights):
             rows = weights.shape[2]
             weights = ops.reshape(weights, (batch, heads * rows, count))
             values = ops.reshape(values, (batch, count, heads * value_dim))
             mixed = product("brn,bnf->brf", weights, values)
-            mixed = _gather(mixed, (batch, heads, rows, value_dim))
-            return turn_back(mixed, rotation)
+            return _gather(mixed, (batch, heads, rows, value_dim))
         values = ops.transpose(values, (0, 2, 1, 3))
-        return turn_back(_by_head(product, "rn,nh->rh", weights, values), rotation)
+        return _by_head(product, "rn,nh->rh", weights, values)
 
     mix = make_mix(mix_slots)
     return Segment(scores, mix, positions, DENSE_BLOCK, first, arrays, start)

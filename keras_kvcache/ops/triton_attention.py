@@ -342,7 +342,7 @@ class _Slots(NamedTuple):
 
     @property
     def is_dense(self):
-        """Whether keys and values are in one tensor."""
+        """Whether keys and values are in one tensor, which holds no codes."""
         return len(self.refs[0].shape) == 5
 
     @property
@@ -366,16 +366,12 @@ class _Slots(NamedTuple):
 
     def _load(self, half, slots, features, is_there, scales=False):
         """Numbers of keys (`half` 0) or values (1), zeros where they aren't there."""
-        each = len(self.refs) if self.is_dense else len(self.refs) // 2
-        first = 0 if self.is_dense else half * each
-        ref = self.refs[first + scales]
         if self.is_dense:
             place = (self.row, half, self.start + slots, self.head, features)
-        elif half == 0:
-            place = (self.row, self.head, features, slots)
-        else:
-            place = (self.row, self.head, slots, features)
-        return load(ref, place, is_there)
+            return load(self.refs[0], place, is_there)
+        ref = self.refs[half * len(self.refs) // 2 + scales]
+        order = (features, slots) if half == 0 else (slots, features)
+        return load(ref, (self.row, self.head, *order), is_there)
 
 
 def _own(number, count):

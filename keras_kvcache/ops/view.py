@@ -28,8 +28,8 @@ class Segment(NamedTuple):
             n)` and values `(B, K, n, Hv)`, float32, bfloat16 or int16 for the bits of
             bfloat16; or int8 codes of them, each followed by a float32 scale for every
             slot, `(B, K, 1, n)` and `(B, K, n, 1)`. Or one tensor of both, `(B, 2, S,
-            K, H)`, and its scales `(B, 2, S, K, 1)`, of whose slots the segment has
-            some. `None` if something else is held.
+            K, H)`, without codes, of whose slots the segment has some. `None` if
+            something else is held.
         start: Which of the slots of `arrays` is its first; 0 if head-major.
     """
 
