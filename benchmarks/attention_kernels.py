@@ -81,7 +81,7 @@ class HeadMajor(Candidate):
         view = self.view(stored, fill)
         masks = ops.view_masks(view, fill[None, None] - 1)
         scale = query.shape[-1] ** -0.5
-        return ops.attend(query[:, None], view, masks, scale)[:, 0]
+        return ops.attend(query[:, None], view, masks, ops.Scoring(scale))[:, 0]
 
 
 class Dense(HeadMajor):

@@ -168,7 +168,7 @@ def attend_cache(by_kernel, cache, query, key, value, first):
         view = view._replace(segments=tuple(segments))
     positions = index[:, None] + jnp.arange(length)
     masks = ops.view_masks(view, positions, causal=True)
-    return ops.attend(query, view, masks, query.shape[-1] ** -0.5)
+    return ops.attend(query, view, masks, ops.Scoring(query.shape[-1] ** -0.5))
 
 
 def expect(query, key, value, kind):

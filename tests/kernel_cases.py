@@ -5,10 +5,14 @@ import jax
 import numpy as np
 import reference
 
-from keras_kvcache.ops import View, dense_segment, head_major_segment, slots_of
+from keras_kvcache.ops import Scoring, View, dense_segment, head_major_segment, slots_of
+from keras_kvcache.ops.platform import has_triton
 from keras_kvcache.ops.products import reader
+from keras_kvcache.ops.triton_attention import attend_by_triton
 
 SCALE = 0.3
+# Without a GPU of NVIDIA's JAX interprets the kernel for them.
+INTERPRET = not has_triton()
 # Segments shorter and longer than the 512 slots of a piece, and no multiple of them.
 SIZES = (3, 1031, 67)
 S = sum(SIZES)
@@ -98,3 +102,27 @@ def make_spoilt_case(length, soft_cap=None, sizes=(11, 11)):
     values[1, 611, 4 // (6 // kv_heads)] = np.nan
     clean[1, 0, 4] = np.nan
     return query, keys, values, mask, clean
+
+
+def attend_by_kernel(query, view, masks, scoring=None, positions=None):
+    """As `ops.attend`, by the kernel for GPUs."""
+    scoring = scoring or Scoring(SCALE)
+    batch, length, heads, head_dim = query.shape
+    grouped = np.float32(query * scoring.scale).transpose(0, 2, 1, 3)
+    grouped = grouped.reshape(batch, view.heads, -1, head_dim).astype(query.dtype)
+    segments = [
+        (segment.arrays, segment.start, jax.numpy.asarray(mask), segment.positions)
+        for segment, mask in zip(view.segments, masks, strict=True)
+    ]
+    output = attend_by_triton(
+        jax.numpy.asarray(grouped),
+        segments,
+        length,
+        view.value_dim,
+        scoring,
+        positions,
+        interpret=INTERPRET,
+    )
+    assert output.dtype == "float32"
+    output = output.reshape(batch, heads, length, view.value_dim)
+    return cases.numpy(output).transpose(0, 2, 1, 3)

@@ -21,12 +21,16 @@ def rms_norm(x, gain, epsilon):
     return x / np.sqrt(np.mean(x**2) + epsilon) * gain
 
 
-def softmax(scores, visible):
-    """Weights that sum to one over the visible scores; zeros if there are none."""
+def softmax(scores, visible, sink=None):
+    """Weights that sum to one over the visible scores; zeros if there are none.
+
+    With a sink they sum to less: it is one more score, whose weight isn't returned.
+    """
     weights = np.zeros(len(scores))
     if visible.any():
-        shifted = np.exp(scores[visible] - scores[visible].max())
-        weights[visible] = shifted / shifted.sum()
+        seen = scores[visible] if sink is None else [*scores[visible], sink]
+        shifted = np.exp(seen - np.max(seen))
+        weights[visible] = (shifted / shifted.sum())[: visible.sum()]
     return weights
 
 
@@ -40,6 +44,8 @@ def attend(
     soft_cap=None,
     mask=None,
     positions=None,
+    bias=None,
+    sink=None,
 ):
     """Attention of one row.
 
@@ -53,6 +59,9 @@ def attend(
         soft_cap: Soft cap of the scores.
         mask: Boolean `(N, T, S)`.
         positions: Position of each query; `None` for 0, 1, 2, …
+        bias: Table `(N, distances)` added to scores by how far a key stands before the
+            query, or a function of head, position of the query and key.
+        sink: Logits `(N,)`, or `None`.
 
     Returns:
         `(T, N, Hv)` and the weights `(N, T, S)`.
@@ -67,6 +76,12 @@ def attend(
             scores = k @ query[t, n] * scale
             if soft_cap:
                 scores = soft_cap * np.tanh(scores / soft_cap)
+            if callable(bias):
+                scores = scores + [bias(n, position, slot) for slot in slots]
+            elif bias is not None:
+                last = len(bias[n]) - 1
+                distances = [min(max(position - slot, 0), last) for slot in slots]
+                scores = scores + [bias[n][distance] for distance in distances]
             visible = np.ones(len(keys), bool)
             if causal:
                 visible &= slots <= position
@@ -74,7 +89,7 @@ def attend(
                 visible &= abs(slots - position) < window
             if mask is not None:
                 visible &= mask[n, t]
-            weights[n, t] = softmax(scores, visible)
+            weights[n, t] = softmax(scores, visible, None if sink is None else sink[n])
             output[t, n] = weights[n, t] @ v
     return output, weights
 
@@ -98,8 +113,8 @@ def multi_head_attention(layer, query, value, key=None, rotary=None, **rules):
         value: `(B, S, D)`.
         key: `(B, S, D)` or `None`.
         rotary: Arguments of `rotate`, or `None` for no rotation.
-        **rules: `causal`, `window`, `soft_cap` and `mask` (`(B, N, T, S)`) of
-            `attend`.
+        **rules: `causal`, `window`, `soft_cap`, `bias`, `sink` and `mask` (`(B, N, T,
+            S)`) of `attend`.
 
     Returns:
         `(B, T, D)` and the weights `(B, N, T, S)`.

@@ -8,7 +8,7 @@ import pytest
 
 from keras_kvcache.caches import CacheSpec, Rolling
 from keras_kvcache.caches.bits import as_bits
-from keras_kvcache.ops import attend, token_positions, view_masks
+from keras_kvcache.ops import Scoring, attend, token_positions, view_masks
 
 pytestmark = pytest.mark.jax_only
 
@@ -20,7 +20,7 @@ KINDS = {"static": "static", "rolling": Rolling(13), "sinks": Rolling(13, sinks=
 def step(cache, query, key, value, index):
     cache, view = cache.update(key, value, index)
     masks = view_masks(view, token_positions(index, query.shape[1]), causal=True)
-    return attend(query, view, masks, 1.0), cache
+    return attend(query, view, masks, Scoring(1.0)), cache
 
 
 def bits_of(cache):

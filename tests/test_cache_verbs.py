@@ -29,7 +29,7 @@ from keras_kvcache.caches import (
     take_rows,
     with_end,
 )
-from keras_kvcache.ops import attend, rotation, token_positions, view_masks
+from keras_kvcache.ops import Scoring, attend, rotation, token_positions, view_masks
 
 B, S, K, H = 5, 41, 2, 7
 KINDS = {"static": "static", "rolling": Rolling(13), "sinks": Rolling(13, sinks=3)}
@@ -217,7 +217,7 @@ def step(cache, query, entries, index):
     """Output and the new cache, as the layer computes them."""
     cache, view = cache.update(*entries, index)
     masks = view_masks(view, token_positions(index, query.shape[1]), causal=True)
-    return attend(query, view, masks, 1.0), cache
+    return attend(query, view, masks, Scoring(1.0)), cache
 
 
 class Followed:

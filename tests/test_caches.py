@@ -22,7 +22,7 @@ from keras_kvcache.caches import (
     get_codec,
 )
 from keras_kvcache.caches.sizes import ring_slots, segment_sizes, whole_groups
-from keras_kvcache.ops import attend, token_positions, view_masks
+from keras_kvcache.ops import Scoring, attend, token_positions, view_masks
 
 B, K, H = 3, 2, 7
 CAPACITIES = (1, 256, 257, 1033)
@@ -58,7 +58,7 @@ def step(cache, query, entries, index):
     """Output and the new cache, as the layer computes them."""
     cache, view = cache.update(*entries, index)
     masks = view_masks(view, token_positions(index, query.shape[1]), causal=True)
-    return attend(query, view, masks, 1.0), cache
+    return attend(query, view, masks, Scoring(1.0)), cache
 
 
 # Sizes.
@@ -328,7 +328,9 @@ def test_a_text_written_whole_is_read_whole(kind, codec):
         @cases.compiled
         def read(cache, query):
             view = cache.view()
-            return attend(query, view, view_masks(view, token_positions(0, 5)), 1.0)
+            return attend(
+                query, view, view_masks(view, token_positions(0, 5)), Scoring(1.0)
+            )
 
         outputs.append(cases.numpy(read(cache, query)))
     reference = reference_cache.ReferenceCache(B, lambda x: x)

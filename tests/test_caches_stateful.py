@@ -44,7 +44,7 @@ from keras_kvcache.caches import (
     split_rows,
     take_rows,
 )
-from keras_kvcache.ops import attend, rotation, token_positions, view_masks
+from keras_kvcache.ops import Scoring, attend, rotation, token_positions, view_masks
 
 pytestmark = pytest.mark.jax_only
 
@@ -178,7 +178,7 @@ def step(cache, query, key, value, index, end):
     cache, view = cache.with_end(end).update(key, value, index)
     positions = token_positions(index, query.shape[1])
     masks = view_masks(view, positions, causal=True)
-    return attend(query, view, masks, SCALE), cache.with_end(None)
+    return attend(query, view, masks, Scoring(SCALE)), cache.with_end(None)
 
 
 @cases.compiled
@@ -186,7 +186,7 @@ def read(cache, query):
     """Attends all that was written, as a layer without an index does."""
     view = cache.view()
     positions = token_positions(0, query.shape[1])
-    return attend(query, view, view_masks(view, positions), SCALE)
+    return attend(query, view, view_masks(view, positions), Scoring(SCALE))
 
 
 take = cases.compiled(take_rows)

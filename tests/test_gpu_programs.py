@@ -28,6 +28,7 @@ from program_cases import (
 )
 
 from keras_kvcache import samplers
+from keras_kvcache.ops import Scoring
 from keras_kvcache.ops.platform import has_triton
 from keras_kvcache.ops.triton_attention import attend_by_triton
 
@@ -195,7 +196,8 @@ def test_tiles_fit_small_gpus(head_dim, length, query_dtype, dtype, small_gpu):
         arrays.append(describe(*scales[1], dtype="float32"))
 
     def attend(query, mask, *arrays):
-        return attend_by_triton(query, [(arrays, 0, mask)], length, head_dim, None)
+        segments = [(arrays, 0, mask, None)]
+        return attend_by_triton(query, segments, length, head_dim, Scoring(1.0))
 
     query = describe(batch, heads, group * length, head_dim, dtype=query_dtype)
     mask = describe(batch, 1, length, slots, dtype="bool")

@@ -7,6 +7,7 @@ import pytest
 import reference
 
 from keras_kvcache.ops import (
+    Scoring,
     View,
     attend,
     attend_with_scores,
@@ -48,7 +49,7 @@ def test_no_queries_get_no_outputs():
     view = make_view(cases.noise(B, 17, K, H), cases.noise(B, 17, K, HV))
     masks = view_masks(view, cases.int32(np.zeros((1, 0))), causal=True)
     query = keras.ops.convert_to_tensor(cases.noise(B, 0, N, H))
-    assert tuple(attend(query, view, masks, 0.3).shape) == (B, 0, N, HV)
+    assert tuple(attend(query, view, masks, Scoring(0.3)).shape) == (B, 0, N, HV)
 
 
 @pytest.mark.parametrize("soft_cap", [None, 1.5])
@@ -60,8 +61,10 @@ def test_segments_merge_to_the_whole(soft_cap, first):
     view = make_view(keys, values)
     masks = view_masks(view, positions, causal=True, sliding_window=7)
     query_tensor = keras.ops.convert_to_tensor(query)
-    output = attend(query_tensor, view, masks, 0.3, soft_cap)
-    beside, scores = attend_with_scores(query_tensor, view, masks, 0.3, soft_cap)
+    output = attend(query_tensor, view, masks, Scoring(0.3, soft_cap))
+    beside, scores = attend_with_scores(
+        query_tensor, view, masks, Scoring(0.3, soft_cap)
+    )
     for row in range(B):
         expected, weights = reference.attend(
             np.float64(query[row]),
@@ -86,7 +89,9 @@ def test_segments_that_nobody_attends_are_not_read(first, read):
     keys, values = cases.noise(B, 17, K, H, seed=1), cases.noise(B, 17, K, HV, seed=2)
     view = make_view(keys, values, reads)
     masks = view_masks(view, cases.int32([[first]]), causal=True)
-    attend(keras.ops.convert_to_tensor(cases.noise(B, 1, N, H)), view, masks, 0.3)
+    attend(
+        keras.ops.convert_to_tensor(cases.noise(B, 1, N, H)), view, masks, Scoring(0.3)
+    )
     assert reads == read
 
 
@@ -99,6 +104,6 @@ def test_large_scores_do_not_overflow():
     query = np.zeros((1, 1, N, H), "float32")
     query[..., 0] = 1.0
     view = make_view(keys, values)
-    output = attend(keras.ops.convert_to_tensor(query), view, (None,) * 3, 1.0)
+    output = attend(keras.ops.convert_to_tensor(query), view, (None,) * 3, Scoring(1.0))
     expected = np.repeat(values[:, 16:], N // K, axis=2)
     np.testing.assert_array_equal(cases.numpy(output), expected)

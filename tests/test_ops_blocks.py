@@ -10,7 +10,7 @@ import pytest
 import reference
 
 from keras_kvcache.caches import StaticCache
-from keras_kvcache.ops import attend, online_softmax, products, view_masks
+from keras_kvcache.ops import Scoring, attend, online_softmax, products, view_masks
 
 B, N, K, H, S = 2, 6, 3, 7, 47
 # Few queries are read together with whole slots of a dense cache, many head by head.
@@ -47,7 +47,7 @@ def test_blocks_merge_to_the_whole(layout, number, window, index):
         positions = index + keras.ops.arange(length, dtype="int32")[None]
         view = cache.view(keras.ops.reshape(index, (1,)) + length)
         masks = view_masks(view, positions, causal=True, sliding_window=window)
-        return attend(query, view, masks, 0.3)
+        return attend(query, view, masks, Scoring(0.3))
 
     output = cases.numpy(run(keras.ops.convert_to_tensor(query), cases.int32(index)))
     for row in range(B):
@@ -78,7 +78,9 @@ def test_a_mask_may_hide_all_of_a_block_or_of_a_query(layout, number):
     @cases.compiled
     def run(query, mask):
         positions = keras.ops.arange(length, dtype="int32")[None]
-        return attend(query, view, view_masks(view, positions, attention_mask=mask), 1)
+        return attend(
+            query, view, view_masks(view, positions, attention_mask=mask), Scoring(1)
+        )
 
     tensors = map(keras.ops.convert_to_tensor, (query, mask))
     output = cases.numpy(run(*tensors))
@@ -110,7 +112,7 @@ def test_blocks_have_gradients(layout):
         masks = view_masks(view, positions, causal=True)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(online_softmax, "BLOCK", blocks)
-            return keras.ops.sum(attend(query, view, masks, 0.3) ** 2)
+            return keras.ops.sum(attend(query, view, masks, Scoring(0.3)) ** 2)
 
     in_blocks, whole = (jax.grad(loss)(query, blocks) for blocks in (11, S))
     np.testing.assert_allclose(in_blocks, whole, rtol=0, atol=1e-4)
@@ -128,7 +130,9 @@ def test_blocks_leave_no_rest_where_half_of_one_divides(monkeypatch, slots, piec
 
     def run(query, positions):
         view = cache.view()
-        return attend(query, view, view_masks(view, positions, causal=True), 0.3)
+        return attend(
+            query, view, view_masks(view, positions, causal=True), Scoring(0.3)
+        )
 
     output = cases.numpy(cases.compiled(run)(query, positions))
     for row in range(B):

@@ -20,6 +20,7 @@ from kernel_cases import (
 from keras_kvcache.caches import CacheSpec
 from keras_kvcache.caches.bits import as_bits
 from keras_kvcache.ops import (
+    Scoring,
     attend,
     attend_with_scores,
     head_major_segment,
@@ -60,8 +61,8 @@ def test_equals_attention_in_numpy(heads, layout, sizes):
     query, keys, values = make_case(heads=heads, sizes=sizes)
     mask = np.arange(S) < np.reshape([S, 601], (2, 1, 1, 1))
     view, masks = make_view(keys, values, layout), cut(mask)
-    assert uses_kernel(lambda query: attend(query, view, masks, SCALE), query)
-    check(attend(query, view, masks, SCALE), expect(query, keys, values, mask))
+    assert uses_kernel(lambda query: attend(query, view, masks, Scoring(SCALE)), query)
+    check(attend(query, view, masks, Scoring(SCALE)), expect(query, keys, values, mask))
 
 
 @pytest.mark.parametrize(
@@ -89,8 +90,8 @@ def test_narrow_slots_are_what_they_stand_for(codec, layout, sizes, heads, soft_
     mask = (np.arange(S) < fill) & (np.arange(S) > 337)
     view = cache.view(cases.int32([S, 601]))
     masks = view_masks(view, cases.int32([[S + 2]]), sliding_window=S + 2 - 337)
-    assert uses_kernel(lambda query: attend(query, view, masks, SCALE), query)
-    output = attend(query, view, masks, SCALE, soft_cap)
+    assert uses_kernel(lambda query: attend(query, view, masks, Scoring(SCALE)), query)
+    output = attend(query, view, masks, Scoring(SCALE, soft_cap))
     keys, values = (cases.numpy(entries)[:, :S] for entries in cache.storage.decode())
     check(output, expect(query, keys, values, mask, soft_cap))
 
@@ -107,14 +108,14 @@ def test_masks_of_all_shapes(layout, per_token, per_head, per_row, length, soft_
     mask = np.random.default_rng(3).random((*axes, S)) < 0.3
     mask[..., :5] = mask[..., 700:] = False  # a whole segment, and most of another
     view = make_view(keys, values, layout)
-    output = attend(query, view, cut(mask), SCALE, soft_cap)
+    output = attend(query, view, cut(mask), Scoring(SCALE, soft_cap))
     check(output, expect(query, keys, values, mask, soft_cap))
 
 
 @LAYOUTS
 def test_no_mask(layout):
     query, keys, values = make_case(sizes=(11, 11))
-    output = attend(query, make_view(keys, values, layout), (None,) * 3, SCALE)
+    output = attend(query, make_view(keys, values, layout), (None,) * 3, Scoring(SCALE))
     check(output, expect(query, keys, values, True))
 
 
@@ -123,7 +124,7 @@ def test_a_query_with_nothing_to_attend_gives_zeros(layout):
     query, keys, values = make_case(batch=3, sizes=(11, 11))
     mask = np.ones((3, 1, 1, S), bool)
     mask[1] = False
-    output = attend(query, make_view(keys, values, layout), cut(mask), SCALE)
+    output = attend(query, make_view(keys, values, layout), cut(mask), Scoring(SCALE))
     check(output, expect(query, keys, values, mask))
     assert not cases.numpy(output)[1].any()
 
@@ -135,7 +136,7 @@ def test_slots_outside_of_what_is_attended_are_not_read(layout):
     expected = expect(query, keys, values, mask)
     keys[:, ~mask] = values[:, ~mask] = np.nan
     view = make_view(keys, values, layout)
-    check(attend(query, view, cut(mask[None, None, None]), SCALE), expected)
+    check(attend(query, view, cut(mask[None, None, None]), Scoring(SCALE)), expected)
 
 
 @pytest.mark.parametrize("soft_cap", [None, 1.5])
@@ -148,8 +149,8 @@ def test_what_is_hidden_never_counts(layout, length, kernel, soft_cap, request):
         request.getfixturevalue("without_compiler")
     query, keys, values, mask, expected = make_spoilt_case(length, soft_cap)
     view = make_view(keys, values, layout)
-    check(attend(query, view, cut(mask), SCALE, soft_cap), expected)
-    beside, _ = attend_with_scores(query, view, cut(mask), SCALE, soft_cap)
+    check(attend(query, view, cut(mask), Scoring(SCALE, soft_cap)), expected)
+    beside, _ = attend_with_scores(query, view, cut(mask), Scoring(SCALE, soft_cap))
     check(beside, expected)
 
 
@@ -161,7 +162,7 @@ def test_layouts_side_by_side():
     view = make_view(keys, values, "dense")
     for segments in [(first, *view.segments[1:]), (view.segments[0], *others)]:
         mixed = view._replace(segments=segments)
-        output = attend(query, mixed, cut(mask), SCALE)
+        output = attend(query, mixed, cut(mask), Scoring(SCALE))
         check(output, expect(query, keys, values, mask))
 
 
@@ -170,7 +171,7 @@ def test_large_scores_do_not_overflow():
     query[:] = keys[:] = 0
     query[..., 0] = 1 / SCALE
     keys[:, 3, :, 0], keys[:, 1090, :, 0] = 1e5, 3e5
-    output = attend(query, make_view(keys, values), (None,) * 3, SCALE)
+    output = attend(query, make_view(keys, values), (None,) * 3, Scoring(SCALE))
     expected = np.repeat(values[:, 1090:1091], 3, axis=2)
     np.testing.assert_array_equal(cases.numpy(output), expected)
 
@@ -184,11 +185,13 @@ def test_nan_stays_nan(layout, where):
         query[0] = np.nan
     else:  # a whole piece, of which nothing else could be left
         keys[0, 3:515] = np.nan
-    output = attend(query, make_view(keys, values, layout), cut(mask), SCALE)
+    output = attend(query, make_view(keys, values, layout), cut(mask), Scoring(SCALE))
     assert np.isnan(output[0]).all() and not np.isnan(output[1]).any()
     mask[..., 3:515] = False  # What is hidden does no harm.
     if where == "keys":
-        output = attend(query, make_view(keys, values, layout), cut(mask), SCALE)
+        output = attend(
+            query, make_view(keys, values, layout), cut(mask), Scoring(SCALE)
+        )
         check(output, expect(query, np.nan_to_num(keys), values, mask))
 
 
@@ -196,7 +199,7 @@ def test_any_byte_but_zero_is_true():
     """As JAX has it, which takes NumPy's booleans as they are."""
     query, keys, values = make_case()
     mask = np.full((1, 1, 1, S), 255, "uint8").view(bool)
-    output = attend(query, make_view(keys, values), cut(mask), SCALE)
+    output = attend(query, make_view(keys, values), cut(mask), Scoring(SCALE))
     check(output, expect(query, keys, values, True))
 
 
@@ -205,7 +208,7 @@ def test_calls_at_once_do_not_meet():
     query, keys, values = make_case()
     view, masks = make_view(keys, values), (None,) * 3
     queries = [query * (1 + number / 7) for number in range(7)]
-    run = jax.jit(lambda query: attend(query, view, masks, SCALE))
+    run = jax.jit(lambda query: attend(query, view, masks, Scoring(SCALE)))
     expected = [cases.numpy(run(query)) for query in queries]
     with concurrent.futures.ThreadPoolExecutor(5) as pool:
         for got, wanted in zip(pool.map(run, queries * 40), expected * 40, strict=True):
@@ -227,7 +230,7 @@ def test_gradients(layout):
     def loss(query, keys, values, arrays):
         view = make_view(keys, values, layout)
         view = view if arrays else plain(view)
-        return (attend(query, view, masks, SCALE, soft_cap=1.5) ** 2).sum()
+        return (attend(query, view, masks, Scoring(SCALE, 1.5)) ** 2).sum()
 
     gradient = jax.grad(loss, argnums=(0, 1, 2))
     with_kernel = gradient(query, keys, values, True)
@@ -242,7 +245,7 @@ def test_vmap(layout):
     query, keys, values = make_case(sizes=(11, 11))
     queries = np.stack([query, -query, 2 * query])
     view = make_view(keys, values, layout)
-    run = jax.vmap(lambda query: attend(query, view, (None,) * 3, SCALE, 1.5))
+    run = jax.vmap(lambda query: attend(query, view, (None,) * 3, Scoring(SCALE, 1.5)))
     for got, query in zip(run(queries), queries, strict=True):
         check(got, expect(query, keys, values, True, soft_cap=1.5))
 
@@ -253,7 +256,9 @@ def test_vmap_over_caches(layout):
 
     @jax.vmap
     def run(keys, values):
-        return attend(query, make_view(keys, values, layout), (None,) * 3, SCALE)
+        return attend(
+            query, make_view(keys, values, layout), (None,) * 3, Scoring(SCALE)
+        )
 
     for got, sign in zip(run(*map(both_signs, (keys, values))), (1, -1), strict=True):
         check(got, expect(query, sign * keys, sign * values, True))
@@ -269,7 +274,7 @@ def test_where_jax_runs_operation_by_operation(layout):
     view = make_view(keys, values, layout)
 
     def run(query):
-        return attend(query, view, (None,) * 3, SCALE)
+        return attend(query, view, (None,) * 3, Scoring(SCALE))
 
     expected = expect(query, keys, values, True)
     check(jax.checkpoint(run)(query), expected)
@@ -282,8 +287,8 @@ def test_queries_of_other_dtypes():
     view = make_view(keys, values)
     for dtype in ("bfloat16", "float16"):
         narrow = jax.numpy.asarray(query, dtype)
-        assert uses_kernel(lambda q: attend(q, view, (None,) * 3, 0.5), narrow)
-        output = attend(narrow, view, (None,) * 3, 1.0)
+        assert uses_kernel(lambda q: attend(q, view, (None,) * 3, Scoring(0.5)), narrow)
+        output = attend(narrow, view, (None,) * 3, Scoring(1.0))
         assert output.dtype == "float32"
         exact = cases.numpy(narrow.astype("float32")) / SCALE
         check(output, expect(exact, keys, values, True))
@@ -292,15 +297,15 @@ def test_queries_of_other_dtypes():
 def test_other_platforms_and_several_devices_do_without_it(monkeypatch):
     query, keys, values = make_case()
     view = make_view(keys, values)
-    run = jax.jit(lambda query: attend(query, view, (None,) * 3, SCALE))
+    run = jax.jit(lambda query: attend(query, view, (None,) * 3, Scoring(SCALE)))
     assert f"@{NAME}(" in run.trace(query).lower().as_text()
     for_tpu = run.trace(query).lower(lowering_platforms=("tpu",)).as_text()
     assert f"@{NAME}(" not in for_tpu
     monkeypatch.setattr(jax, "device_count", lambda: 2)
     grouped = jax.numpy.zeros((2, 2, 3, 7))
-    assert not has_decode_kernel(grouped, view.segments, (), view.value_dim)
+    assert not has_decode_kernel(grouped, view.segments, (), view.value_dim, Scoring(1))
     monkeypatch.undo()
-    assert has_decode_kernel(grouped, view.segments, (), view.value_dim)
+    assert has_decode_kernel(grouped, view.segments, (), view.value_dim, Scoring(1))
 
 
 def wrong_arguments():
@@ -340,14 +345,14 @@ def wrong_tensors(tensor):
 def test_what_does_not_fit_is_refused(number):
     name, arguments = list(wrong_arguments())[number]
     with pytest.raises(ValueError, match=f"`{name}` must .* Received"):
-        attend(*arguments, SCALE)
+        attend(*arguments, Scoring(SCALE))
 
 
 def test_a_mask_of_numbers():
     query, keys, values = make_case()
     mask = np.arange(S) % 3 == 1
     masks = cut(np.float32(mask[None, None, None]))
-    output = attend(query, make_view(keys, values), masks, SCALE)
+    output = attend(query, make_view(keys, values), masks, Scoring(SCALE))
     check(output, expect(query, keys, values, mask))
 
 
@@ -383,7 +388,7 @@ def test_keys_and_values_of_different_sizes_have_no_kernel_if_dense():
     """They have two tensors, which it doesn't know."""
     cache = CacheSpec(2, 103, 2, 7, 11, layout="dense").allocate()
     query, view = cases.noise(2, 1, 6, 7), cache.view()
-    assert not uses_kernel(lambda q: attend(q, view, (None,), SCALE), query)
+    assert not uses_kernel(lambda q: attend(q, view, (None,), Scoring(SCALE)), query)
 
 
 @LAYOUTS
@@ -432,7 +437,7 @@ def test_narrow_slots_without_it(layout, codec, bits):
     @jax.jit
     def run(query, *leaves):
         view = jax.tree_util.tree_unflatten(tree, leaves).view()
-        return attend(query, view, (None,) * len(view.segments), SCALE)
+        return attend(query, view, (None,) * len(view.segments), Scoring(SCALE))
 
     query = cases.noise(2, 1, 6, 7, seed=1)
     output = run(query, *leaves)
@@ -445,7 +450,7 @@ def test_symbolic_sizes_have_no_kernel():
         values = jax.numpy.swapaxes(keys, 2, 3)
         segment = head_major_segment(None, None, None, arrays=(keys, values))
         return jax.numpy.asarray(
-            has_decode_kernel(keys[:, :, :1, :7], (segment,), (), 7)
+            has_decode_kernel(keys[:, :, :1, :7], (segment,), (), 7, Scoring(1))
         )
 
     shape = jax.export.symbolic_shape("b, 2, 7, n")

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 from kernel_cases import (
+    INTERPRET,
     SCALE,
     S,
     cut,
@@ -18,9 +19,10 @@ from kernel_cases import (
     make_spoilt_case,
     make_view,
 )
+from kernel_cases import attend_by_kernel as attend
 
 from keras_kvcache.caches import CacheSpec
-from keras_kvcache.ops import View, platform, view_masks
+from keras_kvcache.ops import Scoring, View, platform, view_masks
 from keras_kvcache.ops.decode_attention import has_decode_kernel
 from keras_kvcache.ops.triton_attention import (
     PART,
@@ -30,30 +32,6 @@ from keras_kvcache.ops.triton_attention import (
 )
 
 pytestmark = pytest.mark.jax_only
-
-INTERPRET = not platform.has_triton()
-
-
-def attend(query, view, masks, soft_cap=None):
-    """As `ops.attend`, by the kernel."""
-    batch, length, heads, head_dim = query.shape
-    grouped = np.float32(query * SCALE).transpose(0, 2, 1, 3)
-    grouped = grouped.reshape(batch, view.heads, -1, head_dim).astype(query.dtype)
-    segments = [
-        (segment.arrays, segment.start, jax.numpy.asarray(mask))
-        for segment, mask in zip(view.segments, masks, strict=True)
-    ]
-    output = attend_by_triton(
-        jax.numpy.asarray(grouped),
-        segments,
-        length,
-        view.value_dim,
-        soft_cap,
-        interpret=INTERPRET,
-    )
-    assert output.dtype == "float32"
-    output = output.reshape(batch, heads, length, view.value_dim)
-    return cases.numpy(output).transpose(0, 2, 1, 3)
 
 
 def check(got, expected, atol=1e-5):
@@ -83,7 +61,7 @@ def test_each_query_has_its_mask(length, per_row, per_head, soft_cap):
     query, keys, values = make_case(length=length)
     shape = (2 if per_row else 1, 6 if per_head else 1, length, S)
     mask = np.random.default_rng(3).random(shape) < 0.3
-    output = attend(query, make_view(keys, values), cut(mask), soft_cap)
+    output = attend(query, make_view(keys, values), cut(mask), Scoring(SCALE, soft_cap))
     check(output, expect(query, keys, values, mask, soft_cap))
 
 
@@ -189,8 +167,10 @@ def test_more_parts_than_are_merged_at_a_time():
     tiling = choose_tiling(1, 1, slots, value_dim, "float32")
     assert tiling.parts > 32
     arrays = tuple(map(jax.numpy.asarray, (keys, values)))
+    segments = [(arrays, 0, mask, None)]
     output = attend_by_triton(
-        jax.numpy.asarray(query), [(arrays, 0, mask)], 1, value_dim, None, INTERPRET
+        *(jax.numpy.asarray(query), segments, 1, value_dim, Scoring(1.0)),
+        interpret=INTERPRET,
     )
     scores = np.where(mask, query @ keys, -np.inf)
     weights = np.exp(scores - scores.max())
@@ -263,12 +243,12 @@ def test_it_is_used_where_there_is_triton(monkeypatch):
     segments = make_view(keys, values).segments
     for rows in (1, 3, 2048):
         grouped = jax.numpy.zeros((2, 2, rows, 7))
-        assert has_decode_kernel(grouped, segments, (None,) * 3, 11)
-    assert not has_decode_kernel(grouped, segments, (None,) * 3, 257)
+        assert has_decode_kernel(grouped, segments, (None,) * 3, 11, Scoring(SCALE))
+    assert not has_decode_kernel(grouped, segments, (None,) * 3, 257, Scoring(SCALE))
     without = [segment._replace(arrays=None) for segment in segments]
-    assert not has_decode_kernel(grouped, without, (None,) * 3, 11)
+    assert not has_decode_kernel(grouped, without, (None,) * 3, 11, Scoring(SCALE))
     monkeypatch.setattr(keras.distribution, "distribution", lambda: "spread")
-    assert not has_decode_kernel(grouped, segments, (None,) * 3, 11)
+    assert not has_decode_kernel(grouped, segments, (None,) * 3, 11, Scoring(SCALE))
 
 
 @pytest.mark.usefixtures("on_gpu")

@@ -1,10 +1,9 @@
 """Checks of the attention layer's arguments, but for those of cache and index."""
 
-import numbers
-
 import keras
 
 from keras_kvcache.caches import Cache, StaticCache
+from keras_kvcache.layers.scoring import asked_of_scores, check_scoring_arguments
 from keras_kvcache.ops import check_index, check_mask_shape, is_integer
 
 # Constructor arguments that are layers.
@@ -17,7 +16,8 @@ def check_constructor(layer):
     Raises:
         TypeError: What should be a layer isn't one.
         ValueError: `num_heads` isn't a multiple of `num_key_value_heads`, a factor
-            isn't a positive number, or flash attention is asked for what it can't.
+            isn't a positive number, a bias is none, or flash attention is asked for
+            what it can't.
     """
     heads = layer.num_key_value_heads
     if not (is_integer(heads) and heads > 0) or layer.num_heads % heads:
@@ -32,17 +32,7 @@ def check_constructor(layer):
             raise TypeError(
                 f"`{name}` must be a Keras layer or `None`. Received: {sublayer!r}"
             )
-    for name in ("query_scale", "logit_soft_cap"):
-        factor = getattr(layer, name)
-        if factor is not None and not (isinstance(factor, numbers.Real) and factor > 0):
-            raise ValueError(
-                f"`{name}` must be a positive number or `None`. Received: {factor!r}"
-            )
-    if layer._flash_attention and layer.logit_soft_cap is not None:
-        raise ValueError(
-            "`logit_soft_cap` can't be combined with `flash_attention=True`. "
-            f"Received: logit_soft_cap={layer.logit_soft_cap}"
-        )
+    check_scoring_arguments(layer)
 
 
 def check_left_to_keras(layer, cache, cache_update_index):
@@ -58,9 +48,9 @@ def check_left_to_keras(layer, cache, cache_update_index):
         "rotary_embedding": layer.rotary_embedding is not None,
         "query_norm": layer.query_norm is not None,
         "key_norm": layer.key_norm is not None,
-        "logit_soft_cap": layer.logit_soft_cap is not None,
     }
     asked = [name for name, is_asked in ours.items() if is_asked]
+    asked += asked_of_scores(layer)
     if asked:
         raise ValueError(
             f"`{asked[0]}` needs inputs of shape (B, T, D) attended over axis 1. "

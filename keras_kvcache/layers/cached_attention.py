@@ -4,7 +4,13 @@ import jax
 import keras
 from keras import ops
 
-from keras_kvcache.ops import attend, sequence_view, token_positions, view_masks
+from keras_kvcache.ops import (
+    attend,
+    attend_fused,
+    sequence_view,
+    token_positions,
+    view_masks,
+)
 
 
 def write_and_view(cache, query, entries, index, *, masks, causal, sliding_window):
@@ -43,7 +49,45 @@ def write_and_view(cache, query, entries, index, *, masks, causal, sliding_windo
     return cache, view, hidden
 
 
-def attend_cache(cache, query, entries, index, *, scale, soft_cap, **hiding):
+def attend_sequence(
+    query, keys, values, scale, flash_attention, *, masks, causal, sliding_window
+):
+    """Attends a whole sequence by Keras' fused attention.
+
+    Args:
+        query: Tensor `(B, T, N, H)`.
+        keys: Tensor `(B, T', K, H)`.
+        values: Tensor `(B, T', K, H)`.
+        scale: Factor of the scores.
+        flash_attention: As in `keras.ops.dot_product_attention`.
+        masks, causal, sliding_window: As in `write_and_view`.
+
+    Returns:
+        A tensor `(B, T, N, H)`, as of `keras_kvcache.ops.attend_fused`.
+    """
+    # Kernels are fastest where they make the causal mask themselves.
+    is_causal = causal and sliding_window is None and not any_mask(masks)
+    mask = None
+    if not is_causal:
+        _, _, (mask,) = write_and_view(
+            None,
+            query,
+            (keys, values),
+            0,
+            masks=masks,
+            causal=causal,
+            sliding_window=sliding_window,
+        )
+    return attend_fused(query, keys, values, mask, scale, is_causal, flash_attention)
+
+
+def any_mask(masks):
+    """Whether the caller gave a mask, of `masks` as in `write_and_view`."""
+    *of_queries, entry_masks = masks.values()
+    return bool(entry_masks) or any(mask is not None for mask in of_queries)
+
+
+def attend_cache(cache, query, entries, index, scoring, **hiding):
     """Writes what there is to write, and attends.
 
     In a program whose index is an argument, layers that are alike are traced once: this
@@ -51,32 +95,33 @@ def attend_cache(cache, query, entries, index, *, scale, soft_cap, **hiding):
 
     Args:
         cache, query, entries, index: As in `write_and_view`.
-        scale, soft_cap: As in `keras_kvcache.ops.attend`.
+        scoring: A `keras_kvcache.ops.Scoring`.
         **hiding: The other arguments of `write_and_view`.
 
     Returns:
         A tensor `(B, T, N, Hv)`, as of `attend`, and the cache as it is now.
     """
     # An index that is known stays so, as some writes are cheaper then. And how tensors
-    # lie on devices is no part of what JAX tells traces apart by.
+    # lie on devices is no part of what JAX tells traces apart by, nor are the weights
+    # that a function may hold.
     is_traced_once = (
         isinstance(query, jax.core.Tracer)
         and (entries is None or isinstance(index, jax.core.Tracer))
         and keras.distribution.distribution() is None
+        and scoring.function is None
     )
     run = _attend_cache_once if is_traced_once else _attend_cache
-    output, updated = run(
-        cache, query, entries, index, scale=scale, soft_cap=soft_cap, **hiding
-    )
+    output, updated = run(cache, query, entries, index, scoring, **hiding)
     return output, cache if entries is None else updated
 
 
-def _attend_cache(cache, query, entries, index, *, scale, soft_cap, **hiding):
+def _attend_cache(cache, query, entries, index, scoring, **hiding):
     cache, view, hidden = write_and_view(cache, query, entries, index, **hiding)
-    output = attend(query, view, hidden, scale, soft_cap)
+    positions = token_positions(index, ops.shape(query)[1])
+    output = attend(query, view, hidden, scoring, positions)
     return output, cache
 
 
 _attend_cache_once = jax.jit(
-    _attend_cache, static_argnames=("scale", "soft_cap", "causal", "sliding_window")
+    _attend_cache, static_argnames=("causal", "sliding_window")
 )

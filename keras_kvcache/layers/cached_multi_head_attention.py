@@ -13,7 +13,11 @@ from keras_kvcache.layers.attention_checks import (
     check_constructor,
     check_left_to_keras,
 )
-from keras_kvcache.layers.cached_attention import attend_cache, write_and_view
+from keras_kvcache.layers.cached_attention import (
+    attend_cache,
+    attend_sequence,
+    write_and_view,
+)
 from keras_kvcache.layers.foreign_arguments import ExplainsForeignArguments
 from keras_kvcache.layers.foreign_files import ExplainsForeignFiles
 from keras_kvcache.layers.output_spec import output_spec
@@ -22,12 +26,8 @@ from keras_kvcache.layers.projections import (
     make_projection,
     project,
 )
-from keras_kvcache.ops import (
-    align_mask,
-    attend_fused,
-    attend_with_scores,
-    token_positions,
-)
+from keras_kvcache.layers.scoring import asked_of_scores, build_scoring, scoring_of
+from keras_kvcache.ops import align_mask, attend_with_scores, token_positions
 
 
 @keras.saving.register_keras_serializable(package="keras_kvcache")
@@ -77,6 +77,13 @@ class CachedMultiHeadAttention(
             H)` before rotation, such as `keras.layers.RMSNormalization()`.
         query_scale: Factor of the scores. `None` for `H ** -0.5`.
         logit_soft_cap: If given, scores become `cap · tanh(scores / cap)`.
+        score_bias: An integer for a weight `score_bias_table (N, score_bias)`, zeros at
+            first, whose entry `d` is added to the score of a slot `d` positions back,
+            the last entry farther back: ALiBi, or T5's decoder. Or a serializable
+            function or layer, called as `keras_kvcache.ops.Scoring` has it, which
+            kernels don't take.
+        use_sink_logits: Whether heads have weights `sink_logits (N,)`, zeros at first,
+            which share in the softmax and add no value, as in gpt-oss.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
@@ -127,6 +134,8 @@ class CachedMultiHeadAttention(
         key_norm=None,
         query_scale=None,
         logit_soft_cap=None,
+        score_bias=None,
+        use_sink_logits=False,
         **kwargs,
     ):
         super().__init__(num_heads, key_dim, *args, **kwargs)
@@ -142,6 +151,9 @@ class CachedMultiHeadAttention(
         self.key_norm = key_norm
         self.query_scale = query_scale
         self.logit_soft_cap = logit_soft_cap
+        self.score_bias = score_bias
+        self.use_sink_logits = use_sink_logits
+        self.score_bias_table = self.sink_logits = None
         check_constructor(self)
         if query_scale is not None:
             self._inverse_sqrt_key_dim = float(query_scale)
@@ -176,6 +188,7 @@ class CachedMultiHeadAttention(
             "value", value_shape, group_heads, self._value_dim
         )
         self._build_attention(len(query_shape) + 1)
+        build_scoring(self)
         make = functools.partial(make_output_projection, self, query_shape)
         shape = (*query_shape[:-1], heads, self._value_dim)
         self._output_dense = self._part("output_dense", make, shape)
@@ -268,35 +281,23 @@ class CachedMultiHeadAttention(
             causal=bool(use_causal_mask),
             sliding_window=self._sliding_window,
         )
-        scale, soft_cap = self._inverse_sqrt_key_dim, self.logit_soft_cap
-        scores = None
+        scoring, scores = scoring_of(self), None
         if return_attention_scores or (self._dropout > 0 and training):
             holder, view, hidden = write_and_view(holder, *inputs, **hiding)
             output, scores = attend_with_scores(
                 queries,
                 view,
                 hidden,
-                scale,
-                soft_cap,
+                scoring,
+                token_positions(index, ops.shape(queries)[1]),
                 dropout=lambda weights: self._dropout_layer(weights, training=training),
             )
         elif cache is None and self._has_kernel():
-            # Kernels are fastest where they make the causal mask themselves.
-            only_causal = use_causal_mask and self._sliding_window is None
-            only_causal = only_causal and all(mask is None for mask in masks.values())
-            _, _, hidden = write_and_view(None, *inputs, **hiding)
-            output = attend_fused(
-                queries,
-                *entries,
-                None if only_causal else hidden[0],
-                scale,
-                causal=only_causal,
-                flash_attention=self._flash_attention,
+            output = attend_sequence(
+                queries, *entries, scoring.scale, self._flash_attention, **hiding
             )
         else:
-            output, holder = attend_cache(
-                holder, *inputs, scale=scale, soft_cap=soft_cap, **hiding
-            )
+            output, holder = attend_cache(holder, *inputs, scoring, **hiding)
 
         # 3. Gate and project the output.
         output = ops.cast(output, self.compute_dtype)
@@ -335,7 +336,7 @@ class CachedMultiHeadAttention(
         # JAX's wants one head size, and its softmax is float32 for every dtype.
         suits = self._key_dim == self._value_dim and self.compute_dtype != "float64"
         # Where flash attention is asked for, Keras' own error shall say so.
-        return (suits or self._flash_attention) and self.logit_soft_cap is None
+        return (suits or self._flash_attention) and not asked_of_scores(self)
 
     def _attends_one_axis(self, query):
         return self._attention_axes == (1,) and len(query.shape) == 3
@@ -376,6 +377,7 @@ class CachedMultiHeadAttention(
         """Constructor arguments."""
         serialize = keras.saving.serialize_keras_object
         layers = {name: getattr(self, name) for name in LAYER_ARGUMENTS}
+        bias = self.score_bias
         return {
             **super().get_config(),
             "flash_attention": self._flash_attention,
@@ -383,6 +385,8 @@ class CachedMultiHeadAttention(
             "use_output_bias": self.use_output_bias,
             "query_scale": self.query_scale,
             "logit_soft_cap": self.logit_soft_cap,
+            "score_bias": serialize(bias) if callable(bias) else bias,
+            "use_sink_logits": self.use_sink_logits,
             **{name: layer and serialize(layer) for name, layer in layers.items()},
         }
 
@@ -390,7 +394,7 @@ class CachedMultiHeadAttention(
     def from_config(cls, config):
         """The layer that `get_config` describes."""
         config = dict(config)
-        for name in LAYER_ARGUMENTS:
+        for name in (*LAYER_ARGUMENTS, "score_bias"):
             if isinstance(config.get(name), dict):
                 config[name] = keras.saving.deserialize_keras_object(config[name])
         return cls(**config)

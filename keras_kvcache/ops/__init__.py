@@ -38,6 +38,7 @@ from keras_kvcache.ops.quantize import (
 )
 from keras_kvcache.ops.ring import ring_positions, write_ring
 from keras_kvcache.ops.rotary import inverse_frequencies, rotate
+from keras_kvcache.ops.scoring import Scoring
 from keras_kvcache.ops.sharding import distribute
 from keras_kvcache.ops.splice import splice
 from keras_kvcache.ops.tracing import can_trace, trace
@@ -48,6 +49,7 @@ __all__ = [
     "NO_CHANNEL",
     "Channel",
     "Read",
+    "Scoring",
     "Segment",
     "View",
     "align_mask",

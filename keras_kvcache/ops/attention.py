@@ -6,11 +6,11 @@ from keras_kvcache.ops.decode_attention import decode_attention, has_decode_kern
 from keras_kvcache.ops.online_softmax import attend_segments
 from keras_kvcache.ops.platform import has_float16_products
 from keras_kvcache.ops.products import sum_dtype
+from keras_kvcache.ops.scoring import check_scoring
 from keras_kvcache.ops.softmax import masked_softmax
-from keras_kvcache.ops.trigonometry import tanh
 
 
-def attend(query, view, masks, scale, soft_cap=None):
+def attend(query, view, masks, scoring, positions=None):
     """Attention of `T` queries over the slots of a view.
 
     Args:
@@ -19,42 +19,47 @@ def attend(query, view, masks, scale, soft_cap=None):
         view: A `View`. What no query may attend isn't read.
         masks: One boolean mask a segment, `(1 | B, 1 | N, 1 | T, n)`, or `None`
             where every slot may be attended.
-        scale: Factor of the scores, usually `H ** -0.5`.
-        soft_cap: If given, scores become `soft_cap · tanh(scores / soft_cap)`
-            (Gemma 2, https://arxiv.org/abs/2408.00118).
+        scoring: A `Scoring`.
+        positions: int32 `(1 | B, T)`, positions of the queries, which a bias needs.
 
     Returns:
         A tensor `(B, T, N, Hv)`, float32 unless queries are float64; zero for a
         query with nothing to attend.
+
+    Raises:
+        ValueError: A bias or a sink doesn't have one row a head, or `positions` are
+            missing.
     """
+    check_scoring(scoring, query.shape[2], positions)
     shape = ops.shape(query)
     if query.shape[1] == 0:
         return ops.zeros((*shape[:3], view.value_dim), sum_dtype(query))
-    query = _group_heads(query * scale, view.heads)
-    arguments = (query, view.segments, masks, view.value_dim, shape[1], soft_cap)
-    if has_decode_kernel(query, view.segments, masks, view.value_dim):
-        return _ungroup_heads(decode_attention(*arguments), shape)
-    return _ungroup_heads(attend_segments(*arguments), shape)
+    query = _group_heads(query * scoring.scale, view.heads)
+    sizes = (view.value_dim, shape[1])
+    arguments = (query, view.segments, masks, *sizes, scoring, positions)
+    suits = has_decode_kernel(query, view.segments, masks, view.value_dim, scoring)
+    output = (decode_attention if suits else attend_segments)(*arguments)
+    return _ungroup_heads(output, shape)
 
 
-def attend_with_scores(query, view, masks, scale, soft_cap=None, dropout=None):
+def attend_with_scores(query, view, masks, scoring, positions=None, dropout=None):
     """Like `attend`, with all weights at hand: for showing or dropping them.
 
     Args:
         query: Tensor `(B, T, N, H)`.
         view: A `View`; all of its slots are read.
-        masks: As in `attend`.
-        scale: As in `attend`.
-        soft_cap: As in `attend`.
+        masks, scoring, positions: As in `attend`.
         dropout: Function of the weights, or `None`.
 
     Returns:
         The output `(B, T, N, Hv)` and the weights `(B, N, T, S)` before dropout,
-        of the dtype of `attend`.
+        of the dtype of `attend`. Where there is a sink the weights of a query sum to
+        less than one.
     """
+    check_scoring(scoring, query.shape[2], positions)
     shape = ops.shape(query)
     batch, length, query_heads, _ = shape
-    query = _group_heads(query * scale, view.heads)
+    query = _group_heads(query * scoring.scale, view.heads)
     sizes = [ops.shape(segment.positions)[1] for segment in view.segments]
     scores = [
         segment.scores(query, 0, size)
@@ -62,9 +67,18 @@ def attend_with_scores(query, view, masks, scale, soft_cap=None, dropout=None):
     ]
     scores = ops.concatenate(scores, axis=-1)
     scores = ops.reshape(scores, (batch, query_heads, length, -1))
-    if soft_cap is not None:
-        scores = soft_cap * tanh(scores / soft_cap)
-    weights = masked_softmax(scores, _join(masks, view, (batch, query_heads, length)))
+    scores = scoring.cap(scores)
+    if scoring.bias is not None:
+        biases = (
+            scoring.bias_of(positions, segment.positions, scores.dtype)
+            for segment in view.segments
+        )
+        scores = scores + _join(list(biases), view, (batch, query_heads, length))
+    weights = masked_softmax(
+        scores,
+        _join(masks, view, (batch, query_heads, length)),
+        sink=None if scoring.sink is None else scoring.sink[:, None, None],
+    )
     dropped = weights if dropout is None else dropout(weights)
     dropped = ops.reshape(dropped, (*ops.shape(query)[:3], -1))
     hides = dropout is not None or any(mask is not None for mask in masks)
@@ -127,7 +141,7 @@ def _ungroup_heads(output, shape):
 
 
 def _join(masks, view, shape):
-    """One mask `(*shape, S)` of one a segment; `None` if nothing is hidden."""
+    """One mask or bias `(*shape, S)` of one a segment; `None` if there is none."""
     if all(mask is None for mask in masks):
         return None
     joined = []

@@ -30,6 +30,7 @@ from keras_kvcache.ops.products import (
     is_few,
     sum_dtype,
 )
+from keras_kvcache.ops.scoring import Scoring
 from keras_kvcache.ops.triton_attention import attend_by_triton, suits_triton
 from keras_kvcache.ops.view import slots_of
 
@@ -41,7 +42,7 @@ DTYPES = ("float32", "bfloat16", "int16", "int8")
 GPU_DTYPES = (*DTYPES, "float16")
 
 
-def has_decode_kernel(query, segments, masks, value_dim):
+def has_decode_kernel(query, segments, masks, value_dim, scoring):
     """Whether `decode_attention` can be called, and is the fastest way.
 
     Args:
@@ -49,7 +50,10 @@ def has_decode_kernel(query, segments, masks, value_dim):
         segments: Tuple of `Segment`.
         masks: As in `decode_attention`.
         value_dim: `Hv`.
+        scoring: A `Scoring`; a bias that is a function is not for kernels.
     """
+    if scoring.function is not None:
+        return False
     on_gpu = has_triton()
     # XLA can't cut the call into parts for several devices.
     on_cpu = is_jax_on_cpu() and jax.device_count() == 1
@@ -58,7 +62,7 @@ def has_decode_kernel(query, segments, masks, value_dim):
     if any(segment.arrays is None for segment in segments):
         return False
     arrays = [array for segment in segments for array in segment.arrays]
-    arrays += [mask for mask in masks if mask is not None]
+    arrays += [x for x in (*masks, scoring.table) if x is not None]
     # Sizes that are symbols, as in an export, aren't integers.
     known = all(isinstance(n, int) for array in (query, *arrays) for n in array.shape)
     if not known:
@@ -68,7 +72,7 @@ def has_decode_kernel(query, segments, masks, value_dim):
     return is_few(query) and load_handler(NAME, SOURCE, "DecodeAttention") is not None
 
 
-def decode_attention(query, segments, masks, value_dim, length, soft_cap=None):
+def decode_attention(query, segments, masks, value_dim, length, scoring, positions):
     """Attention as by `attend_segments`, whose arguments these are.
 
     Args:
@@ -79,7 +83,8 @@ def decode_attention(query, segments, masks, value_dim, length, soft_cap=None):
         masks: One boolean mask `(1 | B, 1 | N, 1 | T, 1 | n)` or `None` a segment.
         value_dim: `Hv`.
         length: `T`.
-        soft_cap: As in `attend`.
+        scoring: A `Scoring`, whose bias is a table or `None`.
+        positions: int32 `(1 | B, T)`, positions of the queries, which a bias needs.
 
     Returns:
         float32 `(B, K, R, Hv)`, rounded to the dtype of the queries on a GPU; zero for
@@ -92,12 +97,19 @@ def decode_attention(query, segments, masks, value_dim, length, soft_cap=None):
             mask = jax.numpy.ones((1, 1, 1, 1), bool)
         mask = jax.numpy.broadcast_to(mask.astype(bool), (*mask.shape[:3], slots))
         operands += [*segment.arrays, mask]
+    if scoring.table is not None:
+        slots = (segment.positions for segment in segments)
+        operands += [scoring.table.astype("float32"), positions, *slots]
+    if scoring.sink is not None:
+        operands.append(scoring.sink.astype("float32"))
     return _run(
         *operands,
         starts=tuple(segment.start for segment in segments),
         value_dim=value_dim,
         length=length,
-        soft_cap=soft_cap,
+        soft_cap=scoring.soft_cap,
+        has_bias=scoring.table is not None,
+        has_sink=scoring.sink is not None,
         block=segments[0].block,
     )
 
@@ -105,11 +117,22 @@ def decode_attention(query, segments, masks, value_dim, length, soft_cap=None):
 # Compiled when it's called outside of a program, too.
 @functools.partial(
     jax.jit,
-    static_argnames=("starts", "value_dim", "length", "soft_cap", "block"),
+    static_argnames=(
+        *("starts", "value_dim", "length", "soft_cap", "block"),
+        *("has_bias", "has_sink"),
+    ),
     inline=True,
 )
 def _run(*operands, **parameters):
     return _primitive.bind(*operands, **parameters)
+
+
+class _Bias(NamedTuple):
+    """What the kernel gets of a bias."""
+
+    table: Any  # (N, distances)
+    positions: Any  # of the queries, (1 | B, T)
+    slots: Any  # positions of each segment's slots, (1 | B, n)
 
 
 class _Operands(NamedTuple):
@@ -147,10 +170,8 @@ class _Operands(NamedTuple):
             return list(zip(shapes, [dtype, "float32"] * 2, strict=True))
         return [(shape, dtype) for shape in shapes[::2]]
 
-    def segment(self, block):
+    def segment(self, block, positions):
         """A segment whose products the backend's operations make."""
-        count = self.mask.shape[3]
-        positions = jax.numpy.arange(count)[None]
         if not self.is_dense:
             keys, values = self.halves()
             reads = _reader(keys, axis=3), _reader(values, axis=2)
@@ -161,7 +182,7 @@ class _Operands(NamedTuple):
 
 
 def _of_segments(operands, starts):
-    """The `_Operands` of each segment."""
+    """The `_Operands` of each segment; what is left of the operands is ignored."""
     operands = list(operands)
     for start in starts:
         count = 1 if operands[0].ndim == 5 else 4 if operands[0].dtype == "int8" else 2
@@ -169,13 +190,32 @@ def _of_segments(operands, starts):
         operands = operands[count + 1 :]
 
 
-def _stand_in(query, *operands, starts, value_dim, length, soft_cap, block):
+def _of_scoring(operands, starts, has_bias, has_sink):
+    """The `_Bias` or `None`, and the sink or `None`."""
+    sink = operands[-1] if has_sink else None
+    if not has_bias:
+        return None, sink
+    end = len(operands) - has_sink
+    table, positions, *slots = operands[end - len(starts) - 2 : end]
+    return _Bias(table, positions, slots), sink
+
+
+def _stand_in(
+    query, *operands, starts, value_dim, length, soft_cap, has_bias, has_sink, block
+):
     """The same by the backend's operations."""
+    bias, sink = _of_scoring(operands, starts, has_bias, has_sink)
+    scoring = Scoring(1.0, soft_cap, bias and bias.table, sink)
     segments, masks = [], []
-    for operand in _of_segments(operands, starts):
-        segments.append(operand.segment(block))
+    for number, operand in enumerate(_of_segments(operands, starts)):
+        slots = jax.numpy.arange(operand.mask.shape[3])[None]
+        slots = slots if bias is None else bias.slots[number]
+        segments.append(operand.segment(block, slots))
         masks.append(operand.mask)
-    return attend_segments(query, segments, masks, value_dim, length, soft_cap)
+    positions = bias and bias.positions
+    return attend_segments(
+        query, segments, masks, value_dim, length, scoring, positions
+    )
 
 
 def _reader(arrays, axis):
@@ -245,13 +285,19 @@ def _map(operands, axes, **parameters):
     return jax.vmap(stand_in, in_axes=axes)(*operands), 0
 
 
-def _by_triton(query, *operands, starts, value_dim, length, soft_cap, block):
+def _by_triton(
+    query, *operands, starts, value_dim, length, soft_cap, has_bias, has_sink, block
+):
     """The same by the kernel for GPUs."""
+    bias, sink = _of_scoring(operands, starts, has_bias, has_sink)
+    scoring = Scoring(1.0, soft_cap, bias and bias.table, sink)
+    slots = (None,) * len(starts) if bias is None else bias.slots
     segments = [
-        (tuple(map(_as_bfloat16, operand.arrays)), operand.start, operand.mask)
-        for operand in _of_segments(operands, starts)
+        (tuple(map(_as_bfloat16, operand.arrays)), operand.start, operand.mask, slots)
+        for operand, slots in zip(_of_segments(operands, starts), slots, strict=True)
     ]
-    return attend_by_triton(query, segments, length, value_dim, soft_cap)
+    positions = bias and bias.positions
+    return attend_by_triton(query, segments, length, value_dim, scoring, positions)
 
 
 def _as_bfloat16(array):
@@ -287,6 +333,8 @@ def _lower_for_cpu(context, *operands, **parameters):
         starts=np.array(parameters["starts"], np.int64),
         length=np.int64(parameters["length"]),
         soft_cap=np.float32(parameters["soft_cap"] or 0),
+        has_bias=parameters["has_bias"],
+        has_sink=parameters["has_sink"],
     )
     return jax.ffi.ffi_lowering(NAME)(context, *operands, **attributes)
 

@@ -57,7 +57,8 @@ def load_library(source):
     and of jaxlib, for each compiler and each kind of processor.
 
     Args:
-        source: Path of the file, which may include XLA's foreign function interface.
+        source: Path of the file, which may include XLA's foreign function interface and
+            headers beside it.
 
     Returns:
         A `ctypes.CDLL`, or `None` if this machine has no C++ compiler (`CXX`, `c++`,
@@ -89,7 +90,9 @@ def find_compiler():
 
 
 def _load(compiler, source):
-    made_of = (source.read_bytes(), compiler, FLAGS, jaxlib.__version__, _processor())
+    files = [source, *sorted(source.parent.glob("*.h"))]
+    text = [file.read_bytes() for file in files]
+    made_of = (text, compiler, FLAGS, jaxlib.__version__, _processor())
     folder = cache_folder() / "kernels"
     name = f"{source.stem}-{_digest(repr(made_of).encode())}"
     for library in folder.glob(f"{name}-*.so"):

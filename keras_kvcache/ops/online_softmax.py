@@ -12,8 +12,8 @@ from keras import ops
 
 from keras_kvcache.ops.known import either, is_recorded
 from keras_kvcache.ops.products import is_few, sum_dtype
+from keras_kvcache.ops.scoring import Scoring
 from keras_kvcache.ops.softmax import LOWEST
-from keras_kvcache.ops.trigonometry import tanh
 from keras_kvcache.ops.view import slots_of
 
 # The maximum of no scores: so far above the score of a hidden slot that this weighs
@@ -26,7 +26,7 @@ NOTHING_SEEN = LOWEST / 10
 BLOCK = 512
 
 
-def attend_segments(query, segments, masks, value_dim, length, soft_cap=None):
+def attend_segments(query, segments, masks, value_dim, length, scoring, positions):
     """Attention of queries that are scaled and grouped by key/value head.
 
     Args:
@@ -36,22 +36,19 @@ def attend_segments(query, segments, masks, value_dim, length, soft_cap=None):
             where every slot may be attended.
         value_dim: `Hv`.
         length: `T`.
-        soft_cap: As in `attend`.
+        scoring: A `Scoring`, whose scale is in the queries already.
+        positions: int32 `(1 | B, T)`, positions of the queries; `None` will do for a
+            scoring without a bias.
 
     Returns:
         A tensor `(B, K, R, Hv)`, float32 unless queries are float64; zero for a
         query with nothing to attend.
     """
-    rows, dtype = ops.shape(query)[:3], sum_dtype(query)
-    running = _Partial(
-        ops.full((*rows, 1), NOTHING_SEEN, dtype),
-        ops.zeros((*rows, 1), dtype),
-        ops.zeros((*rows, value_dim), dtype),
-    )
+    running = _begin(query, scoring.sink, value_dim, length)
     few = is_few(query)
     for segment, mask in zip(segments, masks, strict=True):
         block = segment.block if few else BLOCK
-        attended = _Attended(query, segment, mask, soft_cap, length)
+        attended = _Attended(query, segment, mask, scoring, positions, length)
         running = _add_segment(running, attended, block)
     total = ops.where(running.total > 0, running.total, ops.ones_like(running.total))
     return running.output / total
@@ -71,17 +68,20 @@ class _Attended(NamedTuple):
     query: Any  # (B, K, R, H), scaled
     segment: Any
     mask: Any  # as in `attend`
-    soft_cap: float | None
+    scoring: Scoring
+    positions: Any  # of the queries
     length: int  # T
 
     def partial(self, first, count):
         """Attention over `count` slots of the segment from `first` on."""
-        scores = self.segment.scores(self.query, first, count)
-        if self.soft_cap is not None:
-            scores = self.soft_cap * tanh(scores / self.soft_cap)
+        scores = self.scoring.cap(self.segment.scores(self.query, first, count))
+        if self.scoring.bias is not None:
+            slots = slots_of(self.segment.positions, first, count, axis=1)
+            bias = self.scoring.bias_of(self.positions, slots, scores.dtype)
+            scores = scores + _group_query_heads(bias, self.query, self.length)
         mask = self.mask_of(first, count)
         if mask is not None:
-            mask = _group_mask_heads(mask, self.query, self.length)
+            mask = _group_query_heads(mask, self.query, self.length)
             scores = ops.where(mask, scores, LOWEST)
         maximum = ops.max(scores, axis=-1, keepdims=True)
         maximum = ops.maximum(maximum, NOTHING_SEEN)
@@ -150,15 +150,28 @@ def _add_slots(running, attended, block):
     return attended.add_block(running, blocks * block, rest) if rest else running
 
 
-def _group_mask_heads(mask, query, length):
+def _begin(query, sink, value_dim, length):
+    """The sum of nothing but a sink, which has a weight and no value."""
+    rows, dtype = ops.shape(query)[:3], sum_dtype(query)
+    output = ops.zeros((*rows, value_dim), dtype)
+    if sink is None:
+        maximum = ops.full((*rows, 1), NOTHING_SEEN, dtype)
+        return _Partial(maximum, ops.zeros((*rows, 1), dtype), output)
+    sink = ops.reshape(ops.cast(sink, dtype), (1, -1, 1, 1))
+    sink = _group_query_heads(sink, query, length)
+    maximum = ops.broadcast_to(sink, (*rows, 1))
+    return _Partial(maximum, ops.ones((*rows, 1), dtype), output)
+
+
+def _group_query_heads(x, query, length):
     """`(1 | B, 1 | N, 1 | T, n)` to what broadcasts to `(B, K, R, n)`."""
     _, heads, query_rows, _ = ops.shape(query)
-    rows, mask_heads, _, slots = ops.shape(mask)
+    rows, query_heads, _, slots = ops.shape(x)
     group = query_rows // length
-    if mask_heads == 1:
+    if query_heads == 1:
         heads = 1
-    mask = ops.broadcast_to(mask, (rows, heads * group, length, slots))
-    return ops.reshape(mask, (rows, heads, group * length, slots))
+    x = ops.broadcast_to(x, (rows, heads * group, length, slots))
+    return ops.reshape(x, (rows, heads, group * length, slots))
 
 
 def _merge(a, b):

@@ -11,7 +11,7 @@ it by the package `jax-triton`, or write it in Pallas for Mosaic GPU.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 
 from keras_kvcache.ops.online_softmax import NOTHING_SEEN
 from keras_kvcache.ops.softmax import LOWEST
+from keras_kvcache.ops.triton_operands import Bias, Mask, Queries, Sizes, Slots, own
 from keras_kvcache.ops.triton_tiles import (
     LEAST,
     divide,
@@ -95,42 +96,52 @@ def suits_triton(query, arrays, value_dim):
     return reaches and max(query.shape[3], value_dim) <= LARGEST_HEAD
 
 
-def attend_by_triton(query, segments, length, value_dim, soft_cap, interpret=False):
+def attend_by_triton(
+    query, segments, length, value_dim, scoring, positions=None, interpret=False
+):
     """Attention as by `attend_segments`, of queries scaled and grouped.
 
     Args:
         query: `(B, K, R, H)`, `R = G·T`.
         segments: For each the arrays of a `Segment`, the number of its first slot in
-            them, and its mask, boolean `(1 | B, 1 | N, 1 | T, n)`.
+            them, its mask, boolean `(1 | B, 1 | N, 1 | T, n)`, and the positions of its
+            slots, int32 `(1 | B, n)`, which a bias needs.
         length: `T`.
         value_dim: `Hv`.
-        soft_cap: As in `attend`.
+        scoring: A `Scoring`, whose scale is in the queries already and whose bias is a
+            table or `None`.
+        positions: int32 `(1 | B, T)`, positions of the queries, which a bias needs.
         interpret: Whether JAX interprets the kernel, which runs anywhere.
 
     Returns:
         float32 `(B, K, R, Hv)`, rounded to the dtype of the queries; zero for a query
         with nothing to attend.
     """
-    sizes = _Sizes(*query.shape[2:], value_dim, length)
-    partials = (
-        _attend_parts(query, *segment, sizes, soft_cap, interpret)
+    sizes = Sizes(*query.shape[2:], value_dim, length)
+    partials = [
+        _attend_parts(query, *segment, sizes, scoring, positions, interpret)
         for segment in segments
-    )
+    ]
+    if scoring.sink is not None:
+        partials.append(_sink_part(query, scoring.sink, sizes))
     partials = [jnp.concatenate(part, axis=2) for part in zip(*partials, strict=True)]
     # Layers make it as narrow as the queries; the casts there and back cancel out.
     return _merge(*partials, query.dtype, interpret).astype(jnp.float32)
 
 
-class _Sizes(NamedTuple):
-    """What the kernel knows of its operands."""
+def _sink_part(query, sink, sizes):
+    """The sink as one more part, which has a weight and no value."""
+    batch, heads, rows, _ = query.shape
+    maximum = jnp.reshape(jnp.float32(sink), (1, heads, 1, rows // sizes.length, 1))
+    maximum = jnp.broadcast_to(maximum, (batch, *maximum.shape[1:4], sizes.length))
+    maximum = jnp.reshape(maximum, (batch, heads, 1, rows))
+    output = jnp.zeros((*maximum.shape, sizes.value_dim), jnp.float32)
+    return maximum, jnp.ones_like(maximum), output
 
-    rows: int  # R
-    head_dim: int  # H
-    value_dim: int  # Hv
-    length: int  # T
 
-
-def _attend_parts(query, arrays, start, mask, sizes, soft_cap, interpret):
+def _attend_parts(
+    query, arrays, start, mask, slots, sizes, scoring, positions, interpret
+):
     """Maxima and sums `(B, K, P, R)`, outputs `(B, K, P, R, Hv)` of `P` parts."""
     from jax.experimental.pallas import triton
 
@@ -142,8 +153,14 @@ def _attend_parts(query, arrays, start, mask, sizes, soft_cap, interpret):
         max(sizes.head_dim, sizes.value_dim),
         product_dtype(query.dtype, arrays[0].dtype),
     )
+    bias = () if scoring.table is None else (scoring.table, positions, slots)
     kernel = functools.partial(
-        _kernel, sizes=sizes, tiling=tiling, start=start, soft_cap=soft_cap
+        _kernel,
+        sizes=sizes,
+        tiling=tiling,
+        start=start,
+        soft_cap=scoring.soft_cap,
+        has_bias=scoring.table is not None,
     )
     shape = (batch, heads, tiling.parts, rows)
     call = pl.pallas_call(
@@ -158,7 +175,7 @@ def _attend_parts(query, arrays, start, mask, sizes, soft_cap, interpret):
         interpret=interpret,
         name="decode_attention",
     )
-    return call(query, _ends(mask), mask, *arrays)
+    return call(query, _ends(mask), mask, *bias, *arrays)
 
 
 def _ends(mask):
@@ -170,12 +187,15 @@ def _ends(mask):
     return jnp.stack([first, end], axis=1)
 
 
-def _kernel(query_ref, ends_ref, mask_ref, *refs, sizes, tiling, start, soft_cap):
+def _kernel(
+    query_ref, ends_ref, mask_ref, *refs, sizes, tiling, start, soft_cap, has_bias
+):
     """Some queries of a row and head over one part of the slots, tile by tile."""
-    *slot_refs, maximum_ref, total_ref, output_ref = refs
+    *bias_refs, maximum_ref, total_ref, output_ref = refs
+    bias_refs, slot_refs = bias_refs[: 3 * has_bias], bias_refs[3 * has_bias :]
     part, head_and_group, row = (pl.program_id(axis) for axis in range(3))
     head, group = divide(head_and_group, tiling.groups)
-    segment = _Slots(slot_refs, row, head, start, mask_ref.shape[3])
+    segment = Slots(slot_refs, row, head, start, mask_ref.shape[3])
     queries = group * tiling.queries + padded_range(tiling.queries)
     features, value_features = (
         padded_range(sizes.head_dim),
@@ -190,7 +210,9 @@ def _kernel(query_ref, ends_ref, mask_ref, *refs, sizes, tiling, start, soft_cap
     )
     dtype = product_dtype(query.dtype, slot_refs[0].dtype)
     query = query.astype(dtype)
-    mask = _Mask(mask_ref, row, head, jnp.minimum(queries, sizes.rows - 1))
+    own_queries = Queries(row, head, jnp.minimum(queries, sizes.rows - 1))
+    mask = Mask(mask_ref, own_queries)
+    bias = Bias(*bias_refs, own_queries) if has_bias else None
 
     def add_tile(number, running):
         maximum, total, output = running
@@ -205,6 +227,8 @@ def _kernel(query_ref, ends_ref, mask_ref, *refs, sizes, tiling, start, soft_cap
             scores *= segment.scales(0, slots, is_read)[None, :]
         if soft_cap is not None:
             scores = soft_cap * jnp.tanh(scores / soft_cap)
+        if has_bias:
+            scores += bias.of(slots, sizes)
         scores = jnp.where(seen, scores, LOWEST)
         new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=1))
         keep = jnp.exp(maximum - new_maximum)
@@ -218,7 +242,7 @@ def _kernel(query_ref, ends_ref, mask_ref, *refs, sizes, tiling, start, soft_cap
         mixed = mix(weights.astype(dtype), values.astype(dtype))
         return new_maximum, total, output * keep[:, None] + mixed
 
-    row_ends = _own(row, ends_ref.shape[0])
+    row_ends = own(row, ends_ref.shape[0])
     first = jnp.maximum(ends_ref[row_ends, 0], part * tiling.part)
     end = jnp.minimum(ends_ref[row_ends, 1], (part + 1) * tiling.part)
     running = (
@@ -302,78 +326,3 @@ def _merge_kernel(maximum_ref, total_ref, output_ref, merged_ref):
     place = (row, head, query, features)
     merged = output / jnp.where(total > 0, total, 1)
     store(merged_ref, place, merged.astype(merged_ref.dtype), is_feature)
-
-
-class _Mask(NamedTuple):
-    """Which slots the queries of one row and head attend."""
-
-    ref: Any  # (1 | B, 1 | N, 1 | T, n)
-    row: jax.Array
-    head: jax.Array
-    queries: jax.Array  # of the head's rows, its group's heads times the tokens
-
-    @property
-    def is_shared(self):
-        """Whether all queries attend the same slots."""
-        return self.ref.shape[1] == self.ref.shape[2] == 1
-
-    def of(self, slots, sizes):
-        """For some slots: `(1 | queries, slots)`."""
-        batch, heads, length, count = self.ref.shape
-        queries = jnp.zeros(1, jnp.int32) if self.is_shared else self.queries
-        of_group, token = divide(queries, sizes.length)
-        place = (
-            _own(self.row, batch),
-            _own(self.head * (sizes.rows // sizes.length) + of_group[:, None], heads),
-            _own(token[:, None], length),
-            slots[None, :],
-        )
-        return load(self.ref, place, (slots < count)[None, :])
-
-
-class _Slots(NamedTuple):
-    """The slots of one row and head, in any of the forms of `Segment.arrays`."""
-
-    refs: list  # of the arrays
-    row: jax.Array
-    head: jax.Array
-    start: int  # the segment's first slot in the arrays
-    count: int
-
-    @property
-    def is_dense(self):
-        """Whether keys and values are in one tensor, which holds no codes."""
-        return len(self.refs[0].shape) == 5
-
-    @property
-    def has_scales(self):
-        """Whether numbers are codes, with a scale for each slot."""
-        return self.refs[0].dtype == jnp.int8
-
-    def keys(self, slots, features, size):
-        """Keys `(H, tile)`; zeros past the sizes."""
-        is_there = (features < size)[:, None] & (slots < self.count)[None, :]
-        return self._load(0, slots[None, :], features[:, None], is_there)
-
-    def values(self, slots, features, size, is_read):
-        """Values `(tile, Hv)`; zeros past the size and where none is read."""
-        is_there = is_read[:, None] & (features < size)[None, :]
-        return self._load(1, slots[:, None], features[None, :], is_there)
-
-    def scales(self, half, slots, is_read):
-        """The scales `(tile,)` of keys or of values; zeros where none is read."""
-        return self._load(half, slots, jnp.zeros_like(slots), is_read, scales=True)
-
-    def _load(self, half, slots, features, is_there, scales=False):
-        """Numbers of keys (`half` 0) or values (1), zeros where they aren't there."""
-        if self.is_dense:
-            place = (self.row, half, self.start + slots, self.head, features)
-            return load(self.refs[0], place, is_there)
-        ref = self.refs[half * len(self.refs) // 2 + scales]
-        order = (features, slots) if half == 0 else (slots, features)
-        return load(ref, (self.row, self.head, *order), is_there)
-
-
-def _own(number, count):
-    """The number, or 0 where there is one for all."""
-    return number if count > 1 else number * 0

@@ -1,0 +1,83 @@
+"""How an attention layer makes scores: its arguments, its weights, its `Scoring`."""
+
+import numbers
+
+import keras
+from keras import ops
+
+from keras_kvcache.ops import Scoring, is_integer
+
+# Constructor arguments, with the values by which products only are scaled.
+ARGUMENTS = {"logit_soft_cap": None, "score_bias": None, "use_sink_logits": False}
+
+
+def check_scoring_arguments(layer):
+    """Refuses constructor arguments by which no scores can be made.
+
+    Raises:
+        ValueError: A factor isn't a positive number, the bias is none, or flash
+            attention is to make more of products than to scale them.
+    """
+    for name in ("query_scale", "logit_soft_cap"):
+        factor = getattr(layer, name)
+        if factor is not None and not (isinstance(factor, numbers.Real) and factor > 0):
+            raise ValueError(
+                f"`{name}` must be a positive number or `None`. Received: {factor!r}"
+            )
+    bias, sinks = layer.score_bias, layer.use_sink_logits
+    is_count = is_integer(bias) and bias > 0
+    if not (bias is None or is_count or callable(bias)):
+        raise ValueError(
+            "`score_bias` must be a positive integer, a function of positions or "
+            f"`None`. Received: {bias!r}"
+        )
+    if not isinstance(sinks, bool):
+        raise ValueError(
+            f"`use_sink_logits` must be True or False. Received: {sinks!r}"
+        )
+    asked = next(iter(asked_of_scores(layer)), None)
+    if layer._flash_attention and asked is not None:
+        raise ValueError(
+            f"`{asked}` can't be combined with `flash_attention=True`. "
+            f"Received: {asked}={getattr(layer, asked)}"
+        )
+
+
+def asked_of_scores(layer):
+    """Names of the arguments by which products are more than scaled.
+
+    Fused kernels know none of them.
+    """
+    return [name for name, none in ARGUMENTS.items() if getattr(layer, name) != none]
+
+
+def build_scoring(layer):
+    """Creates the weights of scores, which no autocasting makes narrow.
+
+    They are `score_bias_table (N, distances)` and `sink_logits (N,)`, each `None` if it
+    isn't asked for.
+    """
+    options = dict(initializer="zeros", autocast=False)
+    heads = layer.num_heads
+    if is_integer(layer.score_bias):
+        layer.score_bias_table = layer.add_weight(
+            name="score_bias_table", shape=(heads, int(layer.score_bias)), **options
+        )
+    elif isinstance(layer.score_bias, keras.layers.Layer):
+        positions = ops.zeros((1, 1, 1, 1), "int32")
+        layer.score_bias(positions, positions)  # which builds it
+    if layer.use_sink_logits:
+        layer.sink_logits = layer.add_weight(
+            name="sink_logits", shape=(heads,), **options
+        )
+
+
+def scoring_of(layer):
+    """The `Scoring` of a layer that is built."""
+    table, sink = layer.score_bias_table, layer.sink_logits
+    return Scoring(
+        layer._inverse_sqrt_key_dim,
+        layer.logit_soft_cap,
+        layer.score_bias if table is None else ops.convert_to_tensor(table),
+        None if sink is None else ops.convert_to_tensor(sink),
+    )
