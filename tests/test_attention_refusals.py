@@ -166,8 +166,7 @@ def test_cache_that_holds_no_floats(layout, dtype):
 
 
 @pytest.mark.parametrize("kind", [Static(), Rolling(5)], ids=str)
-@pytest.mark.parametrize("codec", ["float32", "int8", "int4"])
-@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("codec, layout", cases.stored(["float32", "int8", "int4"]))
 @pytest.mark.parametrize(
     "changed, words",
     [
