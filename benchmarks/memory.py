@@ -20,10 +20,8 @@ import numpy as np
 import peer_models
 import subjects
 
-from keras_kvcache import samplers
 from keras_kvcache.generation.program import make_program
 from keras_kvcache.generation.sizes import CHUNKS
-from keras_kvcache.generation.steps import DecodeState, Limits
 
 CAPACITIES, QUICK_CAPACITIES = (256, 512, 1024, 2048, 4096, 8192), (256, 512)
 
@@ -52,24 +50,8 @@ def main():
 def weigh_keras_kvcache(lm, capacity):
     """Bytes at the peak of `generate` for one row."""
     cache = jax.eval_shape(lambda: lm.init_cache(1, capacity))
-    row = np.zeros(1, "int32")
-    prefill = lm.generator._prefill.lower(
-        cache=cache,
-        token=row,
-        token_ids=np.zeros((1, CHUNKS[-1]), "int32"),
-        first=np.int32(0),
-        lengths=row,
-        sampler=samplers.greedy(),
-        seed=np.zeros(2, "uint32"),
-    )
-    decode = lm.generator._decode.lower(
-        state=DecodeState(cache, row, row, row > 0, np.int32(1)),
-        limits=Limits(row, np.zeros(8, "int32")),
-        sampler=samplers.greedy(),
-        seed=np.uint32(0),
-        steps=np.int32(1),
-    )
-    return max(weigh_program(program, lm) for program in (prefill, decode))
+    programs = [lm.generator.lower(cache, chunk) for chunk in (CHUNKS[-1], None)]
+    return max(weigh_program(program, lm) for program in programs)
 
 
 def weigh_keras_hub(lm, capacity):

@@ -4,10 +4,6 @@ import contextlib
 import re
 
 import jax
-import numpy as np
-
-from keras_kvcache import samplers
-from keras_kvcache.generation.steps import DecodeState, Limits
 
 RESULT = re.compile(r" = (.+?[\])}]) ([a-z][\w-]*)\(")
 ARRAY = re.compile(r"(bf16|f16|f32|s8)\[([\d,]+)\]")
@@ -17,16 +13,13 @@ IN_PLACE = """parameter tuple get-tuple-element while bitcast
 WIDTHS = {"bf16": 2, "f16": 2, "f32": 4, "s8": 1}
 
 
-def compile_for(device, program, **arguments):
-    """A jitted function, compiled for where `device`, a sharding, puts arrays."""
+def compile_for(device, lm, cache, chunk=None):
+    """The loop that decodes greedily, or the run of a chunk of prompts.
 
-    def describe(leaf):
-        if not hasattr(leaf, "shape"):
-            return leaf
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
-
+    Compiled for where `device`, a sharding, puts arrays.
+    """
     with lowering_for(device):
-        return program.lower(**jax.tree.map(describe, arguments)).compile()
+        return lm.generator.lower(cache, chunk=chunk, sharding=device).compile()
 
 
 def lowering_for(device):
@@ -34,21 +27,6 @@ def lowering_for(device):
     (target,) = device.device_set
     is_gpu = target.platform == "gpu"
     return jax.default_device(target) if is_gpu else contextlib.nullcontext()
-
-
-def compile_decode(device, lm, cache, rows):
-    """The loop that decodes greedily, all rows with an end of their own."""
-    rows = np.zeros(rows, "int32")
-    return compile_for(
-        device,
-        lm.generator._decode,
-        state=DecodeState(cache, rows, rows + 5, rows > 0, np.int32(1)),
-        limits=Limits(rows + 100, np.full(8, -1, "int32")),
-        seed=np.uint32(1),
-        steps=np.int32(64),
-        sampler=samplers.greedy(),
-        channel=None,
-    )
 
 
 def written(text):

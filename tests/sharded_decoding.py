@@ -19,7 +19,7 @@ import jax
 import keras
 import numpy as np
 
-from keras_kvcache import DecoderLM, samplers
+from keras_kvcache import DecoderLM
 from keras_kvcache.caches import (
     Rolling,
     insert_rows,
@@ -28,7 +28,6 @@ from keras_kvcache.caches import (
     split_rows,
     take_rows,
 )
-from keras_kvcache.generation.steps import DecodeState, Limits
 
 KEY_VALUE_HEADS, HEAD_DIM, CAPACITY = 4, 8, 512
 ROWS = (8, 3)  # Of these, one number can be spread.
@@ -82,17 +81,7 @@ def make_model():
 def decode_program(lm, rows, cache):
     """The compiled decode loop, and the layouts its caches come in."""
     caches = lm.init_cache(rows, CAPACITY, **cache)
-    numbers = np.full(rows, 5, "int32")
-    state = DecodeState(caches, numbers, numbers, np.zeros(rows, bool), np.int32(1))
-    limits = Limits(np.full(rows, CAPACITY, "int32"), np.full(8, -1, "int32"))
-    program = lm.generator._decode.lower(
-        state=state,
-        limits=limits,
-        sampler=samplers.get("greedy"),
-        seed=np.uint32(0),
-        steps=np.int32(64),
-    )
-    return program.compile(), caches
+    return lm.generator.lower(caches).compile(), caches
 
 
 def largest_gathered(program):

@@ -11,7 +11,6 @@ from keras import ops
 from keras_kvcache import EncoderDecoderLM, accelerate, from_keras_hub, samplers
 from keras_kvcache.caches import Rolling
 from keras_kvcache.generation import make_program
-from keras_kvcache.generation.steps import DecodeState, Limits
 
 hub = pytest.importorskip("keras_hub")
 
@@ -255,14 +254,7 @@ def test_decode_loop_holds_no_copy_of_what_is_encoded(batch_size):
     inputs = pairs([4099] * batch_size, [1] * batch_size, encoder_width=4099)
     encoded = jax.eval_shape(model.encode, inputs)
     own = model.init_cache(batch_size, 256)
-    rows = np.zeros(batch_size, "int32")
-    program = model.generator._decode.lower(
-        state=DecodeState((own, encoded), rows, rows + 5, rows > 0, np.int32(1)),
-        limits=Limits(rows + 100, np.full(8, -1, "int32")),
-        sampler=samplers.greedy(),
-        seed=np.uint32(1),
-        steps=np.int32(64),
-    ).compile()
+    program = model.generator.lower((own, encoded)).compile()
     cross = sum(cache.nbytes for cache in encoded.caches)
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes >= cross

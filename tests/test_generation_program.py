@@ -8,10 +8,7 @@ import numpy as np
 import pytest
 from conftest import make_lm
 
-from keras_kvcache import samplers
 from keras_kvcache.caches import Rolling
-from keras_kvcache.generation.bursts import make_reader
-from keras_kvcache.generation.steps import DecodeState, Limits
 from keras_kvcache.ops import platform
 from keras_kvcache.ops.online_softmax import BLOCK
 
@@ -21,23 +18,10 @@ S = 4099
 SHAPED = re.compile(r"= \w+\[([\d,]+)\]\S* (copy|transpose|concatenate|broadcast)\(")
 
 
-def lower_decode_loop(lm, cache, batch_size):
-    """The program of many tokens, not yet compiled."""
-    rows = np.zeros(batch_size, "int32")
-    return lm.generator._decode.lower(
-        state=DecodeState(cache, rows, rows + 5, rows > 0, np.int32(1)),
-        limits=Limits(rows + 100, np.full(8, -1, "int32")),
-        sampler=samplers.greedy(),
-        seed=np.uint32(1),
-        steps=np.int32(64),
-        channel=make_reader(batch_size, streams=False).channel,
-    )
-
-
 def test_layers_that_are_alike_are_traced_once():
     lm = make_lm(num_layers=3)
     cache = lm.generator.init_cache(2, 61)
-    program = lower_decode_loop(lm, cache, 2).as_text()
+    program = lm.generator.lower(cache).as_text()
     assert program.count("func.func private @_attend_cache") == 1
     assert program.count("call @_attend_cache") == 3
 
@@ -77,7 +61,7 @@ def test_decode_loop_holds_no_copy_of_a_cache(batch_size, num_key_value_heads, n
     )
     options, temporaries, slots = CACHES[name]
     cache = lm.generator.init_cache(batch_size, S, **options)
-    program = lower_decode_loop(lm, cache, batch_size).compile()
+    program = lm.generator.lower(cache).compile()
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes >= 2 * cache[0].nbytes
     assert memory.temp_size_in_bytes < temporaries * cache[0].nbytes
@@ -100,16 +84,7 @@ def test_prefill_scores_a_block_and_speaks_of_the_last_position(batch_size, layo
     lm = make_lm(num_layers=2, max_sequence_length=S)
     chunk, vocabulary = 512, lm.vocabulary_size
     cache = lm.generator.init_cache(batch_size, S, layout=layout)
-    rows = np.zeros(batch_size, "int32")
-    program = lm.generator._prefill.lower(
-        cache=cache,
-        token=rows,
-        token_ids=np.zeros((batch_size, chunk), "int32"),
-        first=np.int32(0),
-        lengths=rows + chunk,
-        sampler=samplers.greedy(),
-        seed=np.zeros(2, "uint32"),
-    ).compile()
+    program = lm.generator.lower(cache, chunk=chunk).compile()
     block = 4 * batch_size * lm.num_query_heads * chunk * BLOCK
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes >= 2 * cache[0].nbytes

@@ -21,13 +21,11 @@ from conftest import make_lm
 from program_cases import (
     IN_PLACE,
     WIDTHS,
-    compile_decode,
     compile_for,
     lowering_for,
     written_arrays,
 )
 
-from keras_kvcache import samplers
 from keras_kvcache.ops import Scoring
 from keras_kvcache.ops.platform import has_triton
 from keras_kvcache.ops.triton_attention import attend_by_triton
@@ -122,7 +120,7 @@ def check_program(program, cache):
 def test_decode_loop(batch_size, heads, layout, codec, gpu):
     lm = make_model(heads)
     cache = lm.generator.init_cache(batch_size, S, layout=layout, codec=codec)
-    program = compile_decode(gpu, lm, cache, batch_size)
+    program = compile_for(gpu, lm, cache)
     text = check_program(program, cache)
     assert text.count(" while(") == 1
     temporaries = program.memory_analysis().temp_size_in_bytes
@@ -148,18 +146,7 @@ def test_prefill(layout, gpu):
     lm = make_model(heads=2)
     batch_size, chunk = 3, 512
     cache = lm.generator.init_cache(batch_size, S, layout=layout)
-    rows = np.zeros(batch_size, "int32")
-    program = compile_for(
-        gpu,
-        lm.generator._prefill,
-        cache=cache,
-        token=rows,
-        token_ids=np.zeros((batch_size, chunk), "int32"),
-        first=np.int32(0),
-        lengths=rows + chunk,
-        seed=np.zeros(2, "uint32"),
-        sampler=samplers.greedy(),
-    )
+    program = compile_for(gpu, lm, cache, chunk)
     text = check_program(program, cache)
     assert " while(" not in text
     # There are no scores: nothing is as large as those of a layer's queries.

@@ -12,9 +12,8 @@ import pytest
 from hub_cases import CASES, hub, make_hub_lm, make_reader, prompts, shared_hub_lm
 from keras import ops
 
-from keras_kvcache import DecoderLM, accelerate, from_keras_hub, samplers
+from keras_kvcache import DecoderLM, accelerate, from_keras_hub
 from keras_kvcache.caches import Rolling
-from keras_kvcache.generation.steps import DecodeState, Limits
 from keras_kvcache.models.hub import convert
 from keras_kvcache.models.hub.families import FAMILIES
 
@@ -116,16 +115,7 @@ def test_nothing_is_copied(case):
 def test_a_step_rearranges_no_kernel(case):
     """Seen in the compiled loop: it holds no copy as large as an attention's kernel."""
     lm = from_keras_hub(make_hub_lm(case, num_layers=1))
-    rows = np.zeros(1, "int32")
-    program = lm.generator._decode.lower(
-        state=DecodeState(
-            lm.generator.init_cache(1, 32), rows, rows + 5, rows > 0, np.int32(1)
-        ),
-        limits=Limits(rows + 20, np.full(8, -1, "int32")),
-        sampler=samplers.greedy(),
-        seed=np.uint32(1),
-        steps=np.int32(64),
-    ).compile()
+    program = lm.generator.lower(lm.generator.init_cache(1, 32)).compile()
     attention = lm.blocks[0].attention
     kernels = (attention._query_dense, attention._key_dense, attention._output_dense)
     smallest = min(int(np.prod(layer.weights[0].shape)) for layer in kernels)

@@ -7,7 +7,7 @@ import pytest
 from conftest import make_lm, shared_lm
 
 from keras_kvcache.generation import bursts
-from keras_kvcache.generation.steps import NO_TOKEN
+from keras_kvcache.generation.rows import NO_TOKEN
 from keras_kvcache.ops import (
     NO_CHANNEL,
     Channel,

@@ -12,7 +12,7 @@ import math
 import jax
 import pytest
 from conftest import make_lm
-from program_cases import IN_PLACE, WIDTHS, compile_decode, written_arrays
+from program_cases import IN_PLACE, WIDTHS, written_arrays
 
 from keras_kvcache.caches.sizes import segment_sizes
 
@@ -49,7 +49,7 @@ def test_rows_are_written_in_place(rows, heads, head_dim, tpu):
         dtype="bfloat16",
     )
     cache = lm.generator.init_cache(rows, S)
-    program = compile_decode(tpu, lm, cache, rows)
+    program = compile_for(tpu, lm, cache)
     memory = program.memory_analysis()
     nbytes = sum(layer.nbytes for layer in cache)
     assert memory.alias_size_in_bytes >= nbytes

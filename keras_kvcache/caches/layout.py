@@ -33,10 +33,12 @@ def distributed(tree):
     """
 
     def one(cache):
-        storage = cache.storage if isinstance(cache, Cache) else DenseStorage
+        is_cache = isinstance(cache, Cache)
+        storage = cache.storage if is_cache else DenseStorage
 
         def lay_out(array):
-            has_heads = len(array.shape) > 1
+            # What else there may be a row has no heads.
+            has_heads = len(array.shape) > 1 if is_cache else len(array.shape) == 5
             return distribute(array, storage.heads_axis if has_heads else None)
 
         return jax.tree_util.tree_map(lay_out, cache)

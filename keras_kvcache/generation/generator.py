@@ -1,40 +1,24 @@
 """Generation from any Keras model built with caches."""
 
-from __future__ import annotations
-
 import copy
-import inspect
-import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from dataclasses import replace
 
 import numpy as np
-from keras import ops
 
 from keras_kvcache import samplers
-from keras_kvcache.caches import Codec, Rolling, Static, read_options
-from keras_kvcache.caches.bits import as_bits
-from keras_kvcache.generation.bursts import LONGEST_BURST, make_reader
+from keras_kvcache.caches import read_options
+from keras_kvcache.generation.bursts import LONGEST_BURST
 from keras_kvcache.generation.detokenizer import new_text
+from keras_kvcache.generation.engine import Engine, Plan
 from keras_kvcache.generation.foreign_arguments import ADVICE
-from keras_kvcache.generation.growth import Growth, growing_capacities
+from keras_kvcache.generation.growth import growing_capacities
 from keras_kvcache.generation.limits import read_stop_token_ids, row_ends
-from keras_kvcache.generation.program import make_program
-from keras_kvcache.generation.prompts import (
-    Prompts,
-    padded_chunks,
-    read_prompts,
-    write_answers,
-)
-from keras_kvcache.generation.sizes import SMALLEST_CAPACITY, capacity_for
-from keras_kvcache.generation.steps import (
-    NO_TOKEN,
-    DecodeState,
-    Limits,
-    StepFunctions,
-    decode,
-    prefill,
-)
+from keras_kvcache.generation.options import GenerateOptions, takes_options
+from keras_kvcache.generation.prompts import Prompts, read_prompts, write_answers
+from keras_kvcache.generation.rows import NO_TOKEN, Rows
+from keras_kvcache.generation.sizes import capacity_for
+from keras_kvcache.generation.steps import StepFunctions
 from keras_kvcache.generation.stream import TextStream
 from keras_kvcache.unknown_arguments import explains_unknown
 
@@ -83,30 +67,20 @@ class Generator:
         sampler="greedy",
         resize_cache=None,
     ):
-        self._model = model
-        self._functions = StepFunctions(step, logits or (lambda outputs: outputs))
-        self._init_cache = init_cache
-        self._resize_cache = resize_cache
+        functions = StepFunctions(step, logits or (lambda outputs: outputs))
+        self._engine = Engine(model, functions, init_cache, resize_cache)
         self.tokenizer = tokenizer
         self.max_sequence_length = max_sequence_length
         self._is_endless = is_endless or (lambda **options: False)
         self.vocabulary_size = vocabulary_size
         self.sampler = sampler
-        self._prefill = make_program(self._run_prefill, model, donate=("cache",))
-        self._decode = make_program(self._run_decode, model, donate=("state",))
 
     def __repr__(self):
         return (
-            f"<Generator of {self._model!r}, sampler={self.sampler!r}, "
+            f"<Generator of {self._engine.model!r}, sampler={self.sampler!r}, "
             f"tokenizer={self.tokenizer!r}, "
             f"max_sequence_length={self.max_sequence_length}>"
         )
-
-    def _run_prefill(self, **arguments):
-        return prefill(self._functions, **arguments)
-
-    def _run_decode(self, **arguments):
-        return decode(self._functions, width=LONGEST_BURST, **arguments)
 
     @property
     def sampler(self):
@@ -125,20 +99,13 @@ class Generator:
                 such as what an encoder gave.
         """
         other = copy.copy(self)
-        other._init_cache = init_cache
+        other._engine = self._engine.with_init_cache(init_cache)
         return other
 
     @explains_unknown(ADVICE)
+    @takes_options()
     def generate(
-        self,
-        inputs: str | Sequence | Mapping,
-        max_length: int | None = None,
-        max_new_tokens: int | None = None,
-        stop_token_ids: Literal["auto"] | int | Sequence[int] | None = "auto",
-        strip_prompt: bool = False,
-        sampler: str | Callable | None = None,
-        seed: int | None = None,
-        cache: str | Static | Rolling | Codec | dict | None = None,
+        self, inputs: str | Sequence | Mapping, options: GenerateOptions
     ) -> str | list | dict:
         """Continues prompts, or answers messages.
 
@@ -153,21 +120,7 @@ class Generator:
                 - keras-hub's dictionary of `"token_ids"` and `"padding_mask"`,
                   arrays `(B, T)` padded on the right. Of these, a row without room
                   for a new token stays as it is.
-            max_length: The most tokens of prompt and answer together.
-            max_new_tokens: The most new tokens. The smallest of both and of the
-                model's own limit counts. For a dictionary without either, `T` is
-                the `max_length`, as in keras-hub.
-            stop_token_ids: Ids that end a row, which keeps them: `"auto"` for the
-                tokenizer's, `None` for none, or ids.
-            strip_prompt: Whether to give the new tokens or text only.
-            sampler: As in `samplers.get`; `None` for the default.
-            seed: Integer. The same seed gives the same answer; `None` draws one
-                from Python's `random`, which `keras.utils.set_random_seed` seeds.
-            cache: What to keep keys and values in: a kind (`"auto"`, `"static"`,
-                `"rolling"`, `keras_kvcache.caches.Rolling(window=…)`), a codec
-                (`"float32"`, `"bfloat16"`, `"float16"`, `"int8"`, `"int4"`), or a
-                dictionary of `"kind"`, `"codec"` and `"layout"`. `None` for
-                the model's choice.
+            {options}
 
         Returns:
             What came in, continued: a string, a list of strings, ids, lists of
@@ -183,35 +136,24 @@ class Generator:
                 template.
         """
         prompts = self._read(inputs)
-        if prompts.form == "arrays" and max_length is None and max_new_tokens is None:
-            max_length = prompts.width
-        options = read_options(cache)
-        ends = self._ends(prompts, max_length, max_new_tokens, options)
-        bursts = self._bursts(
-            prompts.rows, ends, stop_token_ids, sampler, seed, options
-        )
+        is_bound = (options.max_length, options.max_new_tokens) != (None, None)
+        if prompts.form == "arrays" and not is_bound:
+            options = replace(options, max_length=prompts.width)
+        plan = self._plan(prompts, options)
         new_rows = [[] for _ in prompts.rows]
-        for tokens in bursts:
+        for tokens in self._engine.bursts(plan, self._capacities(plan)):
             for row, burst in zip(new_rows, tokens, strict=True):
                 row.extend(burst[burst != NO_TOKEN].tolist())
         texts = None
         if prompts.form == "text":
             rows = zip(prompts.rows, new_rows, prompts.texts, strict=True)
             texts = [new_text(self.tokenizer, *row) for row in rows]
-        width = max_length or int(ends.max())
-        return write_answers(prompts, new_rows, texts, width, strip_prompt)
+        width = options.max_length or int(plan.ends.max())
+        return write_answers(prompts, new_rows, texts, width, options.strip_prompt)
 
     @explains_unknown(ADVICE)
-    def stream(
-        self,
-        inputs: str | Sequence,
-        max_length: int | None = None,
-        max_new_tokens: int | None = None,
-        stop_token_ids: Literal["auto"] | int | Sequence[int] | None = "auto",
-        sampler: str | Callable | None = None,
-        seed: int | None = None,
-        cache: str | Static | Rolling | Codec | dict | None = None,
-    ) -> TextStream:
+    @takes_options("strip_prompt")
+    def stream(self, inputs: str | Sequence, options: GenerateOptions) -> TextStream:
         """Continues prompts, or answers messages, piece by piece.
 
         On a CPU up to 16 tokens are computed ahead, and other programs of JAX that the
@@ -220,17 +162,7 @@ class Generator:
         Args:
             inputs: A string, a list of messages or of ids, or a list of any of these,
                 as in `generate`; no dictionary of arrays.
-            max_length: The most tokens of prompt and answer together.
-            max_new_tokens: The most new tokens. The smallest of both and of the
-                model's own limit counts.
-            stop_token_ids: Ids that end a row: `"auto"` for the tokenizer's, `None`
-                for none, or ids.
-            sampler: As in `samplers.get`; `None` for the default.
-            seed: Integer. The same seed gives the same answer; `None` draws one
-                from Python's `random`.
-            cache: What to keep keys and values in: a kind, a codec, or a dictionary
-                of `"kind"`, `"codec"` and `"layout"`, as in `generate`. `None` for
-                the model's choice.
+            {options}
 
         Returns:
             A `TextStream`, an iterator over what was added: pieces of text for
@@ -250,11 +182,8 @@ class Generator:
             raise TypeError(
                 "`inputs` can't be a dictionary to stream from; give text or ids."
             )
-        options = read_options(cache)
-        ends = self._ends(prompts, max_length, max_new_tokens, options)
-        bursts = self._bursts(
-            prompts.rows, ends, stop_token_ids, sampler, seed, options, streams=True
-        )
+        plan = self._plan(prompts, options)
+        bursts = self._engine.bursts(plan, self._capacities(plan), streams=True)
         return TextStream(bursts, prompts, self.tokenizer)
 
     def _read(self, inputs):
@@ -263,52 +192,89 @@ class Generator:
             return inputs
         return read_prompts(inputs, self.tokenizer, self.vocabulary_size)
 
-    def _ends(self, prompts, max_length, max_new_tokens, options):
+    def _plan(self, prompts, options):
+        """Checks all that `generate` was told, before anything runs."""
+        cache = read_options(options.cache)
         context = self.max_sequence_length
-        asked = (max_length, max_new_tokens) != (None, None)
-        if asked and self._is_endless(**options):
+        asked = (options.max_length, options.max_new_tokens) != (None, None)
+        if asked and self._is_endless(**cache):
             context = None
-        return row_ends(
+        ends = row_ends(
             [len(row) for row in prompts.rows],
-            max_length,
-            max_new_tokens,
+            options.max_length,
+            options.max_new_tokens,
             context,
             may_be_full=prompts.form == "arrays",
         )
+        stop = read_stop_token_ids(options.stop_token_ids, self.tokenizer)
+        sampler = self._sampler_for(options.sampler)
+        return Plan(prompts.rows, ends, stop, sampler, options.seed_word(), cache)
 
-    def _bursts(
-        self, rows, ends, stop_token_ids, sampler, seed, options, streams=False
-    ):
-        """Checks the remaining arguments, then iterates over new tokens.
+    def _sampler_for(self, identifier):
+        return self.sampler if identifier is None else samplers.get(identifier)
 
-        Yields:
-            int32 arrays `(B, any)`, `NO_TOKEN` for rows that have ended.
+    @explains_unknown(ADVICE)
+    @takes_options("strip_prompt")
+    def start(self, inputs: str | Sequence | Mapping, options: GenerateOptions) -> Rows:
+        """Runs prompts and gives their rows, each with its first new token.
+
+        `decode` goes on from them. Between two calls of it rows may be taken out,
+        inserted and joined by the functions of `keras_kvcache.caches`, and saved.
+
+        Args:
+            inputs: As in `generate`.
+            {options}
+
+        Returns:
+            `Rows`, with slots for all tokens up to their ends.
+
+        Raises:
+            TypeError, ValueError: As in `generate`.
         """
-        stop = read_stop_token_ids(stop_token_ids, self.tokenizer)
-        sampler = self.sampler if sampler is None else samplers.get(sampler)
-        if seed is None:
-            seed = random.randrange(2**32)
-        if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
-            raise TypeError(f"`seed` must be an integer. Received: {seed!r}")
-        seed = np.uint32(int(seed) % 2**32)
-        # A few sizes, so that the number of stop tokens compiles nothing.
-        padded = np.full(max(8, 1 << len(stop).bit_length()), NO_TOKEN, "int32")
-        padded[: len(stop)] = stop
-        limits = Limits(ends, padded)
-        return self._run(rows, limits, sampler, seed, options, streams)
+        plan = self._plan(self._read(inputs), options)
+        rows, *_ = self._engine.start(plan, self._capacities(plan)[-1:])
+        return rows
 
-    def _build(self):
-        """Lets a model that was never called make its weights.
+    def decode(
+        self,
+        rows: Rows,
+        steps: int = LONGEST_BURST,
+        sampler: str | Callable | None = None,
+    ) -> tuple[Rows, np.ndarray]:
+        """Goes on with rows.
 
-        Made while a program is traced they would be of no use outside of it.
+        Args:
+            rows: What `start` or this gave. On JAX their memory becomes that of the new
+                ones; take rows out of them before, by `keras_kvcache.caches.take_rows`.
+            steps: The most new tokens of a row.
+            sampler: As in `start`, with which the rows began; `None` for the default.
+
+        Returns:
+            `(rows, tokens)`: the rows with what they have written since, and the new
+            tokens, an int32 array `(B, steps)`, `NO_TOKEN` (-1) where there is none.
+
+        Raises:
+            TypeError, ValueError: `steps` isn't a positive integer, or the sampler is
+                unknown.
         """
-        model = self._model
-        if model.built and all(layer.built for layer in model.layers):
-            return
-        cache = self._init_cache(1, SMALLEST_CAPACITY)
-        token_ids, index = ops.zeros((1, 1), "int32"), ops.zeros((1,), "int32")
-        outputs, _ = self._functions.step(token_ids, cache, index)
-        self._functions.logits(outputs[:, 0])
+        return self._engine.decode(rows, steps, self._sampler_for(sampler))
+
+    def lower(self, cache, chunk=None, sampler=None, sharding=None):
+        """What JAX lowers a program of generation to, for a look at it.
+
+        Args:
+            cache: What `init_cache` gives, or its shapes.
+            chunk: `None` for the loop that decodes; else the program that runs a chunk
+                of so many tokens of all prompts.
+            sampler: As in `samplers.get`; `None` for the default.
+            sharding: Where all arrays are, such as on a device that isn't there; `None`
+                for here.
+
+        Returns:
+            A `jax.stages.Lowered`. Of the results the first are `Rows`.
+        """
+        sampler = self._sampler_for(sampler)
+        return self._engine.lower(cache, chunk, sampler, sharding)
 
     def init_cache(self, batch_size, capacity, **options):
         """The caches that generation goes on from.
@@ -322,77 +288,13 @@ class Generator:
         Raises:
             ValueError: The model's own `init_cache` doesn't take the options.
         """
-        if options:
-            try:
-                signature = inspect.signature(self._init_cache)
-                signature.bind(batch_size, capacity, **options)
-            except TypeError as error:
-                raise ValueError(
-                    "`cache` needs an `init_cache` that takes its options. Received: "
-                    f"{options}: {error}"
-                ) from error
-        return as_bits(self._init_cache(batch_size, capacity, **options))
+        return self._engine.init_cache(batch_size, capacity, **options)
 
-    def _run(self, rows, limits, sampler, seed, options, streams):
-        self._build()
-        # 1. Room for the longest row, in one of few sizes, or for its beginning.
-        lengths = np.array([len(row) for row in rows], "int32")
-        end = max(int(limits.end.max()), int(lengths.max()))
-        limit = None if self._is_endless(**options) else self.max_sequence_length
-        capacities = (capacity_for(end, limit),)
-        if self._resize_cache is not None:
-            capacities = growing_capacities(int(lengths.max()), end, limit)
-        at_first = {"room": capacities[0]} if len(capacities) > 1 else {}
-        cache = self.init_cache(len(rows), capacities[-1], **options, **at_first)
-        # 2. The prompts, chunk by chunk; each row's first new token.
-        cache, token = self._run_prompts(cache, rows, lengths, sampler, seed)
-        is_full = lengths >= limits.end
-        yield np.where(is_full, NO_TOKEN, token)[:, None]
-        done = np.isin(token, limits.stop_token_ids) | (lengths + 1 >= limits.end)
-        if done.all():
-            return
-        # 3. The rest. While the caller looks at one burst the next one is
-        # computed, at worst for nothing, unless caches must grow for it.
-        index = np.minimum(lengths, capacities[0] - 1)
-        state = DecodeState(cache, token, index, done, step=np.int32(1))
-        reader = make_reader(len(rows), streams)
-        try:
-            decode_burst = self._decode.bind(
-                limits=limits,
-                sampler=sampler,
-                seed=seed,
-                steps=np.int32(reader.steps),
-                channel=reader.channel,
-            )
-            growth = Growth(self._resize_cache, capacities, int(lengths.max()))
-            state, tokens = decode_burst(state=state)
-            growth.advance(reader.steps)
-            while True:
-                following = None
-                if growth.has_room(reader.steps):
-                    state, following = decode_burst(state=state)
-                yield from reader.read(tokens)
-                last = ops.convert_to_numpy(tokens)[:, reader.steps - 1]
-                if (last == NO_TOKEN).all():
-                    return
-                if following is None:
-                    state = state._replace(cache=growth.grow(state.cache))
-                    state, following = decode_burst(state=state)
-                growth.advance(reader.steps)
-                tokens = following
-        finally:
-            reader.close()
-
-    def _run_prompts(self, cache, rows, lengths, sampler, seed):
-        token = np.full(len(rows), NO_TOKEN, "int32")
-        for first, token_ids in padded_chunks(rows):
-            cache, token = self._prefill(
-                cache=cache,
-                token=token,
-                token_ids=token_ids,
-                first=np.int32(first),
-                lengths=lengths,
-                sampler=sampler,
-                seed=np.array([seed, 0], "uint32"),
-            )
-        return cache, ops.convert_to_numpy(token)
+    def _capacities(self, plan):
+        """The numbers of slots that caches have, one after the other."""
+        longest = max(len(prompt) for prompt in plan.prompts)
+        end = max(int(plan.ends.max()), longest)
+        limit = None if self._is_endless(**plan.cache) else self.max_sequence_length
+        if self._engine.resize_cache is None:
+            return (capacity_for(end, limit),)
+        return growing_capacities(longest, end, limit)

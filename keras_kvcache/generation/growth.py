@@ -1,8 +1,14 @@
 """Caches that begin small and get more slots as the text grows."""
 
 import itertools
+from dataclasses import replace
+
+import jax
+import numpy as np
+from keras import ops
 
 from keras_kvcache.caches.sizes import segment_sizes
+from keras_kvcache.generation.rows import NO_TOKEN
 from keras_kvcache.generation.sizes import capacity_for
 
 # Up to this many new tokens have slots from the start.
@@ -53,11 +59,22 @@ class Growth:
         """Whether so many steps fit without growing."""
         return not self._larger or self._fill + steps <= self._capacity
 
-    def grow(self, cache):
-        """The cache with the next number of slots."""
+    def grow(self, rows):
+        """`Rows` with the next number of slots, and a column for each token."""
         self._capacity = self._larger.pop(0)
-        return self._resize(cache, self._capacity, self._fill)
+        cache = self._resize(rows.cache, self._capacity, self._fill)
+        if _shapes(cache) == _shapes(rows.cache):
+            # All of it rolls: the newest tokens are enough.
+            return replace(rows, cache=cache)
+        tokens = ops.convert_to_numpy(rows.tokens)
+        added = max(0, self._capacity - tokens.shape[1])
+        tokens = np.pad(tokens, [(0, 0), (0, added)], constant_values=NO_TOKEN)
+        return replace(rows, cache=cache, tokens=tokens)
 
     def advance(self, steps):
         """Counts steps that were made; rows may have stopped before."""
         self._fill += steps
+
+
+def _shapes(tree):
+    return [array.shape for array in jax.tree_util.tree_leaves(tree)]

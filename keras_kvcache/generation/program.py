@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import keras
 import numpy as np
 
@@ -28,8 +29,6 @@ def make_program(function, model, donate=(), static=()):
     """
     if keras.backend.backend() != "jax":
         return _make_eager(function)
-
-    import jax
 
     @functools.partial(
         jax.jit,
@@ -105,10 +104,10 @@ def _make_eager(function):
         return keras.ops.convert_to_tensor(leaf) if is_array else leaf
 
     def run(**arguments):
-        return function(**keras.tree.map_structure(convert, arguments))
+        return function(**jax.tree_util.tree_map(convert, arguments))
 
     def bind(**bound):
-        return functools.partial(run, **keras.tree.map_structure(convert, bound))
+        return functools.partial(run, **jax.tree_util.tree_map(convert, bound))
 
     run.bind = bind
     return run

@@ -1,26 +1,27 @@
-"""The two steps of generation, as pure functions: prefill and decode.
+"""Generation as pure functions of rows.
 
-1. `prefill` runs a chunk of the prompts and samples each row's first new token
-   where the row's prompt ends.
-2. `decode` feeds every row its newest token, samples the next, and goes on until
-   a number of steps is made or all rows are done.
+1. `extend` runs tokens, at an index of each row, and gives the logits of its last one.
+2. `choose` makes tokens of logits by a sampler, which may have a state.
+3. `advance` gives each row its token and ends the rows that are to end.
+4. `decode`, the loop, does the three until a number of steps is made or all rows are
+   done. `prefill` does them for a chunk of prompts.
 
-Rows are right-padded: token `t` of a prompt goes to slot `t`. What padding
-writes lies at or past its row's fill, and decoding overwrites it before anything
-may attend it.
+Rows are right-padded: token `t` of a prompt goes to slot `t`. What padding writes lies
+at or past its row's fill, and decoding overwrites it before anything may attend it.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
+import jax
 import keras
 from keras import ops
 
-from keras_kvcache.caches import with_end
-from keras_kvcache.ops import announce
-
-# In the place of a token that a finished row doesn't have.
-NO_TOKEN = -1
+from keras_kvcache.caches import take_rows, with_end
+from keras_kvcache.generation.rows import NO_TOKEN
+from keras_kvcache.ops import announce, splice
+from keras_kvcache.samplers import stateful
 
 
 class StepFunctions(NamedTuple):
@@ -35,62 +36,124 @@ class StepFunctions(NamedTuple):
     logits: Callable
 
 
-class DecodeState(NamedTuple):
-    """All that one decode step leaves to the next."""
-
-    cache: Any
-    token: Any  # (B,) int32, the newest token of each row, not in the cache yet
-    index: Any  # (B,) int32, its position, where it will be written
-    done: Any  # (B,) bool, whether the row has ended
-    step: Any  # () int32, how many tokens were sampled
-
-
-class Limits(NamedTuple):
-    """What ends a row."""
-
-    end: Any  # (B,) int32, the position past the row's last possible token
-    stop_token_ids: Any  # (any,) int32, filled up with NO_TOKEN
-
-
-def prefill(model, cache, token, token_ids, first, lengths, sampler, seed):
-    """Runs one chunk of all prompts.
+def extend(model, cache, token_ids, index, lengths=None):
+    """Runs tokens of all rows and gives the logits after each row's last one.
 
     Args:
         model: `StepFunctions`.
-        cache: What the chunks before this one left.
-        token: int32 `(B,)`: first new token of the rows that ended before.
-        token_ids: int32 `(B, C)`, right-padded.
-        first: int32 `()`, position of the chunk's first token.
-        lengths: int32 `(B,)`, length of each prompt.
-        sampler: `(logits (B, V), seed) -> ids (B,)`.
-        seed: uint32 `(2,)`.
+        cache: What earlier calls left, of `B` rows.
+        token_ids: int32 `(B, T)`, right-padded.
+        index: int32 `(B,)`, position of each row's first token here.
+        lengths: int32 `(B,)`, how many of the tokens are each row's; the rest is
+            padding, which nothing ever attends. The logits of a row without tokens mean
+            nothing. `None` for `T` each.
 
     Returns:
-        `(cache, token)`, with the first new token of rows that end in this chunk.
+        `(cache, logits (B, V))`.
     """
-    chunk = ops.shape(token_ids)[1]
-    index = ops.zeros_like(lengths) + first
+    if lengths is None:
+        outputs, cache = model.step(token_ids, cache, index)
+        return cache, model.logits(outputs[:, -1])
     # Padding must not take the place of entries in caches that reuse their slots.
-    outputs, cache = model.step(token_ids, with_end(cache, lengths), index)
+    outputs, cache = model.step(token_ids, with_end(cache, index + lengths), index)
     cache = with_end(cache, None)
-    last = lengths - 1 - first
-    row_end = ops.clip(last, 0, chunk - 1)
-    row_end = ops.reshape(row_end, [-1] + [1] * (len(outputs.shape) - 1))
-    outputs = ops.squeeze(ops.take_along_axis(outputs, row_end, axis=1), axis=1)
-    sampled = _sample(model.logits(outputs), sampler, seed)
-    ends_here = ops.logical_and(last >= 0, last < chunk)
-    return cache, ops.where(ends_here, sampled, token)
+    last = ops.clip(lengths - 1, 0, ops.shape(token_ids)[1] - 1)
+    last = ops.reshape(last, [-1] + [1] * (len(outputs.shape) - 1))
+    outputs = ops.squeeze(ops.take_along_axis(outputs, last, axis=1), axis=1)
+    return cache, model.logits(outputs)
 
 
-def decode(model, state, limits, sampler, seed, steps, width, channel=None):
+def choose(sampler, logits, state, key):
+    """Chooses the next token of each row.
+
+    Args:
+        sampler: What `samplers.get` gives, with or without a state.
+        logits: float `(B, V)`.
+        state: The sampler's state, `Rows.sampler`.
+        key: int32 `(B, 3)`, `Rows.key`.
+
+    Returns:
+        `(ids, state, parents)`: int32 `(B,)`, the next state, and the row that each row
+        goes on from, int32 `(B,)`; `None` where rows stay in their places.
+
+    Raises:
+        ValueError: The sampler doesn't give one id a row.
+    """
+    return stateful.sample(sampler, logits, state, key)
+
+
+def advance(rows, ids, state=(), parents=None, is_ready=None):
+    """Gives rows their next tokens and ends those that are to end.
+
+    Args:
+        rows: `Rows`, their cache as `extend` left it. A row that is done stands still.
+        ids, state: As `choose` gives them.
+        parents: As `choose` gives it: row `b` goes on from the cache, the tokens, the
+            index and the end of row `parents[b]`; budget, stop ids, seed and step stay.
+        is_ready: bool `(B,)`, which rows have a token at all; `None` for all.
+
+    Returns:
+        `(rows, emitted)`: the new `Rows`, and the new tokens, int32 `(B,)`, `NO_TOKEN`
+        for rows that got none.
+    """
+    goes_on = ops.logical_not(rows.done)
+    if is_ready is not None:
+        goes_on = ops.logical_and(goes_on, is_ready)
+    if parents is None:
+        state = _of_rows(goes_on, state, rows.sampler)
+    else:
+        moved = (rows.cache, rows.tokens, rows.index, rows.done)
+        cache, tokens, index, done = take_rows(moved, parents)
+        rows = replace(rows, cache=cache, tokens=tokens, index=index, done=done)
+        goes_on = ops.take(goes_on, parents, axis=0)
+    moves = ops.cast(goes_on, "int32")
+    index, width = rows.index + moves, rows.tokens.shape[1]
+    token = ops.where(goes_on[:, None], ids[:, None], rows.newest)
+    stops = ops.any(ops.equal(token, rows.stop_token_ids), axis=1)
+    ends = ops.logical_or(stops, index + 1 >= rows.end)
+    rows = replace(
+        rows,
+        tokens=splice(rows.tokens, token, ops.mod(index, width), axis=1),
+        index=index,
+        step=rows.step + moves,
+        sampler=state,
+        done=ops.logical_or(rows.done, ops.logical_and(goes_on, ends)),
+    )
+    return rows, ops.where(goes_on, ids, NO_TOKEN)
+
+
+def prefill(model, rows, token_ids, index, sampler):
+    """Runs one chunk of all prompts, and chooses for the rows whose prompts end in it.
+
+    Args:
+        model: `StepFunctions`.
+        rows: `Rows` that have chosen nothing yet; the newest token is the prompt's
+            last.
+        token_ids: int32 `(B, T)`, right-padded.
+        index: int32 `(B,)`, position of each row's first token here.
+        sampler: What `samplers.get` gives.
+
+    Returns:
+        `(rows, emitted, all_done)`: the rows; int32 `(B,)`, the first token of every
+        row that has one by now, `NO_TOKEN` for the others; and whether all are done.
+    """
+    lengths = ops.where(rows.step > 0, 0, rows.index + 1 - index)
+    cache, logits = extend(model, rows.cache, token_ids, index, lengths)
+    is_ready = ops.logical_and(lengths > 0, lengths <= ops.shape(token_ids)[1])
+    ids, state, parents = choose(sampler, logits, rows.sampler, rows.key)
+    rows = replace(rows, cache=cache)
+    rows, _ = advance(rows, ids, state, parents, is_ready)
+    emitted = ops.where(rows.step > 0, rows.newest[:, 0], NO_TOKEN)
+    return rows, emitted, ops.all(rows.done)
+
+
+def decode(model, rows, sampler, steps, width, channel=None):
     """Decodes up to `steps` tokens a row.
 
     Args:
         model: `StepFunctions`.
-        state: `DecodeState`.
-        limits: `Limits`.
-        sampler: `(logits (B, V), seed) -> ids (B,)`.
-        seed: uint32 `()`; the sampler gets the pair of it and the step.
+        rows: `Rows`.
+        sampler: What `samplers.get` gives.
         steps: int32 `()`, from 1 to `width`.
         width: Columns of the tokens.
         channel: int32 `()`, what each step's tokens are announced to, with a 1 behind
@@ -98,57 +161,47 @@ def decode(model, state, limits, sampler, seed, steps, width, channel=None):
             made. `None` where programs can't announce.
 
     Returns:
-        `(state, tokens)`, the new tokens int32 `(B, width)`, a column a step;
+        `(rows, tokens)`, the new tokens int32 `(B, width)`, a column a step;
         `NO_TOKEN` where a row had ended and in columns of steps that weren't made.
     """
 
     def one_step(loop):
-        state, tokens, count, _ = loop
-        outputs, cache = model.step(state.token[:, None], state.cache, state.index)
-        step_seed = ops.stack([seed, ops.cast(state.step, "uint32")])
-        sampled = _sample(model.logits(outputs[:, 0]), sampler, step_seed)
-        emitted = ops.where(state.done, NO_TOKEN, sampled)
+        rows, tokens, count, _ = loop
+        # A finished row stands still: it feeds its last token again and again.
+        cache, logits = extend(model, rows.cache, rows.newest, rows.index)
+        ids, state, parents = choose(sampler, logits, rows.sampler, rows.key)
+        rows = replace(rows, cache=cache)
+        rows, emitted = advance(rows, ids, state, parents)
         # JAX wants both of one dtype, with `jax_enable_x64`, too.
         place = (ops.zeros_like(count), count)
         tokens = ops.slice_update(tokens, place, emitted[:, None])
-        # A finished row stands still: it feeds its last token again and again.
-        token = ops.where(state.done, state.token, sampled)
-        index = state.index + ops.cast(ops.logical_not(state.done), "int32")
-        stops = ops.equal(token[:, None], limits.stop_token_ids[None, :])
-        ends = ops.logical_or(ops.any(stops, axis=1), index + 1 >= limits.end)
-        done = ops.logical_or(state.done, ends)
-        state = DecodeState(cache, token, index, done, state.step + 1)
-        count, all_done = count + 1, ops.all(done)
+        count, all_done = count + 1, ops.all(rows.done)
         goes_on = ops.logical_and(count < steps, ops.logical_not(all_done))
         if channel is not None:
             message = ops.append(emitted, ops.cast(all_done, "int32"))
             goes_on = ops.logical_and(goes_on, announce(message, channel))
-        return state, tokens, count, goes_on
+        return rows, tokens, count, goes_on
 
-    tokens = ops.full((ops.shape(state.token)[0], width), NO_TOKEN, dtype="int32")
-    goes_on = ops.logical_not(ops.all(state.done))
-    loop = (state, tokens, ops.zeros((), "int32"), goes_on)
-    state, tokens, *_ = _while(lambda loop: loop[-1], one_step, loop)
-    return state, tokens
+    tokens = ops.full((ops.shape(rows.index)[0], width), NO_TOKEN, dtype="int32")
+    goes_on = ops.logical_not(ops.all(rows.done))
+    loop = (rows, tokens, ops.zeros((), "int32"), goes_on)
+    rows, tokens, *_ = _while(lambda loop: loop[-1], one_step, loop)
+    return rows, tokens
 
 
-def _sample(logits, sampler, seed):
-    """One id a row, int32 `(B,)`, of logits `(B, V)`."""
-    token = ops.convert_to_tensor(sampler(logits, seed))
-    if tuple(token.shape) != tuple(logits.shape[:1]):
-        raise ValueError(
-            "`sampler` must give one token id a row, shape (B,) = "
-            f"{tuple(logits.shape[:1])}. Received: a tensor of shape "
-            f"{tuple(token.shape)}"
-        )
-    return ops.cast(token, "int32")
+def _of_rows(predicate, state, other):
+    """A pytree of arrays that is `state` in rows where a predicate holds."""
+
+    def select(array, other):
+        shape = [-1] + [1] * (len(array.shape) - 1)
+        return ops.where(ops.reshape(predicate, shape), array, other)
+
+    return jax.tree_util.tree_map(select, state, other)
 
 
 def _while(goes_on, body, loop):
     """A loop that JAX compiles and that the other backends run in Python."""
     if keras.backend.backend() == "jax":
-        import jax
-
         return jax.lax.while_loop(goes_on, body, loop)
     while goes_on(loop):
         loop = body(loop)

@@ -26,8 +26,9 @@ def categorical(logits, seed):
 
     Args:
         logits: Float tensor `(B, V)`; -inf is never drawn.
-        seed: Integer, or two integers `(seed, step)`, traced or not. A row's draw
-            depends on the seed, its logits and its place in the batch.
+        seed: Integer, or two integers `(seed, step)`, traced or not; a row's noise is
+            that of its place then. Or a key a row, int32 `(B, 3)`, which makes a
+            row's draw the same in any place and company.
 
     Returns:
         Token ids, an int32 tensor `(B,)`.

@@ -4,6 +4,7 @@ import jax
 
 from keras_kvcache.samplers import recipes
 from keras_kvcache.samplers.hub import HubSampler, is_hub_sampler
+from keras_kvcache.samplers.stateful import Constant, has_state
 
 _RECIPES = {
     "greedy": recipes.greedy,
@@ -23,11 +24,13 @@ def get(identifier):
     Args:
         identifier: `None` for greedy; the name of a recipe, made with its
             defaults; a `Sampler`; an instance of a keras-hub sampler or of
-            your own subclass of one; or any function
-            `(logits (B, V), seed) -> token ids (B,)`.
+            your own subclass of one; a sampler with state, as
+            `keras_kvcache.samplers.stateful` describes it; or any function
+            `(logits (B, V), seed) -> token ids (B,)`. Generation calls the last, and
+            those of keras-hub, row by row, with one row's logits and seed.
 
     Returns:
-        A callable `(logits, seed) -> token ids`.
+        A callable `(logits, seed) -> token ids`, or the sampler with state.
 
     Raises:
         ValueError: The name is unknown, or a keras-hub sampler has a decoding loop
@@ -55,5 +58,7 @@ def get(identifier):
             f"Received: {identifier!r} of type {type(identifier).__name__}"
         )
     if jax.tree_util.all_leaves([identifier]):
+        if has_state(identifier):
+            return Constant(identifier)
         return jax.tree_util.Partial(identifier)
     return identifier

@@ -1,4 +1,4 @@
-"""Random noise that depends on the seed, the row and the token, on nothing else.
+"""Random noise that depends on a row's own seed, its step and the token, nothing else.
 
 `keras.random` won't do: its PyTorch backend adds the two words of a seed, so
 that step 1 of seed 7 repeats step 0 of seed 8, and nothing promises that a
@@ -67,20 +67,44 @@ def threefry(key, counter):
     return first, second
 
 
-def gumbel(seed, num_rows, num_columns):
-    """Standard Gumbel noise, the same for a row whatever the number of rows.
+def row_keys(seed, num_rows):
+    """One key a row: the two words of its own seed, and its step.
+
+    Rows that were given one seed together differ in the second word, their number.
 
     Args:
-        seed: Integer or two integers, as in `seed_words`.
+        seed: An integer or two integers, as in `seed_words`: rows are numbered by their
+            places. Or keys, int32 `(B, 3)`, which come back as they are.
+        num_rows: Integer (or scalar tensor), `B`.
+
+    Returns:
+        An int32 tensor `(B, 3)`.
+
+    Raises:
+        ValueError: `seed` is none of these.
+    """
+    if len(getattr(seed, "shape", ())) == 2:
+        return ops.cast(seed, "int32")
+    first, step = seed_words(seed)
+    number = ops.arange(num_rows, dtype="int32")
+    zeros = ops.zeros_like(number)
+    return ops.stack([first + zeros, number, step + zeros], axis=1)
+
+
+def gumbel(seed, num_rows, num_columns):
+    """Standard Gumbel noise, the same for a row wherever it is, whatever the others.
+
+    Args:
+        seed: Integer, two integers, or a key a row, as in `row_keys`.
         num_rows: Integer (or scalar tensor), `B`.
         num_columns: Integer, `V`.
 
     Returns:
         A float32 tensor `(B, V)` of finite values, from -2.9 to 22.2.
     """
-    rows = ops.arange(num_rows, dtype="int32")[:, None]
+    keys = row_keys(seed, num_rows)
     columns = ops.arange((num_columns + 1) // 2, dtype="int32")[None, :]
-    pair = threefry(seed_words(seed), (columns, rows))
+    pair = threefry((keys[:, :1], keys[:, 2:]), (columns, keys[:, 1:2]))
     bits = ops.concatenate(pair, axis=-1)[:, :num_columns]
     bits = ops.cast(_shift_right(bits, 1), "float32")
     # -log(1 - u) of a u near 0 resolves the large values, which decide the

@@ -51,14 +51,19 @@ class Sampler:
 
         Args:
             logits: Float tensor `(B, V)`.
-            seed: Integer, or two integers `(seed, step)`, traced or not.
+            seed: Integer, two integers `(seed, step)`, traced or not, or a key a row,
+                int32 `(B, 3)`.
 
         Returns:
             Token ids, an int32 tensor `(B,)`.
         """
+        return self.draw(self.filter(logits), seed)
+
+    def filter(self, logits):
+        """Logits `(B, V)` after all filters."""
         for keep, parameter in zip(self.filters, self.parameters, strict=True):
             logits = keep(logits, parameter)
-        return self.draw(logits, seed)
+        return logits
 
     def __repr__(self):
         """The shortest call that makes the sampler."""

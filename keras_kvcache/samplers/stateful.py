@@ -1,0 +1,131 @@
+"""Samplers with state, and those without one called in the same way.
+
+A sampler with state is an object with two functions:
+
+- `start(rows) -> state`: the state that rows begin with, a pytree of arrays whose
+  axis 0 is the rows. `rows` is a `keras_kvcache.generation.Rows`, the prompts in it.
+- `(logits (B, V), state, key (B, 3)) -> (ids (B,), state)`: the next token of each
+  row. A key holds a row's own seed and step; the draws of this package take it.
+  A sampler that searches gives `(ids, state, parents)`: row `b` goes on from what
+  row `parents[b]` has read, int32 `(B,)`, and `state` is in that order already.
+
+Any other sampler has the state `()`.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import keras
+import numpy as np
+from keras import ops
+
+from keras_kvcache.samplers.draws import categorical, most_likely
+from keras_kvcache.samplers.sampler import Sampler
+
+# Draws that take a key a row.
+KEYED = (categorical, most_likely)
+
+# Spreads the numbers of rows over all seeds; row 0 keeps its seed as it is.
+_SPREAD = 0x9E3779B1
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=[], meta_fields=["sampler"]
+)
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """A sampler with state that isn't a pytree, as a constant of programs.
+
+    Attributes:
+        sampler: Hashable, as functions and plain objects are.
+    """
+
+    sampler: object
+
+    def start(self, rows):
+        """The state that rows begin with."""
+        return self.sampler.start(rows)
+
+    def __call__(self, logits, state, key):
+        """The next token of each row."""
+        return self.sampler(logits, state, key)
+
+
+def has_state(sampler):
+    """Whether a sampler takes and gives a state."""
+    return callable(getattr(sampler, "start", None))
+
+
+def start(sampler, rows):
+    """The state that `rows` begin with; `()` for a sampler without one."""
+    return sampler.start(rows) if has_state(sampler) else ()
+
+
+def sample(sampler, logits, state, key):
+    """Calls any sampler as one with state.
+
+    Args:
+        sampler: What `samplers.get` gives.
+        logits: float tensor `(B, V)`.
+        state: Of the sampler.
+        key: int32 `(B, 3)`, a row's seed and step.
+
+    Returns:
+        `(ids, state, parents)`: the ids int32 `(B,)`; `parents` is int32 `(B,)`, or
+        `None` where rows stay where they are.
+
+    Raises:
+        ValueError: The sampler doesn't give one id a row.
+    """
+    parents = None
+    if has_state(sampler):
+        ids, state, *rest = sampler(logits, state, key)
+        parents = rest[0] if rest else None
+    elif isinstance(sampler, Sampler) and sampler.draw in KEYED:
+        ids = sampler(logits, key)
+    elif isinstance(sampler, Sampler):
+        ids = row_by_row(sampler.draw, sampler.filter(logits), key)
+    else:
+        ids = row_by_row(sampler, logits, key)
+    ids = ops.convert_to_tensor(ids)
+    if tuple(ids.shape) != tuple(logits.shape[:1]):
+        raise ValueError(
+            "`sampler` must give one token id a row, shape (B,) = "
+            f"{tuple(logits.shape[:1])}. Received: a tensor of shape "
+            f"{tuple(ids.shape)}"
+        )
+    return ops.cast(ids, "int32"), state, parents
+
+
+def row_by_row(sample, logits, key):
+    """Calls a function of `(logits, seed)` for each row as if it were alone.
+
+    What it draws can't depend on a row's place then.
+
+    Args:
+        sample: Function of logits `(1, V)` and of a seed, uint32 `(2,)`.
+        logits: float tensor `(B, V)`.
+        key: int32 `(B, 3)`.
+
+    Returns:
+        What the function gives of each row, one after the other.
+    """
+    if keras.backend.backend() == "jax":
+        seeds = _seeds(ops.cast(key, "uint32"), jax.numpy)
+        each = jax.vmap(lambda row, seed: sample(row[None], seed))
+        ids = each(logits, seeds)
+        return ops.reshape(ids, (-1, *ids.shape[2:]))
+    # Eager: seeds are numbers, as PyTorch has next to no arithmetic of uint32.
+    seeds = _seeds(ops.convert_to_numpy(key).astype("uint32"), np)
+    ids = [
+        sample(logits[row : row + 1], ops.convert_to_tensor(seed))
+        for row, seed in enumerate(seeds)
+    ]
+    return ops.concatenate([ops.convert_to_tensor(each) for each in ids], axis=0)
+
+
+def _seeds(keys, numpy):
+    """Keys `(B, 3)` as pairs of a seed and a step, uint32 `(B, 2)`."""
+    seed = keys[:, 0] + keys[:, 1] * numpy.uint32(_SPREAD)
+    return numpy.stack([seed, keys[:, 2]], axis=1)
