@@ -12,7 +12,7 @@ import math
 import jax
 import pytest
 from conftest import make_lm
-from program_cases import IN_PLACE, WIDTHS, written_arrays
+from program_cases import IN_PLACE, WIDTHS, compile_for, written_arrays
 
 from keras_kvcache.caches.sizes import segment_sizes
 
