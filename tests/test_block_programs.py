@@ -1,4 +1,4 @@
-"""Steps of one token by traced blocks, on the backends that compile no decode loop."""
+"""Chunks and single tokens by traced blocks, where no decode loop is compiled."""
 
 import keras
 import numpy as np
@@ -24,8 +24,9 @@ traced_only = pytest.mark.skipif(not can_trace(), reason="JAX compiles by itself
 def decode(lm, run, options, lengths):
     """Hidden states and caches after a prompt and a token of each row."""
     cache = lm.init_cache(len(IDS), 67, **options)
-    _, cache = lm._run_with_cache(IDS, cache, 0, run_block)
-    states = []
+    start = ops.zeros(len(IDS), "int32")
+    hidden, cache = lm._run_with_cache(IDS, cache, start, run)
+    states = [ops.convert_to_numpy(hidden)[:, -1:]]
     for step in range(3):
         token, index = IDS[:, step : step + 1], np.add(lengths, step).astype("int32")
         index = ops.convert_to_tensor(index)
@@ -40,11 +41,13 @@ def test_equals_the_blocks_as_they_are(lm, options, lengths):
     programs = BlockPrograms()
     ours = decode(lm, programs, options, lengths)
     expected = decode(lm, run_block, options, lengths)
-    np.testing.assert_allclose(ours, expected, atol=2e-4, rtol=1e-4)
+    # A sum in another order may round an entry to the next bfloat16 number.
+    atol = 5e-3 if options == {"codec": "bfloat16"} else 2e-4
+    np.testing.assert_allclose(ours, expected, atol=atol, rtol=1e-4)
     if can_trace() and not options:
-        # One program for all blocks: none was left to Keras.
-        ((program, _),) = programs._programs.values()
-        assert program is not None
+        # For all blocks one of the prompt and one of a token: none was left to Keras.
+        assert len(programs._programs) == 2
+        assert all(program is not None for program, _ in programs._programs.values())
 
 
 @traced_only
@@ -52,7 +55,7 @@ def test_blocks_with_other_windows_or_weights_have_their_own_programs():
     lm = make_lm("windowed", sliding_window_pattern=2)
     programs = BlockPrograms()
     decode(lm, programs, {"kind": "static"}, (5, 5))
-    assert len(programs._programs) == 2
+    assert len(programs._programs) == 4
     assert all(program is not None for program, _ in programs._programs.values())
 
 
@@ -67,7 +70,7 @@ def test_new_weights_count():
     assert np.abs(np.subtract(after, before)).max() > 0.01
     lm.blocks[1].attention.query_dense.enable_lora(2)
     decode(lm, programs, {}, (5, 5))
-    assert len(programs._programs) == 2
+    assert len(programs._programs) == 4
 
 
 @traced_only
@@ -79,8 +82,7 @@ def test_a_block_that_looks_at_values_runs_as_it_is():
     for block in lm.blocks:
         block.feedforward.call = curious
     decode(lm, programs, {}, (5, 5))
-    ((program, _),) = programs._programs.values()
-    assert program is None
+    assert [program for program, _ in programs._programs.values()] == [None, None]
 
 
 def test_call_with_cache_leaves_its_cache_as_it_was():

@@ -276,6 +276,12 @@ def programs(tmp_path_factory):
     return {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("programs"))}
 
 
+@pytest.fixture
+def own_programs(monkeypatch):
+    """Lets child processes choose for themselves where compiled programs are kept."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+
+
 @pytest.fixture(autouse=True)
 def interruptible():
     """Lets child processes get Ctrl-C where this one was started to ignore it."""
@@ -421,7 +427,9 @@ def test_interrupt_handlers_are_put_back():
     "characters",
     [0, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 40))],
 )
-def test_interrupt_ends_generate(smollm2_path, tmp_path, programs, characters):
+def test_interrupt_ends_generate(
+    smollm2_path, tmp_path, programs, own_programs, characters
+):
     """Before the first token (while programs are compiled) and within the answer."""
     process = start(
         "generate",
@@ -648,7 +656,7 @@ def test_a_real_warning_of_the_compiler_is_a_line_of_its_own(model, tmp_path):
     assert lines[-1].startswith("[first token after ")
 
 
-def test_a_folder_that_takes_no_programs_is_told_once(model, tmp_path):
+def test_a_folder_that_takes_no_programs_is_told_once(model, tmp_path, own_programs):
     home = tmp_path / "home"
     home.write_text("a file")
     result = run_bytes(
@@ -690,7 +698,7 @@ def test_timing_tells_compiling_from_decoding(monkeypatch):
     )
 
 
-def test_compiled_programs_are_kept(model, tmp_path):
+def test_compiled_programs_are_kept(model, tmp_path, own_programs):
     arguments = ("generate", "abc", "--model", model, "--max-new-tokens", "5")
     assert run(*arguments).returncode == 0
     kept = set((tmp_path / "programs").glob("jit_program-*"))

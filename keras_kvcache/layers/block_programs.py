@@ -15,12 +15,12 @@ def run_block(block, x, **arguments):
 
 
 class BlockPrograms:
-    """Runs blocks for one token as programs; blocks that are alike share one.
+    """Runs blocks as programs; blocks that are alike share one.
 
     It is called like `run_block` and returns the same, but the self-attention cache is
     donated: its arrays may be those that come back. A block is called without a program
-    if it can't be traced, if there is more than one token, as each number of tokens
-    would need its own program, and on JAX.
+    on JAX, and if it can't be traced. Each shape of `x` and of the caches has its own
+    program, so these must be few, as the chunks and capacities of generation are.
     """
 
     def __init__(self):
@@ -28,7 +28,7 @@ class BlockPrograms:
 
     def __call__(self, block, x, **arguments):
         """Calls a block, by its program where there can be one."""
-        if not can_trace() or x.shape[1] != 1:
+        if not can_trace():
             return block(x, **arguments)
         weights = [ops.convert_to_tensor(weight.value) for weight in block.variables]
         leaves, structure = jax.tree_util.tree_flatten((x, arguments))
