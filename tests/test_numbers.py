@@ -202,6 +202,7 @@ def plain_answers():
 
 
 SLOW = [
+    "jax_debug_nans=True",
     "jax_debug_infs=True",
     "jax_disable_jit=True",
     "jax_default_matmul_precision=bfloat16",
@@ -216,7 +217,6 @@ SLOW = [
     "switch",
     [
         "jax_enable_x64=True",
-        "jax_debug_nans=True",
         *(pytest.param(switch, marks=pytest.mark.slow) for switch in SLOW),
     ],
 )
