@@ -7,6 +7,11 @@ import inspect
 from keras_kvcache.quotes import quoted
 
 
+def for_all(names, advice):
+    """The same advice on several names, which spaces part."""
+    return dict.fromkeys(names.split(), advice)
+
+
 def explains_unknown(advice):
     """Decorates a method that users may call with argument names of other packages.
 

@@ -4,10 +4,18 @@ import contextlib
 import functools
 import gc
 import os
+import tempfile
 from types import SimpleNamespace
 
 # Before any test module imports Keras, which would choose TensorFlow.
 os.environ.setdefault("KERAS_BACKEND", "jax")
+
+# Test modules and worker processes compile many programs alike: each is compiled once.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    programs = tempfile.TemporaryDirectory(prefix="compiled-for-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = programs.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 # PyTorch for CUDA imports it late, and once TensorFlow is there that kills the process.
 with contextlib.suppress(ImportError):

@@ -16,8 +16,7 @@ import pytest
 from gguf_files import PRIMES, metadata, random_tensors, write
 
 from keras_kvcache import DecoderLM, cli
-from keras_kvcache.caches import CODECS, DTYPES, Rolling
-from keras_kvcache.caches.options import KINDS
+from keras_kvcache.caches import Rolling, Static, get_codec, read_options
 from keras_kvcache.cli import arguments, commands, interrupt, timing
 
 
@@ -257,9 +256,13 @@ finally:
 
 
 def test_what_may_be_typed_is_what_there_is():
-    assert {*arguments.CODECS} == {*DTYPES, *CODECS}
-    assert {*arguments.KINDS} == {*KINDS}
-    for name in arguments.DTYPES:
+    for name in arguments.CODECS:
+        assert read_options(name) == {"codec": name}
+        assert get_codec(name).name == name
+    for name in arguments.KINDS:
+        assert read_options(name) == {"kind": name}
+    assert {Static.name, Rolling.name} < {*arguments.KINDS}
+    for name in arguments.POLICIES:
         assert keras.dtype_policies.get(name).name == name
 
 
@@ -274,6 +277,12 @@ def test_usage_errors_exit_with_two():
 def programs(tmp_path_factory):
     """Where several processes find what the first of them compiled."""
     return {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("programs"))}
+
+
+@pytest.fixture
+def own_programs(monkeypatch):
+    """Lets child processes choose for themselves where compiled programs are kept."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
 
 
 @pytest.fixture(autouse=True)
@@ -421,7 +430,9 @@ def test_interrupt_handlers_are_put_back():
     "characters",
     [0, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 40))],
 )
-def test_interrupt_ends_generate(smollm2_path, tmp_path, programs, characters):
+def test_interrupt_ends_generate(
+    smollm2_path, tmp_path, programs, own_programs, characters
+):
     """Before the first token (while programs are compiled) and within the answer."""
     process = start(
         "generate",
@@ -648,7 +659,7 @@ def test_a_real_warning_of_the_compiler_is_a_line_of_its_own(model, tmp_path):
     assert lines[-1].startswith("[first token after ")
 
 
-def test_a_folder_that_takes_no_programs_is_told_once(model, tmp_path):
+def test_a_folder_that_takes_no_programs_is_told_once(model, tmp_path, own_programs):
     home = tmp_path / "home"
     home.write_text("a file")
     result = run_bytes(
@@ -690,7 +701,7 @@ def test_timing_tells_compiling_from_decoding(monkeypatch):
     )
 
 
-def test_compiled_programs_are_kept(model, tmp_path):
+def test_compiled_programs_are_kept(model, tmp_path, own_programs):
     arguments = ("generate", "abc", "--model", model, "--max-new-tokens", "5")
     assert run(*arguments).returncode == 0
     kept = set((tmp_path / "programs").glob("jit_program-*"))

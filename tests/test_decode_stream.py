@@ -2,7 +2,7 @@
 
 import functools
 import os
-from pathlib import Path
+import subprocess
 
 import numpy as np
 import pytest
@@ -10,6 +10,8 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
+from llama_cpp_vocabularies import NAMES as NAMES_OF_LLAMA_CPP
+from llama_cpp_vocabularies import fetch_vocabularies
 from tokenizers import AddedToken, Regex, decoders, models
 from vocabularies import alphabet, byte_level, sentence_piece
 
@@ -327,8 +329,15 @@ def test_decoders_that_are_written_in_python():
 
 # llama.cpp's vocabularies.
 
-FOLDER = os.environ.get("LLAMA_CPP_VOCABULARIES", "")
-FILES = sorted(Path(FOLDER).rglob("ggml-vocab-*.gguf")) if FOLDER else []
+
+@pytest.fixture(scope="module")
+def llama_cpp_folder():
+    try:
+        return fetch_vocabularies()
+    except subprocess.CalledProcessError as error:
+        if "CI" in os.environ:
+            raise
+        pytest.skip(str(error))
 
 
 def tokenizer_of_file(path):
@@ -353,16 +362,10 @@ def tokenizer_of_file(path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not FILES, reason="LLAMA_CPP_VOCABULARIES names no folder of them")
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_the_vocabularies_of_llama_cpp(path):
-    """Random tokens behind every prompt, for each vocabulary that llama.cpp tests.
-
-    llama-cpp-python's source archive has them, in vendor/llama.cpp/models; `pip
-    download --no-deps --no-binary llama-cpp-python llama-cpp-python` brings it.
-    `LLAMA_CPP_VOCABULARIES` names the folder where the archive was unpacked.
-    """
-    tokenizer = tokenizer_of_file(path)
+@pytest.mark.parametrize("name", NAMES_OF_LLAMA_CPP)
+def test_the_vocabularies_of_llama_cpp(name, llama_cpp_folder):
+    """Random tokens behind every prompt, for each vocabulary that llama.cpp tests."""
+    tokenizer = tokenizer_of_file(llama_cpp_folder / f"{name}.gguf")
     for seed in range(200):
         ids = random_ids(tokenizer, 24, seed)
         generator = np.random.default_rng([7, seed])

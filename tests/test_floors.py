@@ -11,6 +11,7 @@ PACKAGE = Path(keras_kvcache.__file__).parent
 # and loaders lie below the models: they know none, and a model offers both.
 FLOORS = {
     "cache_folder": -1,
+    "cache_names": -1,
     "known_models": -1,
     "quotes": -1,
     "registration": -1,

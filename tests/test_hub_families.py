@@ -1,5 +1,6 @@
 """Every family of keras-hub, decoded here with the weights that are there."""
 
+import copy
 import gc
 import json
 import re
@@ -14,7 +15,7 @@ from keras import ops
 
 from keras_kvcache import DecoderLM, accelerate, from_keras_hub
 from keras_kvcache.caches import Rolling
-from keras_kvcache.models.hub import convert
+from keras_kvcache.models.hub import convert, own_copy
 from keras_kvcache.models.hub.families import FAMILIES
 
 # Each family has programs of keras-hub's and of ours to compile.
@@ -23,6 +24,8 @@ pytestmark = pytest.mark.slow
 IDS = np.random.default_rng(2).integers(0, 101, (2, 29)).astype("int32")
 # Ragged, and far past the windows of 13.
 RAGGED = prompts([9, 17, 14], width=17 + 64)
+Int4 = keras.quantizers.Int4QuantizationConfig
+Int8 = keras.quantizers.Int8QuantizationConfig
 SAVED = [case for case in CASES if case not in ("llama", "phi3", "gemma3_short")]
 
 
@@ -172,28 +175,87 @@ def test_lora_is_merged_when_saved(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "case, mode",
+    "case, how",
     [
-        ("gpt2", "int8"),
-        ("gpt2", "int4"),
-        ("gpt2", "float8"),
-        ("gemma", "int8"),
-        ("mixtral", "int8"),
+        ("gpt2", dict(mode="int8")),
+        ("gpt2", dict(mode="int4")),
+        ("gpt2", dict(config=Int4(block_size=None))),
+        ("gpt2", dict(mode="float8")),
+        ("gpt2", dict(config=Int8(activation_quantizer=None))),
+        ("gemma", dict(mode="int8")),
+        ("gemma", dict(mode="float8")),
+        ("mixtral", dict(mode="int8")),
+        ("mixtral", dict(mode="int4")),
     ],
 )
-def test_quantized_before_or_after(case, mode, tmp_path):
+def test_quantized_before_or_after(case, how, tmp_path):
     theirs = make_hub_lm(case, num_layers=1)
     ours = from_keras_hub(theirs)
     exact = logits(ours)
-    theirs.quantize(mode)
+    theirs.quantize(**how)
     again = from_keras_hub(theirs)
     assert again.compute_dtype == "float32"
     for model in (ours, again):
         assert abs(logits(model) - exact).max() > 0.01
         # A rounding at the border of two integers may go either way.
         np.testing.assert_allclose(logits(model), logits(theirs), rtol=0, atol=0.02)
-    with pytest.raises(ValueError, match=f"must not be quantized.*'{mode}'"):
+
+    ours.save_to_preset(tmp_path / "preset")
+    ours.save(tmp_path / "lm.keras")
+    for loaded in (
+        DecoderLM.from_preset(tmp_path / "preset"),
+        keras.saving.load_model(tmp_path / "lm.keras"),
+        copy.deepcopy(ours),
+    ):
+        assert type(loaded) is DecoderLM
+        assert integers(loaded) == integers(ours)
+        np.testing.assert_allclose(logits(loaded), logits(ours), rtol=0, atol=1e-4)
+    row = dict(inputs=IDS[0].tolist(), max_new_tokens=7, stop_token_ids=None)
+    assert loaded.generate(**row) == ours.generate(**row)
+
+
+def integers(model):
+    """The sorted bytes of each quantized weight, whatever order a layer has them in."""
+    found = [ops.convert_to_numpy(w) for w in model.weights if w.dtype == "int8"]
+    return sorted(np.sort(values, axis=None).tobytes() for values in found)
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_lora_of_quantized_layers_is_not_merged(mode, tmp_path):
+    theirs = make_hub_lm("gpt2", num_layers=1)
+    theirs.quantize(mode)
+    theirs.backbone.enable_lora(3)
+    with pytest.raises(ValueError, match=f"must have no LoRA.*'{mode}'"):
+        from_keras_hub(theirs).save_to_preset(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_int4_of_gemma_is_not_copied(tmp_path):
+    """Its scales belong to weights of several heads, and ours to those of one."""
+    theirs = make_hub_lm("gemma", num_layers=1)
+    ours = from_keras_hub(theirs)
+    theirs.quantize("int4")
+    with pytest.raises(ValueError, match="int4 kernels.*Received: btd,ndh->btnh at"):
         ours.save_to_preset(tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["gptq", "awq"])
+def test_modes_that_need_data_are_not_copied(mode):
+    """Had by layers that were shared before."""
+    own = keras.layers.Dense(7)
+    shared = keras.layers.Dense(7, dtype=f"{mode}/4/8_from_float32")
+    for layer in (own, shared):
+        layer.build((None, 16))
+    with pytest.raises(ValueError, match=f"int8, int4, float8 to be.*'{mode}'"):
+        own_copy._copy_layer(own, shared)
+
+
+def test_a_config_of_quantized_layers_makes_plain_ones():
+    theirs = make_hub_lm("gpt2", num_layers=1)
+    theirs.quantize("int8")
+    ours = from_keras_hub(theirs)
+    other = type(ours).from_config(ours.get_config())
+    assert all(part.quantization_mode is None for part in other._flatten_layers())
 
 
 def test_other_quantizations_are_refused(monkeypatch):

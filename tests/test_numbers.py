@@ -76,6 +76,20 @@ def test_float64_is_exact_through_a_cache(layout, with_float64):
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.jax_only
+def test_float64_that_jax_does_not_have_is_float32_with_a_warning():
+    import jax
+
+    with pytest.warns(UserWarning, match="float64.*jax_enable_x64"):
+        lm = make_lm(dtype="float64")
+    assert keras.layers.Dense(3, dtype="float64").compute_dtype == lm.compute_dtype
+    assert {str(weight.value.dtype) for weight in lm.weights} == {"float32"}
+    arrays = jax.tree_util.tree_leaves(lm.init_cache(1, 17))
+    assert {str(array.dtype) for array in arrays} == {"float32"}
+    answer = lm.generate(PROMPTS, max_new_tokens=7, stop_token_ids=None)
+    assert answer == make_lm().generate(PROMPTS, max_new_tokens=7, stop_token_ids=None)
+
+
 class Generates(keras.callbacks.Callback):
     """Generates by the model's name, not by `self.model`, which Keras looks after."""
 
@@ -202,6 +216,7 @@ def plain_answers():
 
 
 SLOW = [
+    "jax_debug_nans=True",
     "jax_debug_infs=True",
     "jax_disable_jit=True",
     "jax_default_matmul_precision=bfloat16",
@@ -216,7 +231,6 @@ SLOW = [
     "switch",
     [
         "jax_enable_x64=True",
-        "jax_debug_nans=True",
         *(pytest.param(switch, marks=pytest.mark.slow) for switch in SLOW),
     ],
 )

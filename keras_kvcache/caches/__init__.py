@@ -1,9 +1,9 @@
 """Key/value caches behind one verb: `cache.update(key, value, index)`."""
 
+from keras_kvcache.cache_names import DTYPES
 from keras_kvcache.caches.base import Cache
 from keras_kvcache.caches.codecs import (
     CODECS,
-    DTYPES,
     Codec,
     Exact,
     Int4,

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import keras
 from keras import ops
 
+from keras_kvcache.cache_names import CODED, FLOATS
 from keras_kvcache.ops import (
     Read,
     dequantize_int4_groups,
@@ -20,10 +21,6 @@ from keras_kvcache.ops import (
     rotation,
     unpack_int4,
 )
-
-DTYPES = ("float32", "float16", "bfloat16")
-# float64 is for comparisons, not for decoding.
-FLOATS = (*DTYPES, "float64")
 
 # What bfloat16 numbers that belong to codes are held as: whole numbers of their bits.
 # On a CPU, XLA would widen an array of them for every slot it writes (see `bits.py`).
@@ -255,7 +252,7 @@ class ExactKeys(_Int4Values, Exact):
     kernels_read = is_exact = False
 
 
-CODECS = {"int8": Int8, "int4": Int4}
+CODECS = dict(zip(CODED, (Int8, Int4), strict=True))
 
 
 def get_codec(identifier, dtype="float32"):

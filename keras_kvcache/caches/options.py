@@ -1,10 +1,9 @@
 """The `cache` argument of `generate`: kind, codec and layout."""
 
-from keras_kvcache.caches.codecs import CODECS, FLOATS, Codec
+from keras_kvcache.cache_names import CODED, FLOATS, KINDS
+from keras_kvcache.caches.codecs import Codec
 from keras_kvcache.caches.kinds import Rolling, Static
 
-# `"auto"`: rolling where a layer slides and the text may outgrow its window.
-KINDS = ("auto", Static.name, Rolling.name)
 OPTIONS = ("kind", "codec", "layout")
 
 
@@ -31,12 +30,12 @@ def read_options(cache):
             )
         return dict(cache)
     name = cache if isinstance(cache, str) else None
-    if isinstance(cache, Codec) or name in (*FLOATS, *CODECS):
+    if isinstance(cache, Codec) or name in (*FLOATS, *CODED):
         return {"codec": cache}
     if isinstance(cache, (Static, Rolling)) or name in KINDS:
         return {"kind": cache}
     raise ValueError(
-        f"`cache` must be one of {[*KINDS, *FLOATS, *CODECS]}, an object of these, or "
+        f"`cache` must be one of {[*KINDS, *FLOATS, *CODED]}, an object of these, or "
         f"a dictionary. Received: {cache!r}"
     )
 

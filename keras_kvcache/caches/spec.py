@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 import keras
 from keras import ops
 
+from keras_kvcache.cache_names import FLOATS
 from keras_kvcache.caches.base import NO_END, itemsize, nbytes
-from keras_kvcache.caches.codecs import DTYPES, Codec, Exact, get_codec
+from keras_kvcache.caches.codecs import Codec, Exact, get_codec
 from keras_kvcache.caches.dense import DenseStorage
 from keras_kvcache.caches.head_major import HeadMajorStorage
 from keras_kvcache.caches.kinds import Rolling, Static
@@ -74,7 +75,7 @@ class CacheSpec:
         if self.layout == "dense" and not self.codec.is_exact:
             raise ValueError(
                 f"`layout` must be 'head_major' for the codec {self.codec.name!r}: a "
-                f"dense cache keeps entries as they are ({', '.join(DTYPES)}). "
+                f"dense cache keeps entries as they are ({', '.join(FLOATS)}). "
                 f"Received: layout='dense', codec={self.codec.name!r}"
             )
         if self.kind == Static.name:

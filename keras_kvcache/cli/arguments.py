@@ -9,20 +9,13 @@ import sys
 from pathlib import Path
 
 from keras_kvcache import __version__
+from keras_kvcache.cache_names import CODED, DTYPES, KINDS
 from keras_kvcache.cli.terminal import is_text
 from keras_kvcache.known_models import known_presets
 
 DEFAULT_MODEL = "smollm2_135m_instruct"
-DTYPES = (
-    "float32",
-    "bfloat16",
-    "float16",
-    "float64",
-    "mixed_bfloat16",
-    "mixed_float16",
-)
-CODECS = ("float32", "bfloat16", "float16", "int8", "int4")
-KINDS = ("auto", "static", "rolling")
+POLICIES = (*DTYPES, "float64", "mixed_bfloat16", "mixed_float16")
+CODECS = (*DTYPES, *CODED)
 # Dividing by less could overflow; 0 stands for the likeliest token.
 _LEAST_TEMPERATURE = 1e-6
 
@@ -91,7 +84,7 @@ def _add_model(parser):
         "--model", type=_model, default=DEFAULT_MODEL, help=_model_help()
     )
     parser.add_argument(
-        "--dtype", type=_dtype, metavar="DTYPE", help=f"one of {', '.join(DTYPES)}"
+        "--dtype", type=_dtype, metavar="DTYPE", help=f"one of {', '.join(POLICIES)}"
     )
 
 
@@ -188,8 +181,8 @@ _temperature = _number(
 
 
 def _dtype(text):
-    if text not in DTYPES:
-        raise _received(f"one of {', '.join(DTYPES)}", text)
+    if text not in POLICIES:
+        raise _received(f"one of {', '.join(POLICIES)}", text)
     return text
 
 

@@ -15,12 +15,12 @@ def run_block(block, x, **arguments):
 
 
 class BlockPrograms:
-    """Runs blocks for one token as programs; blocks that are alike share one.
+    """Runs blocks as programs; blocks that are alike share one.
 
     It is called like `run_block` and returns the same, but the self-attention cache is
     donated: its arrays may be those that come back. A block is called without a program
-    if it can't be traced, if there is more than one token, as each number of tokens
-    would need its own program, and on JAX.
+    on JAX, and if it can't be traced. Each shape of `x` and of the caches has its own
+    program, so these must be few, as the chunks and capacities of generation are.
     """
 
     def __init__(self):
@@ -28,7 +28,7 @@ class BlockPrograms:
 
     def __call__(self, block, x, **arguments):
         """Calls a block, by its program where there can be one."""
-        if not can_trace() or x.shape[1] != 1:
+        if not can_trace():
             return block(x, **arguments)
         weights = [ops.convert_to_tensor(weight.value) for weight in block.variables]
         leaves, structure = jax.tree_util.tree_flatten((x, arguments))
@@ -60,6 +60,24 @@ class BlockPrograms:
         return self._descriptions[id(block)][1]
 
 
+class ArgumentsOnly(keras.StatelessScope):
+    """Variables are arguments of a program, which neither changes nor has others.
+
+    The value of any other variable would be a constant in it.
+    """
+
+    def add_update(self, update):
+        """Refuses that a variable is assigned."""
+        raise ValueError(f"A program must assign no variable. Received: {update[0]}")
+
+    def get_current_value(self, variable):
+        """The argument that a variable is."""
+        value = super().get_current_value(variable)
+        if value is None:
+            raise ValueError(f"A program must use no other. Received: {variable}")
+        return value
+
+
 def _trace_block(block, tensors, structure):
     """A block's program and the structure of its result, or two `None`s."""
     variables, returned = list(block.variables), None
@@ -69,7 +87,7 @@ def _trace_block(block, tensors, structure):
         count = len(variables)
         mapping = list(zip(variables, tensors[:count], strict=True))
         x, arguments = jax.tree_util.tree_unflatten(structure, tensors[count:])
-        with keras.StatelessScope(state_mapping=mapping):
+        with ArgumentsOnly(state_mapping=mapping):
             outputs = block(x, **arguments)
         leaves, returned = jax.tree_util.tree_flatten(outputs)
         return tuple(leaves)
@@ -80,5 +98,5 @@ def _trace_block(block, tensors, structure):
     donated = jax.tree_util.tree_leaves(arguments.get("self_attention_cache"))
     try:
         return trace(function, tensors, donated), returned
-    except Exception:  # Such as for a user's layer that depends on values.
+    except Exception:  # Such as for a user's layer that reads values.
         return None, None

@@ -4,7 +4,7 @@ The names are those of Keras' and keras-hub's grouped-query layers, PyTorch's la
 flax, mlx and the configurations of transformers.
 """
 
-from keras_kvcache.unknown_arguments import refuse_unknown
+from keras_kvcache.unknown_arguments import for_all, refuse_unknown
 
 _WIDTH = (
     "the width follows from the inputs; `key_dim` is the size of one head, mostly the "
@@ -16,63 +16,59 @@ _ROTARY = (
 )
 
 
-def _for_all(names, text):
-    return dict.fromkeys(names.split(), text)
-
-
 # By the name that users type; a text follows "… has no argument `name`: ".
 ADVICE = {
-    **_for_all(
+    **for_all(
         "num_query_heads heads n_heads n_head num_attention_heads nhead num_q_heads",
         "write `num_heads`",
     ),
-    **_for_all(
+    **for_all(
         "head_dim head_size dim_head size_per_head qk_dim kdim d_k", "write `key_dim`"
     ),
-    **_for_all("value_head_dim v_head_dim vdim d_v", "write `value_dim`"),
-    **_for_all(
+    **for_all("value_head_dim v_head_dim vdim d_v", "write `value_dim`"),
+    **for_all(
         "num_kv_heads n_kv_heads kv_heads num_groups num_query_groups",
         "write `num_key_value_heads`",
     ),
-    **_for_all(
+    **for_all(
         "embed_dim hidden_dim hidden_size d_model dim width model_dim qkv_features "
         "in_features features",
         _WIDTH,
     ),
-    **_for_all(
+    **for_all(
         "rope rotary use_rope rope_theta rope_max_wavelength rope_scaling "
         "position_embedding max_wavelength",
         _ROTARY,
     ),
-    **_for_all(
+    **for_all(
         "attention_dropout attn_dropout dropout_rate dropout_p", "write `dropout`"
     ),
-    **_for_all("bias qkv_bias attention_bias add_bias", "write `use_bias`"),
-    **_for_all("out_bias o_bias", "write `use_output_bias`"),
-    **_for_all("window window_size local_window_size", "write `sliding_window`"),
-    **_for_all(
+    **for_all("bias qkv_bias attention_bias add_bias", "write `use_bias`"),
+    **for_all("out_bias o_bias", "write `use_output_bias`"),
+    **for_all("window window_size local_window_size", "write `sliding_window`"),
+    **for_all(
         "scale scaling softmax_scale query_pre_attn_scalar",
         "write `query_scale`, the factor of the scores",
     ),
-    **_for_all(
+    **for_all(
         "soft_cap softcap attn_logit_softcapping attention_logit_soft_cap",
         "write `logit_soft_cap`",
     ),
-    **_for_all(
+    **for_all(
         "q_norm k_norm qk_norm use_qk_norm use_query_key_norm",
         "write `query_norm` and `key_norm`, each a layer such as "
         "`keras.layers.RMSNormalization()`",
     ),
-    **_for_all(
+    **for_all(
         "causal is_causal use_causal_mask", "write `use_causal_mask=True` in the call"
     ),
     "batch_first": "inputs are always of shape (B, T, D)",
-    **_for_all(
+    **for_all(
         "max_length max_seq_len max_sequence_length cache_length cache_size",
         "a cache has its own capacity; make one by "
         "`keras_kvcache.caches.CacheSpec(…).allocate()` and give it in the call",
     ),
-    **_for_all(
+    **for_all(
         "implementation attn_implementation use_flash_attention",
         "write `flash_attention`",
     ),

@@ -82,12 +82,17 @@ def quantized_layers(layer, recursive=True):
                 inner = quantized_layers(part).items()
                 found |= {f"{part.name}/{path}": how for path, how in inner}
         elif part.quantization_mode is not None:
-            config = getattr(part, "quantization_config", None)
-            found[part.name] = {
-                "mode": _policy_of(part).get_config()["mode"],
-                "config": keras.saving.serialize_keras_object(config),
-            }
+            found[part.name] = quantization_of(part)
     return found
+
+
+def quantization_of(layer):
+    """How a layer is quantized, in the form of the values of `quantized_layers`."""
+    config = getattr(layer, "quantization_config", None)
+    return {
+        "mode": _policy_of(layer).get_config()["mode"],
+        "config": keras.saving.serialize_keras_object(config),
+    }
 
 
 def quantize_built(layer, described):
@@ -108,13 +113,27 @@ def quantize_built(layer, described):
                     "A model must be made from its config before weights of the mode "
                     f"{mode} can be loaded. Received: {part.path}, not quantized"
                 )
-            config = keras.saving.deserialize_keras_object(config)
-            part.quantize(mode.partition("/")[0], config=config)
-            if keras.backend.backend() == "torch":
-                part._track_variables()  # It still holds the weights before.
+            quantize_layer(part, mode, config)
         inner = _below(part.name, described)
         if inner:
             quantize_built(part, inner)
+
+
+def quantize_layer(layer, mode, config):
+    """Quantizes a built layer.
+
+    Args:
+        layer: The layer.
+        mode: As `quantization_of` tells it of an equal layer; so is `config`.
+    """
+    mode, _, block_size = mode.partition("/")
+    config = keras.saving.deserialize_keras_object(config)
+    if config is None and block_size:
+        # Of a layer that was built with this policy, and never was `quantize`d.
+        config = keras.quantizers.Int4QuantizationConfig(block_size=int(block_size))
+    layer.quantize(mode, config=config)
+    if keras.backend.backend() == "torch":
+        layer._track_variables()  # It still holds the weights before.
 
 
 def _below(name, described):

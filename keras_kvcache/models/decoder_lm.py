@@ -90,7 +90,9 @@ class DecoderLM(
         tokenizer: Object with `encode(text) -> ids`, `decode(ids) -> text` and
             `stop_token_ids`, for text in and out. It isn't part of the config; it's
             saved beside it, as `keras_kvcache.models.tokenizer_files` says.
-        **kwargs: Arguments of `keras.Model`, such as `dtype` and `name`.
+        **kwargs: Arguments of `keras.Model`, such as `dtype` and `name`. Without
+            `jax_enable_x64` JAX has no float64: as in any Keras model it then warns,
+            and weights, caches and answers are those of float32.
 
     Call arguments:
         token_ids: Integer tensor `(B, T)`.

@@ -18,7 +18,8 @@ def trace(function, arguments, donated=()):
 
     Args:
         function: Takes tensors and returns a tuple of tensors. It may use their values
-            only in operations; on PyTorch not in `ops.cond` either.
+            only in operations; on PyTorch not in `ops.cond` either, nor so that the
+            shape of a tensor depends on them.
         arguments: List of tensors; the program is for these shapes and dtypes.
         donated: Numbers of the arguments that the caller won't use again. PyTorch
             writes into them where `torch.scatter` would copy them, if nothing else
@@ -45,7 +46,13 @@ def _trace_torch(function, arguments, donated):
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.passes.dialect.common.cse_pass import CSEPass
 
-    program = make_fx(torch.func.functionalize(function))(*arguments)
+    refuse_reads, refuse_shapes = _refuse_reads(), _refuse_shapes()
+
+    def unread(*arguments):
+        with refuse_reads, refuse_shapes:
+            return function(*arguments)
+
+    program = make_fx(torch.func.functionalize(unread))(*arguments)
     _leave_memory_alone(program.graph)
     _fold_constants(program)
     # Equal operations are computed once.
@@ -55,6 +62,58 @@ def _trace_torch(function, arguments, donated):
     program.graph.eliminate_dead_code()
     program.recompile()
     return program
+
+
+def _refuse_reads():
+    """A context in which nothing leaves a tensor but by operations.
+
+    PyTorch itself refuses `item` and `bool` of a tensor that is traced. By the methods
+    below it hands out memory that nobody filled, which then would be a constant.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    tensor = torch.Tensor
+    # Printing too: it's meant for each call.
+    reads = {tensor.numpy, tensor.__array__, tensor.__dlpack__, tensor.tolist}
+    reads |= {tensor.data_ptr, tensor.untyped_storage, tensor.__reduce_ex__}
+    reads |= {tensor.__repr__, tensor.__format__}
+
+    class RefuseReads(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function in reads:
+                raise ValueError(
+                    "`function` must use values of tensors in operations only. "
+                    f"Received: a call of `Tensor.{function.__name__}`"
+                )
+            return function(*args, **(kwargs or {}))
+
+    return RefuseReads()
+
+
+def _refuse_shapes():
+    """A context without operations whose result has a shape that depends on values."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    def depends(operation, args):
+        if torch.Tag.dynamic_output_shape not in operation.tags:
+            return False
+        if operation is not torch.ops.aten.index.Tensor:
+            return True
+        dtypes = {index.dtype for index in args[1] if index is not None}
+        return not dtypes.isdisjoint((torch.bool, torch.uint8))
+
+    class RefuseShapes(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            if depends(operation, args):
+                raise ValueError(
+                    "`function` must use tensors whose shapes don't depend on values. "
+                    f"Received: a call of {operation}"
+                )
+            return operation(*args, **(kwargs or {}))
+
+    return RefuseShapes()
 
 
 def _leave_memory_alone(graph):

@@ -8,6 +8,7 @@ from keras_kvcache.models.hub.encoder_decoder import (
     share_encoder_decoder,
 )
 from keras_kvcache.models.hub.families import FAMILIES, OPTIONS
+from keras_kvcache.models.hub.own_copy import QUANTIZATIONS
 from keras_kvcache.models.hub.position_table import PositionTable
 from keras_kvcache.models.hub.shared import SharedDecoderLM
 from keras_kvcache.models.hub.tokenizer import HubTokenizer
@@ -21,8 +22,6 @@ METHODS = (
     "generate_step",
     "make_generate_function",
 )
-# Modes of `quantize` whose layers compute as ever once they are quantized.
-QUANTIZATIONS = (None, "int8", "int4", "float8")
 # What keeps a family out that looks like one that is in.
 UNFIT = {
     "T5Backbone": ", whose relative positions are a bias added to attention scores, "

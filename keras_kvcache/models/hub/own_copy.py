@@ -4,9 +4,12 @@ from operator import attrgetter
 
 import keras
 
+from keras_kvcache.layers.quantization import quantization_of, quantize_layer
 from keras_kvcache.models.decoder_lm import DecoderLM
 from keras_kvcache.models.hub.projections import Projection
 
+# Modes of `quantize` whose layers compute as ever once they are quantized.
+QUANTIZATIONS = (None, "int8", "int4", "float8")
 MODEL_PARTS = ("token_embedding", "position_table", "final_norm")
 BLOCK_PARTS = (
     "attention_norm",
@@ -35,10 +38,13 @@ def own_copy(model):
 
     Returns:
         A `DecoderLM` with weights of its own and the same tokenizer. What LoRA
-        added is merged in.
+        added is merged in. Its layers are quantized as the foreign ones, with the
+        very same integers and scales.
 
     Raises:
-        ValueError: A layer is quantized.
+        ValueError: A layer is quantized in a mode not tried here, has LoRA beside,
+            which merged in would be rounded again, or shares int4 scales among other
+            weights than a layer here can, as Gemma's do.
     """
     copy = DecoderLM.from_config({**model.get_config(), "kernel_initializer": "zeros"})
     copy.tokenizer = model.tokenizer
@@ -68,11 +74,7 @@ def _copy_layer(own, shared):
     if isinstance(shared, Projection):
         shared = shared.projection
     if getattr(shared, "quantization_mode", None) is not None:
-        raise ValueError(
-            "A model must not be quantized to be saved with weights of its own; "
-            "quantize it after loading. Received: quantization_mode="
-            f"{shared.quantization_mode!r} of {shared.path}"
-        )
+        return _copy_quantized(own, shared)
     if hasattr(own, "kernel"):
         own.kernel.assign(_own_layout(shared))
         if own.bias is not None:
@@ -86,13 +88,48 @@ def _copy_layer(own, shared):
         own.set_weights(shared.get_weights())
 
 
+def _copy_quantized(own, shared):
+    """Quantizes an own layer as a foreign one, and copies its integers and scales."""
+    how = quantization_of(shared)
+    if shared.quantization_mode not in QUANTIZATIONS:
+        modes = ", ".join(QUANTIZATIONS[1:])
+        _refuse(shared, f"be quantized in no other mode than {modes}", "another")
+    if getattr(shared, "lora_enabled", False):
+        _refuse(shared, "have no LoRA in layers that are quantized", "LoRA")
+    quantize_layer(own, **how)
+    values = {weight.name: weight.value for weight in shared.weights}
+    if isinstance(shared, keras.layers.EinsumDense):
+        axes = _own_axes(shared)
+        if shared.quantization_mode != "int4":
+            values["kernel"] = keras.ops.transpose(values["kernel"], axes)
+        elif axes != sorted(axes):
+            # Keras made it of as many rows as are summed, whichever its axes were.
+            rule = "have int4 kernels whose first axes are summed"
+            _refuse(shared, rule, shared.equation)
+    for weight in own.weights:
+        # Scales of an `EinsumDense` have axes of one.
+        weight.assign(keras.ops.reshape(values[weight.name], weight.shape))
+
+
+def _refuse(layer, rule, received):
+    raise ValueError(
+        f"A model must {rule} to be saved with weights of its own; save the "
+        f"keras-hub model. Received: {received} at {layer.path}, "
+        f"quantization_mode={layer.quantization_mode!r}"
+    )
+
+
 def _own_layout(layer):
     """A kernel with what is summed over first, as all of ours have it."""
     if not isinstance(layer, keras.layers.EinsumDense):
         return layer.kernel
+    return keras.ops.transpose(layer.kernel, _own_axes(layer))
+
+
+def _own_axes(layer):
+    """The axes of an `EinsumDense`'s kernel, in the order that ours have."""
     operands, output = layer.equation.split("->")
     inputs, kernel = operands.split(",")
     order = [axis for axis in inputs if axis in kernel]
     order += [axis for axis in output if axis in kernel]
-    axes = [kernel.index(axis) for axis in order]
-    return keras.ops.transpose(layer.kernel, axes)
+    return [kernel.index(axis) for axis in order]

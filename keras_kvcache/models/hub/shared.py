@@ -2,6 +2,7 @@
 
 from types import MappingProxyType
 
+from keras_kvcache.layers.quantization import KEY as QUANTIZATION
 from keras_kvcache.models.decoder_lm import DecoderLM
 from keras_kvcache.models.encoder_decoder_lm import EncoderDecoderLM
 from keras_kvcache.models.hub.own_copy import own_copy
@@ -19,6 +20,15 @@ class SharesLayers:
     def __init__(self, parts, **config):
         self._parts = MappingProxyType(parts)
         super().__init__(**config)
+
+    def get_config(self):
+        """As in the base class, but not how the layers are quantized.
+
+        Their names are those of the other model.
+        """
+        config = super().get_config()
+        config.pop(QUANTIZATION, None)
+        return config
 
     def save_own_variables(self, store):
         """Refuses to be saved as part of another model.
