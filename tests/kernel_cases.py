@@ -5,9 +5,10 @@ import jax
 import numpy as np
 import reference
 
-from keras_kvcache.ops import Scoring, View, dense_segment, head_major_segment, slots_of
+from keras_kvcache.ops import Scoring, Segment, View
+from keras_kvcache.ops.codecs import Exact
+from keras_kvcache.ops.layouts import DENSE, HEAD_MAJOR
 from keras_kvcache.ops.platform import has_triton
-from keras_kvcache.ops.products import reader
 from keras_kvcache.ops.triton_attention import attend_by_triton
 
 SCALE = 0.3
@@ -20,6 +21,7 @@ S = sum(SIZES)
 
 def make_view(keys, values, layout="head_major"):
     """Segments of `SIZES` slots of keys `(B, S, K, H)` and values `(B, S, K, Hv)`."""
+    codec, sizes = Exact(str(keys.dtype)), (keys.shape[3], values.shape[3])
     tensor = None
     if layout == "dense":
         tensor = jax.numpy.stack([keys, values], axis=1)
@@ -28,24 +30,16 @@ def make_view(keys, values, layout="head_major"):
         part = slice(first, first + size)
         positions = cases.int32(np.arange(first, first + size)[None])
         if layout == "dense":
-            read = (dense_reader(tensor[:, half, part]) for half in (0, 1))
-            heads = keys.shape[2]
-            segment = dense_segment(*read, positions, heads, None, (tensor,), first)
+            segment = Segment((tensor,), positions, DENSE, codec, *sizes, first)
         else:
             arrays = (
                 jax.numpy.asarray(keys[:, part].transpose(0, 2, 3, 1)),
                 jax.numpy.asarray(values[:, part].transpose(0, 2, 1, 3)),
             )
-            read = reader(arrays[0], axis=3), reader(arrays[1], axis=2)
-            segment = head_major_segment(*read, positions, arrays=arrays)
+            segment = Segment(arrays, positions, HEAD_MAJOR, codec, *sizes)
         segments.append(segment)
         first += size
     return View(tuple(segments), keys.shape[2], values.shape[3])
-
-
-def dense_reader(entries):
-    """A function that reads slots of entries `(B, n, K, H)`."""
-    return lambda first, count: slots_of(entries, first, count, axis=1)
 
 
 def cut(mask):
@@ -110,15 +104,12 @@ def attend_by_kernel(query, view, masks, scoring=None, positions=None):
     batch, length, heads, head_dim = query.shape
     grouped = np.float32(query * scoring.scale).transpose(0, 2, 1, 3)
     grouped = grouped.reshape(batch, view.heads, -1, head_dim).astype(query.dtype)
-    segments = [
-        (segment.arrays, segment.start, jax.numpy.asarray(mask), segment.positions)
-        for segment, mask in zip(view.segments, masks, strict=True)
-    ]
+    masks = tuple(jax.numpy.asarray(mask) for mask in masks)
     output = attend_by_triton(
         jax.numpy.asarray(grouped),
-        segments,
+        view.segments,
+        masks,
         length,
-        view.value_dim,
         scoring,
         positions,
         interpret=INTERPRET,

@@ -23,6 +23,7 @@ from keras_kvcache.caches import (
 )
 from keras_kvcache.caches.sizes import ring_slots, segment_sizes, whole_groups
 from keras_kvcache.ops import Scoring, attend, token_positions, view_masks
+from keras_kvcache.ops.products import mix, scores_of
 
 B, K, H = 3, 2, 7
 CAPACITIES = (1, 256, 257, 1033)
@@ -274,9 +275,9 @@ def test_view_of_all_slots(layout):
         positions = [cases.numpy(s.positions)[0] for s in view.segments]
         np.testing.assert_array_equal(np.concatenate(positions), np.arange(1033))
         for segment, size in zip(view.segments, segment_sizes(1033, True), strict=True):
-            scores = segment.scores(keras.ops.ones((B, K, 13, H)), 0, size)
+            scores = scores_of(segment, keras.ops.ones((B, K, 13, H)), 0, size)
             assert tuple(scores.shape) == (B, K, 13, size)
-            assert tuple(segment.mix(scores, 0, size).shape) == (B, K, 13, H)
+            assert tuple(mix(segment, scores, 0, size).shape) == (B, K, 13, H)
     assert cache.view().fill is None
 
 

@@ -9,9 +9,9 @@ import pytest
 from keras import ops
 
 from keras_kvcache.caches import CacheSpec, Int4
-from keras_kvcache.caches.codecs import ExactKeys, Part
 from keras_kvcache.generation import make_program
-from keras_kvcache.ops import Read, quantize_int4, quantize_int4_groups, rotation
+from keras_kvcache.ops import quantize_int4, quantize_int4_groups, rotation
+from keras_kvcache.ops.codecs import ExactKeys, Operand, Part
 
 LENGTH, CHUNK = 4096, 512
 
@@ -31,7 +31,7 @@ class _ByToken:
 
     def read_values(self, parts, head_dim, axis, slots):
         codes, scale, lowest = (ops.cast(part, self.dtype) for part in parts)
-        return Read(codes * scale + lowest)
+        return Operand(codes * scale + lowest)
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class TurnedKeys(Int4):
 
     def read_keys(self, parts, head_dim, axis, slots):
         codes, scale = (ops.cast(part, self.dtype) for part in parts)
-        return Read(_matmul_on((codes - 7.5) * scale, rotation(head_dim).T, axis))
+        return Operand(_matmul_on((codes - 7.5) * scale, rotation(head_dim).T, axis))
 
 
 def _matmul_on(x, matrix, axis):

@@ -26,7 +26,9 @@ from program_cases import (
     written_arrays,
 )
 
-from keras_kvcache.ops import Scoring
+from keras_kvcache.ops import Scoring, Segment
+from keras_kvcache.ops.codecs import Exact, Int8
+from keras_kvcache.ops.layouts import HEAD_MAJOR
 from keras_kvcache.ops.platform import has_triton
 from keras_kvcache.ops.triton_attention import attend_by_triton
 
@@ -183,8 +185,10 @@ def test_tiles_fit_small_gpus(head_dim, length, query_dtype, dtype, small_gpu):
         arrays.append(describe(*scales[1], dtype="float32"))
 
     def attend(query, mask, *arrays):
-        segments = [(arrays, 0, mask, None)]
-        return attend_by_triton(query, segments, length, head_dim, Scoring(1.0))
+        codec = Int8() if dtype == "int8" else Exact(dtype)
+        positions = jax.numpy.arange(slots, dtype="int32")[None]
+        segment = Segment(arrays, positions, HEAD_MAJOR, codec, head_dim, head_dim)
+        return attend_by_triton(query, [segment], [mask], length, Scoring(1.0), None)
 
     query = describe(batch, heads, group * length, head_dim, dtype=query_dtype)
     mask = describe(batch, 1, length, slots, dtype="bool")

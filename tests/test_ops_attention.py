@@ -8,39 +8,31 @@ import reference
 
 from keras_kvcache.ops import (
     Scoring,
+    Segment,
     View,
     attend,
     attend_with_scores,
-    head_major_segment,
+    online_softmax,
     view_masks,
 )
-from keras_kvcache.ops.products import reader
+from keras_kvcache.ops.codecs import AsGiven
+from keras_kvcache.ops.layouts import HEAD_MAJOR
 
 B, T, N, K, H, HV = 3, 5, 6, 2, 7, 11
 SIZES = (3, 1, 13)
 
 
-def read(array, axis):
-    return reader(keras.ops.convert_to_tensor(array), axis)
-
-
-def make_view(keys, values, reads=None):
-    """Segments of `SIZES` slots; `reads` notes which are read."""
+def make_view(keys, values):
+    """Segments of `SIZES` slots."""
     segments, first = [], 0
-    for number, size in enumerate(SIZES):
+    for size in SIZES:
         part = slice(first, first + size)
-        segment = head_major_segment(
-            read(keys[:, part].transpose(0, 2, 3, 1), axis=3),
-            read(values[:, part].transpose(0, 2, 1, 3), axis=2),
-            cases.int32(np.arange(first, first + size)[None]),
+        arrays = (
+            keras.ops.convert_to_tensor(keys[:, part].transpose(0, 2, 3, 1)),
+            keras.ops.convert_to_tensor(values[:, part].transpose(0, 2, 1, 3)),
         )
-
-        def scores(*arguments, number=number, segment=segment):
-            if reads is not None:
-                reads.append(number)
-            return segment.scores(*arguments)
-
-        segments.append(segment._replace(scores=scores))
+        positions = cases.int32(np.arange(first, first + size)[None])
+        segments.append(Segment(arrays, positions, HEAD_MAJOR, AsGiven(), H, HV))
         first += size
     return View(tuple(segments), K, HV, None)
 
@@ -84,10 +76,17 @@ def test_segments_merge_to_the_whole(soft_cap, first):
 
 
 @pytest.mark.parametrize("first, read", [(0, [0]), (3, [0, 1]), (4, [0, 1, 2])])
-def test_segments_that_nobody_attends_are_not_read(first, read):
+def test_segments_that_nobody_attends_are_not_read(first, read, monkeypatch):
     reads = []
     keys, values = cases.noise(B, 17, K, H, seed=1), cases.noise(B, 17, K, HV, seed=2)
-    view = make_view(keys, values, reads)
+    view = make_view(keys, values)
+    scores_of = online_softmax.scores_of
+
+    def noted(segment, *arguments):
+        reads.append(SIZES.index(segment.positions.shape[1]))
+        return scores_of(segment, *arguments)
+
+    monkeypatch.setattr(online_softmax, "scores_of", noted)
     masks = view_masks(view, cases.int32([[first]]), causal=True)
     attend(
         keras.ops.convert_to_tensor(cases.noise(B, 1, N, H)), view, masks, Scoring(0.3)

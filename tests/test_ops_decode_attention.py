@@ -1,6 +1,7 @@
 """The kernel for few queries on a CPU: its numbers, and where it has a part."""
 
 import concurrent.futures
+from dataclasses import replace
 
 import attention_cases as cases
 import jax
@@ -21,13 +22,15 @@ from keras_kvcache.caches import CacheSpec
 from keras_kvcache.caches.bits import as_bits
 from keras_kvcache.ops import (
     Scoring,
+    Segment,
     attend,
     attend_with_scores,
-    head_major_segment,
     native,
     view_masks,
 )
-from keras_kvcache.ops.decode_attention import NAME, has_decode_kernel
+from keras_kvcache.ops.codecs import AsGiven, Exact
+from keras_kvcache.ops.decode_attention import NAME, suits_kernel
+from keras_kvcache.ops.layouts import HEAD_MAJOR
 
 pytestmark = [
     pytest.mark.jax_only,
@@ -216,8 +219,8 @@ def test_calls_at_once_do_not_meet():
 
 
 def plain(view):
-    """A view that has no part for the kernel."""
-    segments = (segment._replace(arrays=None) for segment in view.segments)
+    """A view that kernels don't read."""
+    segments = (replace(segment, codec=AsGiven()) for segment in view.segments)
     return view._replace(segments=tuple(segments))
 
 
@@ -303,9 +306,9 @@ def test_other_platforms_and_several_devices_do_without_it(monkeypatch):
     assert f"@{NAME}(" not in for_tpu
     monkeypatch.setattr(jax, "device_count", lambda: 2)
     grouped = jax.numpy.zeros((2, 2, 3, 7))
-    assert not has_decode_kernel(grouped, view.segments, (), view.value_dim, Scoring(1))
+    assert not suits_kernel(grouped, view.segments, (), Scoring(1))
     monkeypatch.undo()
-    assert has_decode_kernel(grouped, view.segments, (), view.value_dim, Scoring(1))
+    assert suits_kernel(grouped, view.segments, (), Scoring(1))
 
 
 def wrong_arguments():
@@ -318,19 +321,22 @@ def wrong_arguments():
     narrow = make_view(keys, values)
     segment = narrow.segments[0]
     arrays = (segment.arrays[0], segment.arrays[1].astype("bfloat16"))
-    segments = (segment._replace(arrays=arrays), *narrow.segments[1:])
+    segments = (replace(segment, arrays=arrays), *narrow.segments[1:])
     yield "segments", (query, narrow._replace(segments=segments), (None,) * 3)
     query, keys, values = make_case(sizes=(7, 7))
     dense = make_view(keys, values, "dense")
-    yield "segments", (query, dense._replace(value_dim=11), (None,) * 3)
     changes = [
-        *({"start": segment.start + 1} for segment in dense.segments[2:]),
-        {"start": -1},
+        *({"offset": segment.offset + 1} for segment in dense.segments[2:]),
+        {"offset": -1},
+        {"head_dim": 11},
+        {"layout": HEAD_MAJOR},
+        {"codec": Exact("bfloat16")},
         *({"arrays": (array,)} for array in wrong_tensors(*dense.segments[2].arrays)),
         {"arrays": (dense.segments[2].arrays[0].astype("int8"),)},
+        {"arrays": dense.segments[2].arrays * 2},
     ]
     for change in changes:
-        segments = (*dense.segments[:2], dense.segments[2]._replace(**change))
+        segments = (*dense.segments[:2], replace(dense.segments[2], **change))
         yield "segments", (query, dense._replace(segments=segments), (None,) * 3)
 
 
@@ -341,7 +347,7 @@ def wrong_tensors(tensor):
     yield tensor.astype("float16")
 
 
-@pytest.mark.parametrize("number", range(15))
+@pytest.mark.parametrize("number", range(18))
 def test_what_does_not_fit_is_refused(number):
     name, arguments = list(wrong_arguments())[number]
     with pytest.raises(ValueError, match=f"`{name}` must .* Received"):
@@ -412,9 +418,9 @@ def test_an_exported_program_calls_nothing_of_ours(layout):
 
 def test_tokens_are_the_same_without_it(without_compiler, monkeypatch):
     lowered = []
-    lowering = jax.ffi.ffi_lowering
+    call = jax.ffi.ffi_call
     monkeypatch.setattr(
-        jax.ffi, "ffi_lowering", lambda name: lowered.append(name) or lowering(name)
+        jax.ffi, "ffi_call", lambda *args: lowered.append(args) or call(*args)
     )
     prompts = [[1, 2, 3, 5, 8], [13]]
     by_xla = make_lm().generate(prompts, max_new_tokens=29)
@@ -448,10 +454,9 @@ def test_narrow_slots_without_it(layout, codec, bits):
 def test_symbolic_sizes_have_no_kernel():
     def uses(keys):
         values = jax.numpy.swapaxes(keys, 2, 3)
-        segment = head_major_segment(None, None, None, arrays=(keys, values))
-        return jax.numpy.asarray(
-            has_decode_kernel(keys[:, :, :1, :7], (segment,), (), 7, Scoring(1))
-        )
+        segment = Segment((keys, values), None, HEAD_MAJOR, Exact(), 7, 7)
+        query = keys[:, :, :1, :7]
+        return jax.numpy.asarray(suits_kernel(query, (segment,), (), Scoring(1)))
 
     shape = jax.export.symbolic_shape("b, 2, 7, n")
     known = jax.ShapeDtypeStruct((3, 2, 7, 11), "float32")

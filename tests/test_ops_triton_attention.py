@@ -4,6 +4,8 @@ On a GPU of NVIDIA's it runs; elsewhere JAX interprets it, and what Triton makes
 is `test_gpu_programs.py`'s.
 """
 
+from dataclasses import replace
+
 import attention_cases as cases
 import jax
 import keras
@@ -22,8 +24,10 @@ from kernel_cases import (
 from kernel_cases import attend_by_kernel as attend
 
 from keras_kvcache.caches import CacheSpec
-from keras_kvcache.ops import Scoring, View, platform, view_masks
-from keras_kvcache.ops.decode_attention import has_decode_kernel
+from keras_kvcache.ops import Scoring, Segment, View, platform, view_masks
+from keras_kvcache.ops.codecs import AsGiven, Exact
+from keras_kvcache.ops.decode_attention import suits_kernel
+from keras_kvcache.ops.layouts import HEAD_MAJOR
 from keras_kvcache.ops.triton_attention import (
     PART,
     attend_by_triton,
@@ -95,12 +99,6 @@ def test_narrow_slots_are_what_they_stand_for(codec, layout):
     cache = CacheSpec(2, S, 2, 64, layout=layout, codec=codec).allocate()
     cache, _ = cache.update(*map(jax.numpy.asarray, (keys, values)), 0)
     view = cache.view(cases.int32([S, 601]))
-    if codec == "bfloat16":  # A CPU keeps its bits.
-        segments = (
-            segment._replace(arrays=tuple(a.view(codec) for a in segment.arrays))
-            for segment in view.segments
-        )
-        view = View(tuple(segments), *view[1:])
     masks = view_masks(view, cases.int32([[S + 2]]), sliding_window=S + 2 - 337)
     mask = np.arange(S) < np.reshape([S, 601], (2, 1, 1, 1))
     mask &= np.arange(S) > 337
@@ -167,11 +165,10 @@ def test_more_parts_than_are_merged_at_a_time():
     tiling = choose_tiling(1, 1, slots, value_dim, "float32")
     assert tiling.parts > 32
     arrays = tuple(map(jax.numpy.asarray, (keys, values)))
-    segments = [(arrays, 0, mask, None)]
-    output = attend_by_triton(
-        *(jax.numpy.asarray(query), segments, 1, value_dim, Scoring(1.0)),
-        interpret=INTERPRET,
-    )
+    positions = jax.numpy.arange(slots)[None]
+    segment = Segment(arrays, positions, HEAD_MAJOR, Exact(), head_dim, value_dim)
+    arguments = (jax.numpy.asarray(query), [segment], [mask], 1, Scoring(1.0), None)
+    output = attend_by_triton(*arguments, interpret=INTERPRET)
     scores = np.where(mask, query @ keys, -np.inf)
     weights = np.exp(scores - scores.max())
     check(output, weights / weights.sum() @ values)
@@ -243,12 +240,13 @@ def test_it_is_used_where_there_is_triton(monkeypatch):
     segments = make_view(keys, values).segments
     for rows in (1, 3, 2048):
         grouped = jax.numpy.zeros((2, 2, rows, 7))
-        assert has_decode_kernel(grouped, segments, (None,) * 3, 11, Scoring(SCALE))
-    assert not has_decode_kernel(grouped, segments, (None,) * 3, 257, Scoring(SCALE))
-    without = [segment._replace(arrays=None) for segment in segments]
-    assert not has_decode_kernel(grouped, without, (None,) * 3, 11, Scoring(SCALE))
+        assert suits_kernel(grouped, segments, (None,) * 3, Scoring(SCALE))
+    large = [replace(segment, value_dim=257) for segment in segments]
+    assert not suits_kernel(grouped, large, (None,) * 3, Scoring(SCALE))
+    without = [replace(segment, codec=AsGiven()) for segment in segments]
+    assert not suits_kernel(grouped, without, (None,) * 3, Scoring(SCALE))
     monkeypatch.setattr(keras.distribution, "distribution", lambda: "spread")
-    assert not has_decode_kernel(grouped, segments, (None,) * 3, 11, Scoring(SCALE))
+    assert not suits_kernel(grouped, segments, (None,) * 3, Scoring(SCALE))
 
 
 @pytest.mark.usefixtures("on_gpu")

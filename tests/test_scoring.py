@@ -1,5 +1,7 @@
 """Biases and sinks of scores, by every way to attend."""
 
+import warnings
+
 import attention_cases as cases
 import jax
 import keras
@@ -19,6 +21,7 @@ from keras_kvcache.ops import (
     view_masks,
 )
 from keras_kvcache.ops.decode_attention import NAME
+from keras_kvcache.ops.triton_attention import attend_by_triton
 
 B, N, K, H = 2, 6, 2, 13
 S, FILLS = 83, (64, 61)  # whole groups of int4, or a part of one
@@ -151,7 +154,9 @@ def test_each_alone(value_dim, name, sink, way):
 @pytest.mark.parametrize("sink", [SINK, None], ids=["sink", "no_sink"])
 @pytest.mark.parametrize("name", ["table", "one_entry", "none"])
 @pytest.mark.parametrize("length", [1, 5, 31])
-@pytest.mark.parametrize("codec, layout", cases.stored(["float32", "bfloat16", "int8"]))
+@pytest.mark.parametrize(
+    "codec, layout", cases.stored(["float32", "bfloat16", "float16", "int8"])
+)
 def test_by_the_kernel_for_gpus(codec, layout, length, name, sink):
     cache = make_filled(codec, layout)
     bias, in_numpy = BIASES[name]
@@ -160,6 +165,27 @@ def test_by_the_kernel_for_gpus(codec, layout, length, name, sink):
     expected, _ = expect(query, cache, positions, 1.5, in_numpy, sink)
     masks = [np.ones((1, 1, 1, 1), bool) if m is None else m for m in arguments[2]]
     check(attend_by_kernel(query, arguments[1], masks, *arguments[3:]), expected)
+
+
+@pytest.mark.jax_only
+@pytest.mark.parametrize("layout, length", [("head_major", 31), ("dense", 1)])
+def test_triton_gets_the_kernel(layout, length):
+    """All operations of a bias are such that Pallas lowers, on any machine."""
+    arguments, _ = make_call(make_filled("bfloat16", layout), length, TABLE, SINK)
+    query, view, masks, scoring, positions = arguments
+    leaves, tree = jax.tree_util.tree_flatten((view.segments, masks, scoring))
+
+    def attend_grouped(query, positions, *leaves):
+        segments, masks, scoring = tree.unflatten(leaves)
+        arguments = (segments, masks, length, scoring, positions)
+        return attend_by_triton(query, *arguments)
+
+    grouped = np.zeros((B, K, N // K * length, H), "float32")
+    traced = jax.jit(attend_grouped).trace(grouped, positions, *leaves)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated")
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "decode_attention" in text and "merge_parts" in text
 
 
 @pytest.mark.parametrize("kind", [Rolling(29), Rolling(29, sinks=3)])

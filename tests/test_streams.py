@@ -13,7 +13,7 @@ from keras_kvcache.ops import (
     Channel,
     announce,
     can_announce,
-    is_jax_on_cpu,
+    current_platform,
     native,
 )
 
@@ -21,7 +21,7 @@ PROMPTS = [[2, 3, 5, 7], [11], [13, 17, 19]]
 
 # Not `can_announce`, so that it shows where that is wrong.
 needs_channels = pytest.mark.skipif(
-    not is_jax_on_cpu() or jax.device_count() > 1 or native.find_compiler() is None,
+    not current_platform().calls_native or native.find_compiler() is None,
     reason="programs announce under JAX, on one CPU and with a C++ compiler",
 )
 

@@ -2,14 +2,6 @@
 
 from keras_kvcache.cache_names import DTYPES
 from keras_kvcache.caches.base import Cache
-from keras_kvcache.caches.codecs import (
-    CODECS,
-    Codec,
-    Exact,
-    Int4,
-    Int8,
-    get_codec,
-)
 from keras_kvcache.caches.exporting import register as _register
 from keras_kvcache.caches.files import load_caches, save_caches
 from keras_kvcache.caches.kinds import Rolling, Static
@@ -29,6 +21,14 @@ from keras_kvcache.caches.verbs import (
     split_rows,
     take_rows,
     with_end,
+)
+from keras_kvcache.ops.codecs import (
+    CODECS,
+    Codec,
+    Exact,
+    Int4,
+    Int8,
+    get_codec,
 )
 
 _register()

@@ -1,51 +1,19 @@
-"""Narrow floats as whole numbers of their bits, for programs on a CPU.
+"""Narrow floats as whole numbers of their bits, for programs on a CPU."""
 
-XLA has no narrow floats there: to write or read a part of an array it widens all of it
-and narrows it again, token by token. Whole numbers it leaves alone, so that only the
-slots that are read are made floats of.
-"""
-
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import jax
 from keras import ops
 
-from keras_kvcache.caches.codecs import BITS, Exact, Part
 from keras_kvcache.caches.storage import Storage
-from keras_kvcache.ops import is_jax_on_cpu
+from keras_kvcache.ops import current_platform
+from keras_kvcache.ops.codecs import BITS, Bits, Exact
 
 NARROW = ("bfloat16", "float16")
 
 
-@dataclass(frozen=True)
-class Bits(Exact):
-    """Entries as they are, their 16 bits taken for a whole number's."""
-
-    @property
-    def name(self):
-        """See `Codec.name`."""
-        return f"{self.dtype} as bits"
-
-    def key_parts(self, head_dim):
-        """See `Codec.key_parts`."""
-        return (Part(head_dim, 1, BITS),)
-
-    def encode_keys(self, keys, axis, slots):
-        """See `Codec.encode_keys`."""
-        return tuple(
-            ops.view(part, BITS) for part in super().encode_keys(keys, axis, slots)
-        )
-
-    def read_keys(self, parts, head_dim, axis, slots):
-        """See `Codec.read_keys`."""
-        floats = tuple(ops.view(part, self.dtype) for part in parts)
-        return super().read_keys(floats, head_dim, axis, slots)
-
-    value_parts, encode_values, read_values = key_parts, encode_keys, read_keys
-
-
 def as_bits(cache):
-    """The caches of a tree with what they hold as narrow floats held as bits.
+    """The caches of a tree with what they hold as narrow floats held as `Bits`.
 
     Elsewhere than under JAX on a CPU, and of tensors that are no caches, nothing is
     changed; nor is any value anywhere.
@@ -56,7 +24,7 @@ def as_bits(cache):
     Returns:
         The same tree.
     """
-    if not is_jax_on_cpu():
+    if not current_platform().stores_bits:
         return cache
 
     def convert(node):

@@ -5,13 +5,13 @@ import json
 
 from jax import export
 
-from keras_kvcache.caches import codecs
-from keras_kvcache.caches.bits import Bits
 from keras_kvcache.caches.dense import DenseStorage
 from keras_kvcache.caches.head_major import HeadMajorStorage
 from keras_kvcache.caches.newest import Newest
 from keras_kvcache.caches.rolling import RollingCache
 from keras_kvcache.caches.static import StaticCache
+from keras_kvcache.ops import codecs
+from keras_kvcache.ops.codecs import Bits
 
 NODES = (StaticCache, RollingCache, DenseStorage, HeadMajorStorage, Newest)
 CODECS = {

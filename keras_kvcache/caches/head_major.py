@@ -6,13 +6,9 @@ import jax
 from keras import ops
 
 from keras_kvcache.caches.sizes import segment_sizes
-from keras_kvcache.caches.storage import Field, Storage, decoded, read_slots
-from keras_kvcache.ops import head_major_segment, slots_of
-
-# Axes of the head size and of the slots. Keys have their slots last, as a product
-# with few queries reads them fastest so.
-KEYS = (2, 3)
-VALUES = (3, 2)
+from keras_kvcache.caches.storage import Storage
+from keras_kvcache.ops import keys_of, slots_of, values_of
+from keras_kvcache.ops.layouts import HEAD_MAJOR
 
 
 @jax.tree_util.register_dataclass
@@ -20,39 +16,23 @@ VALUES = (3, 2)
 class HeadMajorStorage(Storage):
     """Arrays of keys `(B, K, H, n)` and of values `(B, K, n, Hv)` in each segment."""
 
-    heads_axis = 1
+    layout = HEAD_MAJOR
+    heads_axis = HEAD_MAJOR.heads
 
     @classmethod
     def allocate(cls, spec, slots, codec, make):
         """See `Storage.allocate`."""
         rows, heads = spec.batch_size, spec.num_key_value_heads
         head_dim, value_dim = spec.head_dim, spec.value_dim or spec.head_dim
-        segments = []
-        for size in segment_sizes(slots, codec.kernels_read):
-            keys = (
-                make((rows, heads, part.width, size // part.tokens), part.dtype)
-                for part in codec.key_parts(head_dim)
+        parts = HEAD_MAJOR.arrays(codec, head_dim, value_dim)
+        segments = tuple(
+            tuple(
+                make(HEAD_MAJOR.shape(part, axes, rows, heads, size), part.dtype)
+                for part, axes in parts
             )
-            values = (
-                make((rows, heads, size // part.tokens, part.width), part.dtype)
-                for part in codec.value_parts(value_dim)
-            )
-            segments.append((*keys, *values))
-        return cls(tuple(segments), codec, head_dim, value_dim)
-
-    @property
-    def fields(self):
-        """See `Storage.fields`."""
-        keys = self.codec.key_parts(self.head_dim)
-        values = self.codec.value_parts(self.value_dim)
-        return (
-            *(Field(KEYS[1], part.tokens) for part in keys),
-            *(Field(VALUES[1], part.tokens) for part in values),
+            for size in segment_sizes(slots, codec.kernels_read)
         )
-
-    @property
-    def _key_parts(self):
-        return len(self.codec.key_parts(self.head_dim))
+        return cls(segments, codec, head_dim, value_dim)
 
     def encode(self, key, value, codec=None):
         """See `Storage.encode`."""
@@ -60,42 +40,23 @@ class HeadMajorStorage(Storage):
         key = ops.transpose(key, (0, 2, 3, 1))
         value = ops.transpose(value, (0, 2, 1, 3))
         arrays = (
-            *codec.encode_keys(key, *KEYS),
-            *codec.encode_values(value, *VALUES),
+            *codec.encode_keys(key, *HEAD_MAJOR.keys),
+            *codec.encode_values(value, *HEAD_MAJOR.values),
         )
         return replace(self, segments=(arrays,), codec=codec)
 
     def regroup(self, codec):
         """The same slots with another codec for keys, and the same one for values."""
         segments = []
-        for arrays in self.segments:
-            keys, values = arrays[: self._key_parts], arrays[self._key_parts :]
-            keys = self.codec.read_keys(keys, self.head_dim, *KEYS).matrix
-            segments.append((*codec.encode_keys(keys, *KEYS), *values))
+        for (first, size), arrays in zip(self.spans, self.segments, strict=True):
+            keys = keys_of(self.segment(first, size, None), 0, size).matrix
+            values = arrays[len(self.codec.key_parts(self.head_dim)) :]
+            segments.append((*codec.encode_keys(keys, *HEAD_MAJOR.keys), *values))
         return replace(self, segments=tuple(segments), codec=codec)
 
-    def segment(self, first, size, positions, first_position=None):
-        """See `Storage.segment`."""
-        arrays = self.segments[self.spans.index((first, size))]
-        fields = self.fields
-        split = self._key_parts
-
-        def read_keys(start, count):
-            parts = read_slots(arrays[:split], fields[:split], start, count)
-            return self.codec.read_keys(parts, self.head_dim, *KEYS)
-
-        def read_values(start, count):
-            parts = read_slots(arrays[split:], fields[split:], start, count)
-            return self.codec.read_values(parts, self.value_dim, *VALUES)
-
-        return head_major_segment(
-            read_keys,
-            read_values,
-            positions,
-            self.codec.block,
-            first_position,
-            arrays if self.codec.kernels_read else None,
-        )
+    def place_of(self, first, size):
+        """See `Storage.place_of`."""
+        return self.segments[self.spans.index((first, size))], 0
 
     def merge(self):
         """See `Storage.merge`."""
@@ -115,7 +76,7 @@ class HeadMajorStorage(Storage):
     def _copy(self, first, size):
         """The arrays of some slots, zeros where there are none yet."""
         copies = []
-        for number, (slots, tokens) in enumerate(self.fields):
+        for number, (slots, tokens) in enumerate(self.slot_axes):
             pieces, missing = [], size
             for (begin, held), arrays in zip(self.spans, self.segments, strict=True):
                 start, stop = max(first, begin), min(first + size, begin + held)
@@ -132,13 +93,12 @@ class HeadMajorStorage(Storage):
 
     def decode(self):
         """See `Storage.decode`."""
-        split, keys, values = self._key_parts, [], []
-        for arrays in self.segments:
-            read = self.codec.read_keys(arrays[:split], self.head_dim, *KEYS)
-            keys.append(decoded(read))
-            read = self.codec.read_values(arrays[split:], self.value_dim, *VALUES)
-            values.append(decoded(read))
+        keys, values = [], []
+        for first, size in self.spans:
+            segment = self.segment(first, size, None)
+            keys.append(keys_of(segment, 0, size).decoded())
+            values.append(values_of(segment, 0, size).decoded())
         return (
-            ops.transpose(ops.concatenate(keys, axis=KEYS[1]), (0, 3, 1, 2)),
-            ops.transpose(ops.concatenate(values, axis=VALUES[1]), (0, 2, 1, 3)),
+            ops.transpose(ops.concatenate(keys, axis=3), (0, 3, 1, 2)),
+            ops.transpose(ops.concatenate(values, axis=2), (0, 2, 1, 3)),
         )

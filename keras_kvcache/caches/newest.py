@@ -50,9 +50,9 @@ class Newest:
         length = entries.slots
         groups = (group + length - 2) // group + 1
 
-        def lengthen(array, field, first, size):
+        def lengthen(array, axis, first, size):
             widths = [[0, 0] for _ in array.shape]
-            widths[field.slots][1] = (groups - 1) * group
+            widths[axis.slots][1] = (groups - 1) * group
             return ops.pad(array, widths)
 
         ahead = held.map(lengthen).write(entries, index - start)

@@ -1,6 +1,6 @@
 """How many slots a segment has."""
 
-from keras_kvcache.ops import has_triton
+from keras_kvcache.ops import current_platform
 
 # Slots of the first segment: small enough that a short text costs little to
 # read, large enough that a long one has few segments to merge and compile.
@@ -26,7 +26,7 @@ def segment_sizes(capacity, kernels_read):
     Returns:
         A tuple of integers.
     """
-    if kernels_read and has_triton():
+    if kernels_read and current_platform().kernel == "gpu":
         return (capacity,)
     sizes, total, end = [], 0, FIRST_SEGMENT
     while total < capacity:

@@ -7,7 +7,6 @@ from keras import ops
 
 from keras_kvcache.cache_names import FLOATS
 from keras_kvcache.caches.base import NO_END, itemsize, nbytes
-from keras_kvcache.caches.codecs import Codec, Exact, get_codec
 from keras_kvcache.caches.dense import DenseStorage
 from keras_kvcache.caches.head_major import HeadMajorStorage
 from keras_kvcache.caches.kinds import Rolling, Static
@@ -16,6 +15,7 @@ from keras_kvcache.caches.rolling import RollingCache
 from keras_kvcache.caches.sizes import ring_slots, whole_groups
 from keras_kvcache.caches.static import StaticCache
 from keras_kvcache.ops import distribute, is_integer
+from keras_kvcache.ops.codecs import Codec, Exact, get_codec
 
 LAYOUTS = {"head_major": HeadMajorStorage, "dense": DenseStorage}
 

@@ -7,11 +7,11 @@ import keras
 from keras import ops
 
 from keras_kvcache.caches.base import Cache, first_positions
-from keras_kvcache.caches.codecs import Exact
 from keras_kvcache.caches.dense import DenseStorage
 from keras_kvcache.caches.head_major import HeadMajorStorage
 from keras_kvcache.caches.sizes import whole_groups
 from keras_kvcache.ops import View, known_value, token_positions, write_slot
+from keras_kvcache.ops.codecs import Exact
 
 
 @jax.tree_util.register_dataclass
@@ -72,7 +72,7 @@ class StaticCache(Cache):
                 "A dense tensor needs keys and values of one head size. Received: "
                 f"key_dim={storage.head_dim}, value_dim={storage.value_dim}"
             )
-        if isinstance(storage, DenseStorage) and storage.is_shared:
+        if isinstance(storage, DenseStorage):
             if type(self.codec) is Exact:
                 return storage.segments[0][0]
         both = ops.stack(storage.decode(), axis=1)[:, :, : self.capacity]

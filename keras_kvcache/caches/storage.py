@@ -6,19 +6,12 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_kvcache.caches.codecs import Codec
-from keras_kvcache.ops import (
-    distribute,
-    ring_positions,
-    slots_of,
-    splice,
-    turn_back,
-    write_ring,
-)
+from keras_kvcache.ops import Segment, distribute, ring_positions, splice, write_ring
+from keras_kvcache.ops.codecs import Codec
 
 
-class Field(NamedTuple):
-    """Where an array of a segment has its slots.
+class SlotAxis(NamedTuple):
+    """Where an array has its slots.
 
     Attributes:
         slots: Axis of the slots.
@@ -64,11 +57,17 @@ class Storage(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def fields(self):
-        """A `Field` for each array of a segment."""
+    def layout(self):
+        """The `Layout` of the arrays."""
 
     # Where the arrays have their heads.
     heads_axis = -2
+
+    @property
+    def slot_axes(self):
+        """A `SlotAxis` for each array of a segment."""
+        arrays = self.layout.arrays(self.codec, self.head_dim, self.value_dim)
+        return tuple(SlotAxis(axes.slots, part.tokens) for part, axes in arrays)
 
     @property
     def heads(self):
@@ -86,14 +85,25 @@ class Storage(abc.ABC):
         """
 
     @abc.abstractmethod
-    def segment(self, first, size, positions, first_position=None):
-        """Some slots for attention.
+    def place_of(self, first, size):
+        """Which arrays hold some slots, and the number of the first slot in them.
 
         Args:
             first, size: One of the pairs that `spans` gives.
-            positions: As in `keras_kvcache.ops.Segment`.
+        """
+
+    def segment(self, first, size, positions, first_position=None):
+        """Some slots for attention, a `keras_kvcache.ops.Segment`.
+
+        Args:
+            first, size: One of the pairs that `spans` gives.
+            positions: As in `Segment`.
             first_position: `first` there.
         """
+        arrays, offset = self.place_of(first, size)
+        sizes = (self.head_dim, self.value_dim)
+        static = (self.layout, self.codec, *sizes, offset, first_position)
+        return Segment(arrays, positions, *static)
 
     @abc.abstractmethod
     def merge(self):
@@ -114,7 +124,7 @@ class Storage(abc.ABC):
     @property
     def sizes(self):
         """Slots of each segment."""
-        slots, tokens = self.fields[0]
+        slots, tokens = self.slot_axes[0]
         entries = (arrays[0].shape[slots] for arrays in self.segments)
         # Of a tensor in a functional model the number may be unknown.
         return tuple(size if tokens == 1 else size * tokens for size in entries)
@@ -178,10 +188,10 @@ class Storage(abc.ABC):
         return self._with_entries(put, entries)
 
     def _with_entries(self, put, entries):
-        updates, fields = entries.distributed().segments[0], self.fields
+        updates, slot_axes = entries.distributed().segments[0], self.slot_axes
         segments, first = [], 0
         for arrays, size in zip(self.distributed().segments, self.sizes, strict=True):
-            triples = zip(arrays, updates, fields, strict=True)
+            triples = zip(arrays, updates, slot_axes, strict=True)
             segments.append(tuple(put(*triple, first) for triple in triples))
             first += size
         return replace(self, segments=tuple(segments)).distributed()
@@ -213,9 +223,9 @@ class Storage(abc.ABC):
         positions = ring_positions(fill // group, slots // group)
         source = ops.mod(positions, ring // group)
 
-        def move(array, field, first, size):
-            width = group // field.tokens
-            return _parts_of_rows(array, source, width, field.slots)
+        def move(array, axis, first, size):
+            width = group // axis.tokens
+            return _parts_of_rows(array, source, width, axis.slots)
 
         return whole.map(move).resize(slots)
 
@@ -233,7 +243,7 @@ class Storage(abc.ABC):
         for arrays, size in zip(self.segments, self.sizes, strict=True):
             held = tuple(
                 _part_of_rows(array, (slot - first) // count, count // tokens, slots)
-                for array, (slots, tokens) in zip(arrays, self.fields, strict=True)
+                for array, (slots, tokens) in zip(arrays, self.slot_axes, strict=True)
             )
             if found is None:
                 found = held
@@ -243,13 +253,15 @@ class Storage(abc.ABC):
         return replace(self, segments=(found,))
 
     def map(self, function):
-        """The storage with `function(array, field, first slot, slots)` applied to all.
+        """The storage with `function(array, axis, first slot, slots)` applied to all.
+
+        `axis` is the `SlotAxis` of the array.
 
         Segments may become shorter or longer by it.
         """
         segments, first = [], 0
         for arrays, size in zip(self.segments, self.sizes, strict=True):
-            pairs = zip(arrays, self.fields, strict=True)
+            pairs = zip(arrays, self.slot_axes, strict=True)
             segments.append(tuple(function(*pair, first, size) for pair in pairs))
             first += size
         return replace(self, segments=tuple(segments))
@@ -259,23 +271,6 @@ def _distribute_rows(positions):
     """An integer of each row, laid out over devices as the rows are."""
     has_rows = ops.is_tensor(positions) and len(positions.shape) == 1
     return distribute(positions) if has_rows else positions
-
-
-def read_slots(arrays, fields, first, count):
-    """`count` slots of each array from `first` on."""
-    return tuple(
-        slots_of(array, first // tokens, count // tokens, slots)
-        for array, (slots, tokens) in zip(arrays, fields, strict=True)
-    )
-
-
-def decoded(read):
-    """The entries that a `Read` stands for, with the head size on the last axis."""
-    entries = read.matrix
-    if read.scale is not None:
-        # What is rotated still may be larger than a narrow dtype can tell.
-        entries = ops.cast(entries, "float32") * ops.cast(read.scale, "float32")
-    return turn_back(entries, read.rotation)
 
 
 def select_rows(predicate, chosen, other):

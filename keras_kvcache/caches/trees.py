@@ -9,13 +9,12 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_kvcache.caches import codecs
 from keras_kvcache.caches.base import nbytes
 from keras_kvcache.caches.kinds import Rolling, Static
 from keras_kvcache.caches.rolling import RollingCache
 from keras_kvcache.caches.spec import LAYOUTS, CacheSpec, Shape
 from keras_kvcache.caches.static import StaticCache
-from keras_kvcache.ops import is_integer
+from keras_kvcache.ops import codecs, is_integer
 from keras_kvcache.quotes import quoted
 
 # Classes by the names that descriptions have for them.

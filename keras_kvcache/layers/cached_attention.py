@@ -49,6 +49,13 @@ def write_and_view(cache, query, entries, index, *, masks, causal, sliding_windo
     return cache, view, hidden
 
 
+def query_positions(query, index, scoring):
+    """Positions of the queries, int32 `(1 | B, T)`; `None` where there is no bias."""
+    if scoring.bias is None:
+        return None
+    return token_positions(index, ops.shape(query)[1])
+
+
 def attend_sequence(
     query, keys, values, scale, flash_attention, *, masks, causal, sliding_window
 ):
@@ -117,7 +124,7 @@ def attend_cache(cache, query, entries, index, scoring, **hiding):
 
 def _attend_cache(cache, query, entries, index, scoring, **hiding):
     cache, view, hidden = write_and_view(cache, query, entries, index, **hiding)
-    positions = token_positions(index, ops.shape(query)[1])
+    positions = query_positions(query, index, scoring)
     output = attend(query, view, hidden, scoring, positions)
     return output, cache
 

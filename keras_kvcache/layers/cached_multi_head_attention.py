@@ -16,6 +16,7 @@ from keras_kvcache.layers.attention_checks import (
 from keras_kvcache.layers.cached_attention import (
     attend_cache,
     attend_sequence,
+    query_positions,
     write_and_view,
 )
 from keras_kvcache.layers.foreign_arguments import ExplainsForeignArguments
@@ -260,14 +261,12 @@ class CachedMultiHeadAttention(
             )
         )
 
-        # 1. Project what the mode needs.
         queries = self._project_query(query, index)
         entries = None
         if cache is None or cache_update_index is not None:
             entries = self.project_entries(value, key, index)
         inputs = (queries, entries, index)
 
-        # 2. Write and attend.
         if attention_mask is not None:
             attention_mask = align_mask(attention_mask)
         hiding = dict(
@@ -289,7 +288,7 @@ class CachedMultiHeadAttention(
                 view,
                 hidden,
                 scoring,
-                token_positions(index, ops.shape(queries)[1]),
+                query_positions(queries, index, scoring),
                 dropout=lambda weights: self._dropout_layer(weights, training=training),
             )
         elif cache is None and self._has_kernel():
@@ -299,7 +298,6 @@ class CachedMultiHeadAttention(
         else:
             output, holder = attend_cache(holder, *inputs, scoring, **hiding)
 
-        # 3. Gate and project the output.
         output = ops.cast(output, self.compute_dtype)
         if self._use_gate:
             output = output * project(self._gate_dense, query)

@@ -55,6 +55,13 @@ ADVICE = {
         "write `logit_soft_cap`",
     ),
     **for_all(
+        "alibi use_alibi alibi_slopes position_bias relative_position_bias",
+        "write `score_bias`, how many distances have a bias, or a function",
+    ),
+    **for_all(
+        "sinks attention_sinks learnable_sink s_aux", "write `use_sink_logits=True`"
+    ),
+    **for_all(
         "q_norm k_norm qk_norm use_qk_norm use_query_key_norm",
         "write `query_norm` and `key_norm`, each a layer such as "
         "`keras.layers.RMSNormalization()`",

@@ -6,7 +6,7 @@ import re
 import keras
 from keras import ops
 
-from keras_kvcache.ops import can_trace, has_triton, is_tpu
+from keras_kvcache.ops import can_trace, current_platform
 
 
 def project(layer, inputs, feature_axes=1):
@@ -33,7 +33,7 @@ def project(layer, inputs, feature_axes=1):
         return _multiply(layer, inputs, feature_axes)
     rows = inputs.shape[:-feature_axes]
     is_one = len(rows) > 0 and all(size == 1 for size in rows)
-    if not is_one or not (has_triton() or is_tpu()):
+    if not is_one or not current_platform().doubles_row_of_weights:
         return layer(inputs)
     return layer(ops.broadcast_to(inputs, (2, *inputs.shape[1:])))[:1]
 

@@ -6,11 +6,7 @@ from keras_kvcache.ops.known import is_integer, known_integers, known_value
 from keras_kvcache.ops.masks import align_mask, check_mask_shape, view_masks
 from keras_kvcache.ops.platform import (
     compiler_options,
-    has_float64,
-    has_triton,
-    is_accelerator,
-    is_jax_on_cpu,
-    is_tpu,
+    current_platform,
     preferred_dtype,
 )
 from keras_kvcache.ops.positions import (
@@ -20,12 +16,10 @@ from keras_kvcache.ops.positions import (
     write_slot,
 )
 from keras_kvcache.ops.products import (
-    Read,
-    dense_segment,
-    head_major_segment,
+    keys_of,
     sequence_view,
     sum_dtype,
-    turn_back,
+    values_of,
 )
 from keras_kvcache.ops.quantize import (
     dequantize_int4_groups,
@@ -48,7 +42,6 @@ from keras_kvcache.ops.view import Segment, View, slots_of, start_of_slice
 __all__ = [
     "NO_CHANNEL",
     "Channel",
-    "Read",
     "Scoring",
     "Segment",
     "View",
@@ -63,17 +56,12 @@ __all__ = [
     "check_index",
     "check_mask_shape",
     "compiler_options",
-    "dense_segment",
+    "current_platform",
     "dequantize_int4_groups",
     "distribute",
-    "head_major_segment",
     "inverse_frequencies",
-    "has_float64",
-    "has_triton",
-    "is_accelerator",
     "is_integer",
-    "is_jax_on_cpu",
-    "is_tpu",
+    "keys_of",
     "known_integers",
     "known_value",
     "pack_int4",
@@ -92,8 +80,8 @@ __all__ = [
     "tanh",
     "token_positions",
     "trace",
-    "turn_back",
     "unpack_int4",
+    "values_of",
     "view_masks",
     "write_ring",
     "write_slot",

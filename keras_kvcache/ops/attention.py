@@ -2,10 +2,10 @@
 
 from keras import ops
 
-from keras_kvcache.ops.decode_attention import decode_attention, has_decode_kernel
+from keras_kvcache.ops.decode_attention import decode_attention, suits_kernel
 from keras_kvcache.ops.online_softmax import attend_segments
-from keras_kvcache.ops.platform import has_float16_products
-from keras_kvcache.ops.products import sum_dtype
+from keras_kvcache.ops.platform import current_platform
+from keras_kvcache.ops.products import mix, scores_of, sum_dtype
 from keras_kvcache.ops.scoring import check_scoring
 from keras_kvcache.ops.softmax import masked_softmax
 
@@ -35,9 +35,8 @@ def attend(query, view, masks, scoring, positions=None):
     if query.shape[1] == 0:
         return ops.zeros((*shape[:3], view.value_dim), sum_dtype(query))
     query = _group_heads(query * scoring.scale, view.heads)
-    sizes = (view.value_dim, shape[1])
-    arguments = (query, view.segments, masks, *sizes, scoring, positions)
-    suits = has_decode_kernel(query, view.segments, masks, view.value_dim, scoring)
+    arguments = (query, view.segments, masks, shape[1], scoring, positions)
+    suits = suits_kernel(query, view.segments, masks, scoring)
     output = (decode_attention if suits else attend_segments)(*arguments)
     return _ungroup_heads(output, shape)
 
@@ -62,7 +61,7 @@ def attend_with_scores(query, view, masks, scoring, positions=None, dropout=None
     query = _group_heads(query * scoring.scale, view.heads)
     sizes = [ops.shape(segment.positions)[1] for segment in view.segments]
     scores = [
-        segment.scores(query, 0, size)
+        scores_of(segment, query, 0, size)
         for segment, size in zip(view.segments, sizes, strict=True)
     ]
     scores = ops.concatenate(scores, axis=-1)
@@ -85,7 +84,7 @@ def attend_with_scores(query, view, masks, scoring, positions=None, dropout=None
     output, first = 0.0, 0
     for segment, size in zip(view.segments, sizes, strict=True):
         part = dropped[..., first : first + size]
-        output = output + segment.mix(part, 0, size, hides)
+        output = output + mix(segment, part, 0, size, hides)
         first += size
     return _ungroup_heads(output, shape), weights
 
@@ -106,7 +105,7 @@ def attend_fused(query, key, value, mask, scale, causal, flash_attention):
         A tensor `(B, T, N, Hv)`, zero for a query with nothing to attend; float32 for
         float16 where the kernel has no such products.
     """
-    if query.dtype == "float16" and not has_float16_products():
+    if query.dtype == "float16" and not current_platform().fuses_float16:
         query, key, value = (ops.cast(x, "float32") for x in (query, key, value))
     group = query.shape[2] // key.shape[2]
     output = ops.dot_product_attention(

@@ -16,7 +16,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from keras_kvcache.ops.native import load_handler
-from keras_kvcache.ops.platform import is_jax_on_cpu
+from keras_kvcache.ops.platform import current_platform
 
 NAME = "keras_kvcache_announce"
 SOURCE = Path(__file__).with_suffix(".cc")
@@ -28,7 +28,7 @@ NO_CHANNEL = 0
 def can_announce():
     """Whether programs can call `announce`, and run while their caller goes on."""
     # Of several devices each would announce the same.
-    if not is_jax_on_cpu() or jax.device_count() > 1:
+    if not current_platform().calls_native:
         return False
     # Whoever changes that later gets the same messages, but at the program's end.
     if not jax.config.read("jax_cpu_enable_async_dispatch"):

@@ -120,13 +120,13 @@ class Work {
 
 ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query,
                   ffi::RemainingArgs operands, ffi::ResultBuffer<ffi::F32> output,
-                  ffi::Span<const int64_t> starts, int64_t length, float soft_cap,
-                  bool has_bias, bool has_sink) {
+                  ffi::Span<const int64_t> offsets, ffi::Span<const int64_t> is_dense,
+                  int64_t length, float soft_cap, bool has_bias, bool has_sink) {
   const auto shape = query.dimensions();
   const int64_t batch = shape[0], heads = shape[1];
   const Sizes sizes = {shape[2], length, shape[3], output->dimensions()[3]};
   size_t rest = 0;
-  auto segments = TakeSegments(operands, starts, &rest);
+  auto segments = TakeSegments(operands, offsets, is_dense, &rest);
   if (!segments.has_value()) return segments.error();
   const int32_t* query_positions = nullptr;
   int64_t query_stride = 0;
@@ -160,7 +160,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .Arg<ffi::Buffer<ffi::F32>>()               // query, (B, K, R, H)
         .RemainingArgs()                            // segments, then the scoring
         .Ret<ffi::Buffer<ffi::F32>>()               // (B, K, R, Hv)
-        .Attr<ffi::Span<const int64_t>>("starts")   // one a segment
+        .Attr<ffi::Span<const int64_t>>("offsets")  // one a segment
+        .Attr<ffi::Span<const int64_t>>("is_dense")
         .Attr<int64_t>("length")                    // T
         .Attr<float>("soft_cap")                    // 0 for none
         .Attr<bool>("has_bias")

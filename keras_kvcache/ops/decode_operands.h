@@ -51,7 +51,7 @@ struct Segment {
   const void* values;         // (B, K, n, Hv); unused if dense
   const float* value_scales;  // (B, K, n, 1); null without codes
   int64_t tensor_slots;       // n or S
-  int64_t start;              // of the n among the S slots
+  int64_t offset;             // of the n among the S slots
   ffi::AnyBuffer mask;        // (1 | B, 1 | N, 1 | T, n)
   const int32_t* positions;   // (1 | B, n), null without a bias
   int64_t position_stride;    // 0 or n
@@ -116,11 +116,12 @@ std::pair<int64_t, int64_t> SeenSlots(const Sizes& sizes, const Mask& mask,
 // The segments of which an operation has the buffers: keys, values, each followed by
 // scales if they are codes, and the mask; or the tensor of both and the mask.
 ffi::ErrorOr<std::vector<Segment>> TakeSegments(ffi::RemainingArgs operands,
-                                                ffi::Span<const int64_t> starts,
+                                                ffi::Span<const int64_t> offsets,
+                                                ffi::Span<const int64_t> dense,
                                                 size_t* rest) {
   std::vector<Segment> segments;
   size_t next = 0;
-  for (const int64_t start : starts) {
+  for (size_t number = 0; number < offsets.size(); ++number) {
     const auto keys = operands.get<ffi::AnyBuffer>(next);
     if (!keys.has_value()) return ffi::Unexpected(keys.error());
     const auto dtype = keys->element_type();
@@ -131,20 +132,20 @@ ffi::ErrorOr<std::vector<Segment>> TakeSegments(ffi::RemainingArgs operands,
           ffi::Error::InvalidArgument("keys must be float32, bfloat16 or int8"));
     }
     const auto axes = keys->dimensions();
-    const bool is_dense = axes.size() == 5, is_coded = dtype == ffi::S8;
+    const bool is_dense = dense[number] != 0, is_coded = dtype == ffi::S8;
     const size_t half = is_coded ? 2 : 1, arrays = is_dense ? 1 : 2 * half;
     if ((is_dense && is_coded) || next + arrays >= operands.size()) {
       return ffi::Unexpected(ffi::Error::InvalidArgument("a segment isn't whole"));
     }
-    const auto data = [&](size_t number) {
-      return operands.get<ffi::AnyBuffer>(next + number)->untyped_data();
+    const auto data = [&](size_t array) {
+      return operands.get<ffi::AnyBuffer>(next + array)->untyped_data();
     };
-    const auto scales = [&](size_t number) {
-      return is_coded ? static_cast<const float*>(data(number)) : nullptr;
+    const auto scales = [&](size_t array) {
+      return is_coded ? static_cast<const float*>(data(array)) : nullptr;
     };
     segments.push_back({dtype, is_dense, data(0), scales(1),
                         is_dense ? nullptr : data(half), scales(half + 1),
-                        axes[is_dense ? 2 : 3], start,
+                        axes[is_dense ? 2 : 3], offsets[number],
                         *operands.get<ffi::AnyBuffer>(next + arrays), nullptr, 0});
     next += arrays + 1;
   }

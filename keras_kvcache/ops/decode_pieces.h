@@ -78,7 +78,7 @@ void AttendDense(const Sizes& sizes, const Scoring& scoring, const float* query,
   const int64_t heads = piece.heads, head_dim = sizes.head_dim;
   const int64_t width = heads * head_dim;
   const int64_t key_slot = piece.group / heads * 2 * segment.tensor_slots +
-                           segment.start + piece.slot;
+                           segment.offset + piece.slot;
   const int64_t value_slot = key_slot + segment.tensor_slots;
   const T* keys = static_cast<const T*>(segment.keys) + key_slot * width;
   const T* values = static_cast<const T*>(segment.keys) + value_slot * width;

@@ -195,6 +195,13 @@ def view_masks(
     return tuple(masks)
 
 
+def whole_mask(segment, mask):
+    """A mask or `None` as a boolean one `(1 | B, 1 | N, 1 | T, n)`."""
+    mask = ops.ones((1, 1, 1, 1), "bool") if mask is None else mask
+    slots = ops.shape(segment.positions)[1]
+    return ops.broadcast_to(mask, (*ops.shape(mask)[:3], slots))
+
+
 def _all_of(rules):
     """Conjunction of masks of which some are `None`."""
     mask = None

@@ -9,60 +9,15 @@ over the cache; the values are checked only if a sum isn't finite.
 import keras
 from keras import ops
 
-from keras_kvcache.ops.known import either, is_recorded
-from keras_kvcache.ops.view import slots_of
-
 # Slots that are checked at a time: few, so that this takes little memory.
 BLOCK = 16
 # For keys whole groups, as some codecs encode 32 tokens of them together.
 KEY_BLOCK = 32
 
 
-def make_mix(mix_slots):
-    """The `mix` of a `Segment`.
-
-    Args:
-        mix_slots: Function of `product`, weights, `first` and `count` that returns the
-            sums of values; `product` is `mix_all` or another one below.
-    """
-
-    def mix(weights, first, count, hides=True):
-        if not hides:
-            return mix_slots(mix_all, weights, first, count)
-        if keras.distribution.distribution() is not None or is_recorded():
-            # Devices would have to ask each other whether all is finite, and a recorded
-            # program can't branch.
-            return mix_slots(mix_seen, weights, first, count)
-        mixed = mix_slots(mix_all, weights, first, count)
-        return either(
-            ops.all(ops.isfinite(mixed)),
-            lambda: mixed,
-            lambda: _mix_in_blocks(mix_slots, weights, first, count),
-        )
-
-    return mix
-
-
-def _is_cut(count, block):
+def is_cut(count, block):
     """Whether slots go in blocks: on JAX, unless an export leaves their number open."""
     return keras.backend.backend() == "jax" and isinstance(count, int) and count > block
-
-
-def _mix_in_blocks(mix_slots, weights, first, count):
-    if not _is_cut(count, BLOCK):
-        return mix_slots(mix_weighed, weights, first, count)
-
-    def add(number, mixed):
-        # The last block reaches back to where one fits.
-        begin = ops.cast(number, "int32") * BLOCK
-        start = ops.minimum(begin, count - BLOCK)
-        part = slots_of(weights, start, BLOCK, axis=3)
-        is_new = start + ops.arange(BLOCK, dtype="int32") >= begin
-        part = ops.where(is_new[None, None, None], part, ops.zeros_like(part))
-        return mixed + mix_slots(mix_weighed, part, first + start, BLOCK)
-
-    mixed = mix_slots(mix_weighed, weights[..., :BLOCK], first, BLOCK)
-    return ops.fori_loop(1, -(-count // BLOCK), add, mixed)
 
 
 def in_blocks(make, like):
@@ -73,7 +28,7 @@ def in_blocks(make, like):
         like: Tensor of the shape and dtype of what it makes.
     """
     count = like.shape[-1]
-    if not _is_cut(count, KEY_BLOCK):
+    if not is_cut(count, KEY_BLOCK):
         return make(0, count)
 
     def put(number, made):

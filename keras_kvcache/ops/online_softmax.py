@@ -11,7 +11,7 @@ import keras
 from keras import ops
 
 from keras_kvcache.ops.known import either, is_recorded
-from keras_kvcache.ops.products import is_few, sum_dtype
+from keras_kvcache.ops.products import few_block, is_few, mix, scores_of, sum_dtype
 from keras_kvcache.ops.scoring import Scoring
 from keras_kvcache.ops.softmax import LOWEST
 from keras_kvcache.ops.view import slots_of
@@ -26,7 +26,7 @@ NOTHING_SEEN = LOWEST / 10
 BLOCK = 512
 
 
-def attend_segments(query, segments, masks, value_dim, length, scoring, positions):
+def attend_segments(query, segments, masks, length, scoring, positions):
     """Attention of queries that are scaled and grouped by key/value head.
 
     Args:
@@ -34,7 +34,6 @@ def attend_segments(query, segments, masks, value_dim, length, scoring, position
         segments: Tuple of `Segment`. One that no query may attend isn't read.
         masks: One boolean mask a segment, `(1 | B, 1 | N, 1 | T, n)`, or `None`
             where every slot may be attended.
-        value_dim: `Hv`.
         length: `T`.
         scoring: A `Scoring`, whose scale is in the queries already.
         positions: int32 `(1 | B, T)`, positions of the queries; `None` will do for a
@@ -44,10 +43,10 @@ def attend_segments(query, segments, masks, value_dim, length, scoring, position
         A tensor `(B, K, R, Hv)`, float32 unless queries are float64; zero for a
         query with nothing to attend.
     """
-    running = _begin(query, scoring.sink, value_dim, length)
+    running = _begin(query, scoring.sink, segments[0].value_dim, length)
     few = is_few(query)
     for segment, mask in zip(segments, masks, strict=True):
-        block = segment.block if few else BLOCK
+        block = few_block(segment) if few else BLOCK
         attended = _Attended(query, segment, mask, scoring, positions, length)
         running = _add_segment(running, attended, block)
     total = ops.where(running.total > 0, running.total, ops.ones_like(running.total))
@@ -74,7 +73,8 @@ class _Attended(NamedTuple):
 
     def partial(self, first, count):
         """Attention over `count` slots of the segment from `first` on."""
-        scores = self.scoring.cap(self.segment.scores(self.query, first, count))
+        products = scores_of(self.segment, self.query, first, count)
+        scores = self.scoring.cap(products)
         if self.scoring.bias is not None:
             slots = slots_of(self.segment.positions, first, count, axis=1)
             bias = self.scoring.bias_of(self.positions, slots, scores.dtype)
@@ -87,7 +87,7 @@ class _Attended(NamedTuple):
         maximum = ops.maximum(maximum, NOTHING_SEEN)
         weights = ops.exp(scores - maximum)
         total = ops.sum(weights, axis=-1, keepdims=True)
-        output = self.segment.mix(weights, first, count, mask is not None)
+        output = mix(self.segment, weights, first, count, mask is not None)
         return _Partial(maximum, total, output)
 
     def mask_of(self, first, count):

@@ -1,9 +1,69 @@
 """The platform that a program will run on, and what suits it."""
 
 import importlib.util
+from dataclasses import dataclass
 from pathlib import Path
 
 import keras
+
+
+@dataclass(frozen=True)
+class Platform:
+    """A platform: all that the package decides by it.
+
+    Attributes:
+        kernel: Which kernel of the package attends, `"cpu"` or `"gpu"`; `None` where
+            XLA or another backend attends alone.
+        calls_native: Whether programs can call the package's C++: XLA can't cut a call
+            into parts for several devices.
+        multiplies_narrow: Whether products of bfloat16 and float16 are as fast as those
+            of float32. On a CPU they are several times slower.
+        stores_bits: Whether narrow floats are stored as whole numbers of their bits, as
+            XLA widens all of an array of them on a CPU to write or read a part.
+        fuses_float16: Whether the backend's fused attention multiplies float16. JAX's
+            asks for products that only GPUs have.
+        doubles_row_of_slots, doubles_row_of_weights: Whether one row is multiplied with
+            slots, or with weights, as two that are alike. For one row XLA doesn't use a
+            TPU's matrix units, and multiplies with weights number by number on a GPU.
+        scatters: Whether a scatter writes rows in place: under JAX, but on a TPU.
+        loops_writes: Whether a loop writes rows in place where a scatter copies.
+        has_float64: Whether the backend has float64; in JAX `jax_enable_x64` has to be
+            set.
+    """
+
+    kernel: str | None = None
+    calls_native: bool = False
+    multiplies_narrow: bool = False
+    stores_bits: bool = False
+    fuses_float16: bool = True
+    doubles_row_of_slots: bool = False
+    doubles_row_of_weights: bool = False
+    scatters: bool = False
+    loops_writes: bool = False
+    has_float64: bool = True
+
+
+def current_platform():
+    """The `Platform` of what is traced or run now."""
+    if keras.backend.backend() != "jax":
+        return Platform()
+    import jax
+
+    platform, triton = jax.default_backend(), has_triton()
+    on_tpu = platform == "tpu"
+    calls_native = platform == "cpu" and jax.device_count() == 1
+    return Platform(
+        kernel="gpu" if triton else "cpu" if calls_native else None,
+        calls_native=calls_native,
+        multiplies_narrow=platform != "cpu",
+        stores_bits=platform == "cpu",
+        fuses_float16=platform == "gpu",
+        doubles_row_of_slots=on_tpu,
+        doubles_row_of_weights=on_tpu or triton,
+        scatters=not on_tpu,
+        loops_writes=on_tpu,
+        has_float64=jax.config.jax_enable_x64,
+    )
 
 
 def is_accelerator():
@@ -18,36 +78,6 @@ def is_accelerator():
 def is_jax_on_cpu():
     """Whether JAX is the backend and runs programs on a CPU."""
     return keras.backend.backend() == "jax" and not is_accelerator()
-
-
-def is_tpu():
-    """Whether JAX is the backend and runs programs on a TPU."""
-    if keras.backend.backend() != "jax":
-        return False
-    import jax
-
-    return jax.default_backend() == "tpu"
-
-
-def has_float16_products():
-    """Whether the backend's fused attention multiplies float16.
-
-    JAX's asks for float16 products that only GPUs have.
-    """
-    if keras.backend.backend() != "jax":
-        return True
-    import jax
-
-    return jax.default_backend() == "gpu"
-
-
-def has_float64():
-    """Whether the backend has float64; in JAX `jax_enable_x64` has to be set."""
-    if keras.backend.backend() != "jax":
-        return True
-    import jax
-
-    return jax.config.jax_enable_x64
 
 
 def has_triton():

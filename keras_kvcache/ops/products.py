@@ -1,15 +1,24 @@
-"""Products of queries with keys and of weights with values, layout by layout."""
+"""Products of queries with the keys of a segment, and of weights with its values."""
 
 import re
-from typing import Any, NamedTuple
 
 import keras
 from keras import ops
 
+from keras_kvcache.ops.codecs import AsGiven, turn_back
 from keras_kvcache.ops.known import either, is_recorded
-from keras_kvcache.ops.mix import contract, in_blocks, make_mix
-from keras_kvcache.ops.platform import is_tpu
-from keras_kvcache.ops.view import Segment, View, slots_of
+from keras_kvcache.ops.layouts import DENSE_PAIR, HEAD_MAJOR
+from keras_kvcache.ops.mix import (
+    BLOCK,
+    contract,
+    in_blocks,
+    is_cut,
+    mix_all,
+    mix_seen,
+    mix_weighed,
+)
+from keras_kvcache.ops.platform import current_platform
+from keras_kvcache.ops.view import Segment, View, slots_of, start_of_slice
 
 # The most queries, all heads together, that count as few: reading the slots takes
 # longer than computing with them.
@@ -26,54 +35,6 @@ def is_few(query):
     return isinstance(rows, int) and heads * rows <= FEW_QUERIES
 
 
-class Read(NamedTuple):
-    """Some slots of keys or values, ready for a product.
-
-    Attributes:
-        matrix: Their numbers, still to be multiplied with the scale.
-        scale: One factor a slot and head, 1 in the place of the head size; `None`
-            for none. It's folded into scores and weights.
-        rotation: Orthogonal matrix `(Hv, Hv)` that values were multiplied with;
-            `None` for none. Their sums are turned back, not they themselves.
-    """
-
-    matrix: Any
-    scale: Any = None
-    rotation: Any = None
-
-
-def head_major_segment(
-    read_keys, read_values, positions, block=None, first=None, arrays=None
-):
-    """A segment whose heads come before its slots.
-
-    Keys have their slots last: `(R, H) × (H, n)` and `(R, n) × (n, Hv)` are
-    products of a few rows with a long matrix that is read row by row.
-
-    Args:
-        read_keys: Function of `first` and `count`: a `Read` of keys `(B, K, H,
-            count)`.
-        read_values: Function of `first` and `count`: a `Read` of values `(B, K,
-            count, Hv)`.
-        positions, block, first, arrays: As in `Segment`.
-
-    Returns:
-        A `Segment`.
-    """
-
-    def scores(query, first, count):
-        keys, scale, _ = read_keys(first, count)
-        product = _by_head(_score, "rh,hn->rn", query, keys)
-        return _scaled(product, scale, (0, 1, 2, 3))
-
-    def mix_slots(product, weights, first, count):
-        values, scale, rotation = read_values(first, count)
-        weights = _weighed(weights, scale, (0, 1, 3, 2))
-        return turn_back(_by_head(product, "rn,nh->rh", weights, values), rotation)
-
-    return Segment(scores, make_mix(mix_slots), positions, block, first, arrays)
-
-
 def sequence_view(keys, values):
     """A view of keys and values that were never cached.
 
@@ -84,104 +45,194 @@ def sequence_view(keys, values):
     Returns:
         A `View` of one segment; entry `s` stands at position `s`.
     """
-    keys_last = ops.transpose(keys, (0, 2, 3, 1))
-    values_last = ops.transpose(values, (0, 2, 1, 3))
-    segment = head_major_segment(
-        reader(keys_last, axis=3),
-        reader(values_last, axis=2),
+    segment = Segment(
+        (ops.transpose(keys, (0, 2, 3, 1)), ops.transpose(values, (0, 2, 1, 3))),
         ops.arange(ops.shape(keys)[1], dtype="int32")[None],
+        HEAD_MAJOR,
+        AsGiven(keras.backend.standardize_dtype(keys.dtype)),
+        keys.shape[3],
+        values.shape[3],
         first=0,
     )
     return View((segment,), keys.shape[2], values.shape[3])
 
 
-def dense_segment(
-    read_keys, read_values, positions, heads, first=None, arrays=None, start=0
-):
-    """A segment whose heads lie within its slots.
+def few_block(segment):
+    """The most slots that few queries are multiplied with at a time; `None` for all."""
+    return segment.codec.block if segment.layout == HEAD_MAJOR else DENSE_BLOCK
 
-    A product head by head has to copy them to another order. Few queries are
-    instead laid out block-diagonally, `(K·R, K·H)` with zeros where a query meets
-    another head, and multiplied with whole slots, `(n, K·H)`: more arithmetic, but
-    only reading. Many queries pay for the copy.
+
+def keys_of(segment, first, count):
+    """`count` slots of the keys of a segment, an `Operand`.
 
     Args:
-        read_keys: Function of `first` and `count`: keys `(B, count, K, H)`.
-        read_values: Function of `first` and `count`: values `(B, count, K, Hv)`.
-        heads: `K`.
-        positions, first, arrays, start: As in `Segment`.
+        segment: A `Segment`.
+        first: The first slot asked for, an int or an int32 tensor.
+        count: How many.
 
     Returns:
-        A `Segment`.
+        An `Operand` of keys `(B, K, H, count)`; dense ones are `(B, count, K, H)`.
+    """
+    arrays, axes = _cut(segment, 0, first, count)
+    return segment.codec.read_keys(arrays, segment.head_dim, *axes)
+
+
+def values_of(segment, first, count):
+    """As `keys_of`, of values `(B, K, count, Hv)` or `(B, count, K, Hv)`."""
+    arrays, axes = _cut(segment, 1, first, count)
+    return segment.codec.read_values(arrays, segment.value_dim, *axes)
+
+
+def scores_of(segment, query, first, count):
+    """Products of queries and keys.
+
+    Args:
+        segment: A `Segment`.
+        query: Tensor `(B, K, R, H)`; `R` queries share a key/value head.
+        first, count: As in `keys_of`.
+
+    Returns:
+        A tensor `(B, K, R, count)`, float32 or float64.
+    """
+    keys, scale, _ = keys_of(segment, first, count)
+    if segment.layout != HEAD_MAJOR:
+        return _dense_scores(segment, query, keys, first, count)
+    product = _by_head(_score, "rh,hn->rn", query, keys)
+    return product if scale is None else product * ops.cast(scale, product.dtype)
+
+
+def mix(segment, weights, first, count, hides=True):
+    """Sums of values, to which hidden slots, whose weight is 0, add nothing.
+
+    Args:
+        segment: A `Segment`.
+        weights: Tensor `(B, K, R, count)`, float32 or float64.
+        first, count: As in `keys_of`.
+        hides: Whether slots may be hidden.
+
+    Returns:
+        A tensor `(B, K, R, Hv)` of the weights' dtype.
+    """
+    if not hides:
+        return _mix(segment, mix_all, weights, first, count)
+    if keras.distribution.distribution() is not None or is_recorded():
+        # Devices would have to ask each other whether all is finite, and a recorded
+        # program can't branch.
+        return _mix(segment, mix_seen, weights, first, count)
+    mixed = _mix(segment, mix_all, weights, first, count)
+    return either(
+        ops.all(ops.isfinite(mixed)),
+        lambda: mixed,
+        lambda: _mix_in_blocks(segment, weights, first, count),
+    )
+
+
+def _cut(segment, half, first, count):
+    """Some slots of the arrays of keys (0) or values (1), and their axes."""
+    layout, offset = segment.layout, segment.offset
+    first = first + offset if offset else first
+    if layout.is_shared:
+        return (_half(*segment.arrays, half, first, count),), DENSE_PAIR.keys
+    axes = (layout.keys, layout.values)[half]
+    arrays = layout.arrays(segment.codec, segment.head_dim, segment.value_dim)
+    tokens = [part.tokens for part, _ in arrays]
+    split = len(segment.codec.key_parts(segment.head_dim))
+    part = slice(0, split) if half == 0 else slice(split, None)
+    pairs = zip(segment.arrays[part], tokens[part], strict=True)
+    return tuple(
+        slots_of(array, first // each, count // each, axes.slots)
+        for array, each in pairs
+    ), axes
+
+
+def _half(array, half, first, count):
+    """Some slots of the keys or values of an array `(B, 2, S, K, H)`."""
+    batch, _, slots, heads, width = ops.shape(array)
+    if count == slots:
+        return array[:, half]
+    place = start_of_slice((0, half, first, 0, 0))
+    part = ops.slice(array, place, (batch, 1, count, heads, width))
+    return part[:, 0]
+
+
+def _dense_scores(segment, query, keys, first, count):
+    """`scores_of` keys `(B, count, K, H)`.
+
+    A product head by head has to copy them to another order. Few queries are instead
+    laid out block-diagonally, `(K·R, K·H)` with zeros where a query meets another head,
+    and multiplied with whole slots, `(n, K·H)`: more arithmetic, but only reading. Many
+    queries pay for the copy.
     """
 
-    def scores(query, first, count):
-        keys = read_keys(first, count)
+    # A recorded program can't branch on whether all is finite.
+    if not is_few(query) or is_recorded():
+        return _scores_by_head(query, keys)
+    batch, _, heads, head_dim = ops.shape(keys)
+    flat = ops.reshape(keys, (batch, count, heads * head_dim))
+    product = _score("brf,bnf->brn", _spread(query), flat)
+    product = ops.reshape(product, (*ops.shape(query)[:3], count))
+    if keras.distribution.distribution() is not None:
+        return product
+    # Keys of other heads may be infinite, and 0 times that is NaN.
+    return either(
+        ops.all(ops.isfinite(product)),
+        lambda: product,
+        lambda: in_blocks(
+            lambda start, size: _scores_by_head(
+                query, keys_of(segment, first + start, size).matrix
+            ),
+            product,
+        ),
+    )
 
-        def by_head(keys):
-            keys_last = ops.transpose(keys, (0, 2, 3, 1))
-            return _by_head(_score, "rh,hn->rn", query, keys_last)
 
-        # A recorded program can't branch on whether all is finite.
-        if is_few(query) and not is_recorded():
-            batch, head_dim = ops.shape(keys)[0], keys.shape[3]
-            flat = ops.reshape(keys, (batch, count, heads * head_dim))
-            product = _score("brf,bnf->brn", _spread(query), flat)
-            product = ops.reshape(product, (*ops.shape(query)[:3], count))
-            if keras.distribution.distribution() is None:
-                # Keys of other heads may be infinite, and 0 times that is NaN.
-                is_finite = ops.all(ops.isfinite(product))
-                product = either(
-                    is_finite,
-                    lambda: product,
-                    lambda: in_blocks(
-                        lambda start, size: by_head(read_keys(first + start, size)),
-                        product,
-                    ),
-                )
-            return product
-        return by_head(keys)
+def _scores_by_head(query, keys):
+    keys_last = ops.transpose(keys, (0, 2, 3, 1))
+    return _by_head(_score, "rh,hn->rn", query, keys_last)
 
-    def mix_slots(product, weights, first, count):
-        values = read_values(first, count)
-        batch, value_dim = ops.shape(values)[0], values.shape[3]
-        if is_few(weights):
-            rows = weights.shape[2]
-            weights = ops.reshape(weights, (batch, heads * rows, count))
-            values = ops.reshape(values, (batch, count, heads * value_dim))
-            mixed = product("brn,bnf->brf", weights, values)
-            return _gather(mixed, (batch, heads, rows, value_dim))
+
+def _mix(segment, product, weights, first, count):
+    """`mix` by one of the products of `mix.py`."""
+    values, scale, rotation = values_of(segment, first, count)
+    if segment.layout != HEAD_MAJOR:
+        return _dense_mix(product, weights, values, count)
+    if scale is not None:
+        # Weights of 0 stay 0, whatever the scale.
+        scale = ops.transpose(scale, (0, 1, 3, 2))
+        scaled = weights * ops.cast(scale, weights.dtype)
+        weights = ops.where(weights == 0, weights, scaled)
+    return turn_back(_by_head(product, "rn,nh->rh", weights, values), rotation)
+
+
+def _dense_mix(product, weights, values, count):
+    """The same of values `(B, count, K, Hv)`; for few queries as in `_dense_scores`."""
+    if not is_few(weights):
         values = ops.transpose(values, (0, 2, 1, 3))
         return _by_head(product, "rn,nh->rh", weights, values)
-
-    mix = make_mix(mix_slots)
-    return Segment(scores, mix, positions, DENSE_BLOCK, first, arrays, start)
-
-
-def reader(tensor, axis):
-    """A function that reads slots on an axis of a tensor as they are."""
-    return lambda first, count: Read(slots_of(tensor, first, count, axis))
+    batch, heads, rows, _ = ops.shape(weights)
+    value_dim = values.shape[3]
+    weights = ops.reshape(weights, (batch, heads * rows, count))
+    values = ops.reshape(values, (batch, count, heads * value_dim))
+    mixed = product("brn,bnf->brf", weights, values)
+    return _gather(mixed, (batch, heads, rows, value_dim))
 
 
-def turn_back(values, rotation):
-    """Values `(…, Hv)` as they were before a rotation."""
-    if rotation is None:
-        return values
-    return ops.matmul(values, ops.cast(rotation.T, values.dtype))
+def _mix_in_blocks(segment, weights, first, count):
+    """`mix` in little memory, each query by itself."""
+    if not is_cut(count, BLOCK):
+        return _mix(segment, mix_weighed, weights, first, count)
 
+    def add(number, mixed):
+        # The last block reaches back to where one fits.
+        begin = ops.cast(number, "int32") * BLOCK
+        start = ops.minimum(begin, count - BLOCK)
+        part = slots_of(weights, start, BLOCK, axis=3)
+        is_new = start + ops.arange(BLOCK, dtype="int32") >= begin
+        part = ops.where(is_new[None, None, None], part, ops.zeros_like(part))
+        return mixed + _mix(segment, mix_weighed, part, first + start, BLOCK)
 
-def _scaled(product, scale, axes):
-    """`(B, K, R, n)` with a factor for each slot, whose axes come in another order."""
-    if scale is None:
-        return product
-    return product * ops.cast(ops.transpose(scale, axes), product.dtype)
-
-
-def _weighed(weights, scale, axes):
-    """`_scaled` weights; weights of 0 stay 0, whatever the scale."""
-    if scale is None:
-        return weights
-    return ops.where(weights == 0, weights, _scaled(weights, scale, axes))
+    mixed = _mix(segment, mix_weighed, weights[..., :BLOCK], first, BLOCK)
+    return ops.fori_loop(1, -(-count // BLOCK), add, mixed)
 
 
 def _by_head(product, equation, x, y):
@@ -190,7 +241,7 @@ def _by_head(product, equation, x, y):
     On a CPU a batch axis of size 1 beside that of heads costs a factor of ten, so
     the two are merged. Where they are spread over devices each keeps to its own.
     """
-    if x.shape[2] == 1 and is_tpu():
+    if x.shape[2] == 1 and current_platform().doubles_row_of_slots:
         # For one row XLA wouldn't use matrix units, and would copy the slots to
         # another layout at each step.
         two_rows = ops.concatenate([x, x], axis=2)

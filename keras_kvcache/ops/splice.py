@@ -6,7 +6,7 @@ import jax
 import keras
 from keras import ops
 
-from keras_kvcache.ops.platform import is_tpu
+from keras_kvcache.ops.platform import current_platform
 from keras_kvcache.ops.positions import as_int32
 from keras_kvcache.ops.sharding import rows_divide
 
@@ -68,13 +68,13 @@ def choose_strategy(is_shared, is_known, shape, axis):
         return "gather"
     if is_known and is_shared:
         return "slice"
-    is_jax = keras.backend.backend() == "jax"
-    suits = is_jax and not is_tpu() and rows_divide(shape[0])
+    suits = current_platform().scatters and rows_divide(shape[0])
     return "scatter" if is_known and suits else "where"
 
 
 def _suits_loop(shape, axis):
-    is_here = is_tpu() and keras.distribution.distribution() is None
+    is_here = current_platform().loops_writes
+    is_here = is_here and keras.distribution.distribution() is None
     # A number of rows is a symbol in a program that JAX exports.
     has_rows = isinstance(shape[0], int) and shape[0] > 0
     return is_here and has_rows and axis > 0 and axis >= len(shape) - 2

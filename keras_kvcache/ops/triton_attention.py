@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from keras_kvcache.ops.masks import whole_mask
 from keras_kvcache.ops.online_softmax import NOTHING_SEEN
 from keras_kvcache.ops.softmax import LOWEST
 from keras_kvcache.ops.triton_operands import Bias, Mask, Queries, Sizes, Slots, own
@@ -97,30 +98,23 @@ def suits_triton(query, arrays, value_dim):
 
 
 def attend_by_triton(
-    query, segments, length, value_dim, scoring, positions=None, interpret=False
+    query, segments, masks, length, scoring, positions, interpret=False
 ):
     """Attention as by `attend_segments`, of queries scaled and grouped.
 
     Args:
         query: `(B, K, R, H)`, `R = G·T`.
-        segments: For each the arrays of a `Segment`, the number of its first slot in
-            them, its mask, boolean `(1 | B, 1 | N, 1 | T, n)`, and the positions of its
-            slots, int32 `(1 | B, n)`, which a bias needs.
-        length: `T`.
-        value_dim: `Hv`.
-        scoring: A `Scoring`, whose scale is in the queries already and whose bias is a
-            table or `None`.
-        positions: int32 `(1 | B, T)`, positions of the queries, which a bias needs.
+        segments, masks, length, scoring, positions: As there.
         interpret: Whether JAX interprets the kernel, which runs anywhere.
 
     Returns:
         float32 `(B, K, R, Hv)`, rounded to the dtype of the queries; zero for a query
         with nothing to attend.
     """
-    sizes = Sizes(*query.shape[2:], value_dim, length)
+    sizes = Sizes(*query.shape[2:], segments[0].value_dim, length)
     partials = [
-        _attend_parts(query, *segment, sizes, scoring, positions, interpret)
-        for segment in segments
+        _attend_parts(query, segment, mask, sizes, scoring, positions, interpret)
+        for segment, mask in zip(segments, masks, strict=True)
     ]
     if scoring.sink is not None:
         partials.append(_sink_part(query, scoring.sink, sizes))
@@ -139,13 +133,14 @@ def _sink_part(query, sink, sizes):
     return maximum, jnp.ones_like(maximum), output
 
 
-def _attend_parts(
-    query, arrays, start, mask, slots, sizes, scoring, positions, interpret
-):
+def _attend_parts(query, segment, mask, sizes, scoring, positions, interpret):
     """Maxima and sums `(B, K, P, R)`, outputs `(B, K, P, R, Hv)` of `P` parts."""
     from jax.experimental.pallas import triton
 
     batch, heads, rows, _ = query.shape
+    mask = whole_mask(segment, mask)
+    # Some hold the bits of bfloat16.
+    arrays = [a.view("bfloat16") if a.dtype == "int16" else a for a in segment.arrays]
     tiling = choose_tiling(
         batch * heads,
         rows,
@@ -153,14 +148,17 @@ def _attend_parts(
         max(sizes.head_dim, sizes.value_dim),
         product_dtype(query.dtype, arrays[0].dtype),
     )
-    bias = () if scoring.table is None else (scoring.table, positions, slots)
+    bias = ()
+    if scoring.bias is not None:
+        bias = (scoring.bias, positions, segment.positions)
     kernel = functools.partial(
         _kernel,
         sizes=sizes,
         tiling=tiling,
-        start=start,
+        layout=segment.layout,
+        offset=segment.offset,
         soft_cap=scoring.soft_cap,
-        has_bias=scoring.table is not None,
+        has_bias=scoring.bias is not None,
     )
     shape = (batch, heads, tiling.parts, rows)
     call = pl.pallas_call(
@@ -188,14 +186,23 @@ def _ends(mask):
 
 
 def _kernel(
-    query_ref, ends_ref, mask_ref, *refs, sizes, tiling, start, soft_cap, has_bias
+    query_ref,
+    ends_ref,
+    mask_ref,
+    *refs,
+    sizes,
+    tiling,
+    layout,
+    offset,
+    soft_cap,
+    has_bias,
 ):
     """Some queries of a row and head over one part of the slots, tile by tile."""
     *bias_refs, maximum_ref, total_ref, output_ref = refs
     bias_refs, slot_refs = bias_refs[: 3 * has_bias], bias_refs[3 * has_bias :]
     part, head_and_group, row = (pl.program_id(axis) for axis in range(3))
     head, group = divide(head_and_group, tiling.groups)
-    segment = Slots(slot_refs, row, head, start, mask_ref.shape[3])
+    segment = Slots(slot_refs, row, head, layout, offset, mask_ref.shape[3])
     queries = group * tiling.queries + padded_range(tiling.queries)
     features, value_features = (
         padded_range(sizes.head_dim),

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from keras_kvcache.ops.layouts import Layout
 from keras_kvcache.ops.triton_tiles import divide, load
 
 
@@ -81,23 +82,19 @@ class Mask(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """The slots of one row and head, in any of the forms of `Segment.arrays`."""
+    """The slots of one row and head of a `Segment`."""
 
-    refs: list  # of the arrays
+    refs: list  # of its arrays
     row: jax.Array
     head: jax.Array
-    start: int  # the segment's first slot in the arrays
+    layout: Layout
+    offset: int  # the segment's first slot in the arrays
     count: int
 
     @property
-    def is_dense(self):
-        """Whether keys and values are in one tensor, which holds no codes."""
-        return len(self.refs[0].shape) == 5
-
-    @property
     def has_scales(self):
-        """Whether numbers are codes, with a scale for each slot."""
-        return self.refs[0].dtype == jnp.int8
+        """Whether keys and values are each followed by a scale for each slot."""
+        return len(self.refs) == 4
 
     def keys(self, slots, features, size):
         """Keys `(H, tile)`; zeros past the sizes."""
@@ -115,8 +112,8 @@ class Slots(NamedTuple):
 
     def _load(self, half, slots, features, is_there, scales=False):
         """Numbers of keys (`half` 0) or values (1), zeros where they aren't there."""
-        if self.is_dense:
-            place = (self.row, half, self.start + slots, self.head, features)
+        if self.layout.is_shared:
+            place = (self.row, half, self.offset + slots, self.head, features)
             return load(self.refs[0], place, is_there)
         ref = self.refs[half * len(self.refs) // 2 + scales]
         order = (features, slots) if half == 0 else (slots, features)

@@ -1,45 +1,44 @@
 """What one call may attend to."""
 
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import jax
 from keras import ops
 
+from keras_kvcache.ops.codecs import Codec
+from keras_kvcache.ops.layouts import Layout
 
-class Segment(NamedTuple):
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False, repr=False)
+class Segment:
     """A run of cache slots that isn't read if no query may attend it.
 
-    How its entries lie in memory is its own affair: it is known by two products.
-    `R` is the number of queries that share a key/value head, `G·T`.
+    What is computed with it are functions: `keras_kvcache.ops.products`.
 
     Attributes:
-        scores: Function of queries `(B, K, R, H)` and of `first` and `count`: the
-            products with the keys of `count` slots from `first` on,
-            `(B, K, R, count)`, of float32 or float64. `first` may be traced.
-        mix: Function of weights `(B, K, R, count)`, `first`, `count` and whether slots
-            may be hidden, whose weights are 0: the sums of values that they weigh,
-            `(B, K, R, Hv)`, of the weights' dtype.
-        positions: Absolute position of each slot, int32 `(1, n)` or `(B, n)`;
-            -1 where a slot has none.
-        block: The most slots for a product with few queries; `None` for all.
+        arrays: Coded keys and values, in the order of `layout.arrays(codec, …)`.
+        positions: Absolute position of each slot, int32 `(1, n)` or `(B, n)`; -1 where
+            a slot has none.
+        layout: The `Layout` of the arrays.
+        codec: Their `Codec`.
+        head_dim: `H`.
+        value_dim: `Hv`.
+        offset: Slot of the arrays that is the segment's first; they may have more slots
+            than the segment only where codes have no groups.
         first: Position of the first slot if the others follow it one by one, so
             that masks over positions can be cut instead of looked up; else `None`.
-        arrays: What a kernel may read in the place of the products: keys `(B, K, H,
-            n)` and values `(B, K, n, Hv)`, float32, bfloat16 or int16 for the bits of
-            bfloat16; or int8 codes of them, each followed by a float32 scale for every
-            slot, `(B, K, 1, n)` and `(B, K, n, 1)`. Or one tensor of both, `(B, 2, S,
-            K, H)`, without codes, of whose slots the segment has some. `None` if
-            something else is held.
-        start: Which of the slots of `arrays` is its first; 0 if head-major.
     """
 
-    scores: Callable[..., Any]
-    mix: Callable[..., Any]
+    arrays: tuple[Any, ...]
     positions: Any
-    block: int | None = None
-    first: int | None = None
-    arrays: tuple[Any, ...] | None = None
-    start: int = 0
+    layout: Layout = field(metadata={"static": True})
+    codec: Codec = field(metadata={"static": True})
+    head_dim: int = field(metadata={"static": True})
+    value_dim: int = field(metadata={"static": True})
+    offset: int = field(default=0, metadata={"static": True})
+    first: int | None = field(default=None, metadata={"static": True})
 
 
 class View(NamedTuple):

@@ -2,18 +2,15 @@
 
 import abc
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 from keras import ops
 
 from keras_kvcache.cache_names import CODED, FLOATS
-from keras_kvcache.ops import (
-    Read,
+from keras_kvcache.ops.platform import current_platform
+from keras_kvcache.ops.quantize import (
     dequantize_int4_groups,
-    has_float64,
-    has_triton,
-    is_accelerator,
     pack_int4,
     quantize_int4,
     quantize_int4_groups,
@@ -22,13 +19,44 @@ from keras_kvcache.ops import (
     unpack_int4,
 )
 
-# What bfloat16 numbers that belong to codes are held as: whole numbers of their bits.
-# On a CPU, XLA would widen an array of them for every slot it writes (see `bits.py`).
+# bfloat16 numbers that belong to codes are stored as whole numbers of their bits: on a
+# CPU, XLA would widen an array of them for every slot it writes (see `Bits`).
 BITS = "int16"
 
 # Slots of head-major storage that are brought back to floats at a time, in a
 # processor's cache.
 CODED_BLOCK = 512
+
+
+class Operand(NamedTuple):
+    """Some slots of keys or values, ready for a product.
+
+    Attributes:
+        matrix: Their numbers, still to be multiplied with the scale.
+        scale: One factor a slot and head, 1 in the place of the head size; `None`
+            for none. It's folded into scores and weights.
+        rotation: Orthogonal matrix `(Hv, Hv)` that values were multiplied with;
+            `None` for none. Their sums are turned back, not they themselves.
+    """
+
+    matrix: Any
+    scale: Any = None
+    rotation: Any = None
+
+    def decoded(self):
+        """The entries that it stands for, with the head size on the last axis."""
+        entries = self.matrix
+        if self.scale is not None:
+            # What is rotated still may be larger than a narrow dtype can tell.
+            entries = ops.cast(entries, "float32") * ops.cast(self.scale, "float32")
+        return turn_back(entries, self.rotation)
+
+
+def turn_back(values, rotation):
+    """Values `(…, Hv)` as they were before a rotation."""
+    if rotation is None:
+        return values
+    return ops.matmul(values, ops.cast(rotation.T, values.dtype))
 
 
 class Part(NamedTuple):
@@ -66,7 +94,7 @@ class Codec(abc.ABC):
     group = 1
     # The most slots that few queries are multiplied with at a time; `None` for all.
     block = CODED_BLOCK
-    # Whether a cache's arrays may be the `arrays` of a `Segment`.
+    # Whether kernels read the arrays of a segment.
     kernels_read = False
     # Whether keys and values are kept as they are, one number each.
     is_exact = False
@@ -105,11 +133,11 @@ class Codec(abc.ABC):
 
     @abc.abstractmethod
     def read_keys(self, parts, head_dim, axis, slots):
-        """Keys from their arrays, as a `Read`."""
+        """Keys from their arrays, as an `Operand`."""
 
     @abc.abstractmethod
     def read_values(self, parts, head_dim, axis, slots):
-        """Values from their arrays, as a `Read`."""
+        """Values from their arrays, as an `Operand`."""
 
 
 @dataclass(frozen=True)
@@ -126,14 +154,14 @@ class Exact(Codec):
     @property
     def block(self):
         """All slots where nothing need be widened for a product, as on a CPU."""
-        is_wide = self.dtype in ("float32", "float64") or is_accelerator()
-        return None if is_wide else CODED_BLOCK
+        is_wide = self.dtype in ("float32", "float64")
+        return None if is_wide or current_platform().multiplies_narrow else CODED_BLOCK
 
     @property
     def kernels_read(self):
         """See `Codec`: what a kernel reads, narrow or not; float16 on GPUs alone."""
         return self.dtype in ("float32", "bfloat16") or (
-            self.dtype == "float16" and has_triton()
+            self.dtype == "float16" and current_platform().kernel == "gpu"
         )
 
     def key_parts(self, head_dim):
@@ -150,9 +178,49 @@ class Exact(Codec):
         if self.block is not None:
             # A CPU's products of narrow numbers are slower than this.
             entries = ops.cast(entries, "float32")
-        return Read(entries)
+        return Operand(entries)
 
     value_parts, encode_values, read_values = key_parts, encode_keys, read_keys
+
+
+@dataclass(frozen=True)
+class Bits(Exact):
+    """Entries as they are, their 16 bits taken for a whole number's.
+
+    XLA has no narrow floats on a CPU: to write or read a part of an array it widens all
+    of it and narrows it again, token by token. Whole numbers it leaves alone, so that
+    only the slots that are read are made floats of.
+    """
+
+    @property
+    def name(self):
+        """See `Codec.name`."""
+        return f"{self.dtype} as bits"
+
+    def key_parts(self, head_dim):
+        """See `Codec.key_parts`."""
+        return (Part(head_dim, 1, BITS),)
+
+    def encode_keys(self, keys, axis, slots):
+        """See `Codec.encode_keys`."""
+        return tuple(
+            ops.view(part, BITS) for part in super().encode_keys(keys, axis, slots)
+        )
+
+    def read_keys(self, parts, head_dim, axis, slots):
+        """See `Codec.read_keys`."""
+        floats = tuple(ops.view(part, self.dtype) for part in parts)
+        return super().read_keys(floats, head_dim, axis, slots)
+
+    value_parts, encode_values, read_values = key_parts, encode_keys, read_keys
+
+
+@dataclass(frozen=True)
+class AsGiven(Exact):
+    """Entries that were never cached: products take them as they are."""
+
+    block = None
+    kernels_read = False
 
 
 @dataclass(frozen=True)
@@ -173,7 +241,7 @@ class Int8(Codec):
     def read_keys(self, parts, head_dim, axis, slots):
         """See `Codec.read_keys`."""
         codes, scale = parts
-        return Read(ops.cast(codes, self.dtype), scale)
+        return Operand(ops.cast(codes, self.dtype), scale)
 
     value_parts, encode_values, read_values = key_parts, encode_keys, read_keys
 
@@ -201,7 +269,7 @@ class _Int4Values:
         codes = ops.cast(unpack_int4(packed, axis, head_dim), self.dtype)
         # Both are exact; weights take in the scale, and float16 might have no room
         # for all of it.
-        return Read(16.0 * codes - 120.0, scale / 16.0, rotation(head_dim))
+        return Operand(16.0 * codes - 120.0, scale / 16.0, rotation(head_dim))
 
 
 @dataclass(frozen=True)
@@ -241,7 +309,7 @@ class Int4(_Int4Values, Codec):
         codes = unpack_int4(packed, axis, head_dim)
         group, dtype = self.group, self.dtype
         keys = dequantize_int4_groups(codes, scale, lowest, slots, group, dtype)
-        return Read(keys)
+        return Operand(keys)
 
 
 @dataclass(frozen=True)
@@ -273,7 +341,7 @@ def get_codec(identifier, dtype="float32"):
     if isinstance(identifier, Codec):
         return identifier
     dtype = keras.backend.standardize_dtype(dtype)
-    if dtype == "float64" and not has_float64():
+    if dtype == "float64" and not current_platform().has_float64:
         dtype = "float32"
     name = dtype if identifier is None else identifier
     if isinstance(name, str) and name in CODECS:
