@@ -119,5 +119,16 @@ def test_links_lead_somewhere(path):
             assert heading in map(anchor, HEADING.findall(TEXTS[target])), heading
 
 
+# By its path in the repository, or in one of these folders.
+FILE = re.compile(r"`([\w./]+\.(?:py|cc|ipynb))`")
+FOLDERS = ("", "keras_kvcache", "benchmarks")
+
+
+@each_page
+def test_files_that_are_named_are_there(path):
+    for name in FILE.findall(TEXTS[path]):
+        assert any((ROOT / folder / name).exists() for folder in FOLDERS), name
+
+
 def test_the_readme_leads_to_every_page():
     assert {target for target, _ in targets(README)} >= set(PAGES) - {README}
