@@ -1,7 +1,10 @@
 """Which way the package's imports go, and how long its files are."""
 
 import ast
+import graphlib
 from pathlib import Path
+
+import pytest
 
 import keras_kvcache
 
@@ -55,6 +58,48 @@ def test_imports_go_downward_only():
             if name != home and FLOORS[name] >= FLOORS[home]:
                 upward.append(f"{path.name} imports {name}")
     assert upward == ["arguments.py imports __init__"]  # its version number
+
+
+def imported_files(folder):
+    """For each file of a package which of the others it imports, wherever in it.
+
+    That a folder's `__init__` runs before its files doesn't count.
+    """
+    modules = {}
+    for path in folder.rglob("*.py"):
+        parts = path.relative_to(folder.parent).with_suffix("").parts
+        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    graph = {}
+    for name, path in modules.items():
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    whole = f"{node.module}.{alias.name}"
+                    found.add(whole if whole in modules else node.module)
+            elif isinstance(node, ast.Import):
+                found.update(alias.name for alias in node.names)
+        graph[name] = found & modules.keys()
+    return graph
+
+
+def test_no_files_import_each_other_in_a_circle():
+    graph = imported_files(PACKAGE)
+    assert "keras_kvcache.ops" in graph["keras_kvcache.models.decoder_lm"]
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_a_circle_would_be_found(tmp_path):
+    """Also one within a folder, closed by an import within a function."""
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("from package.a import one")
+    (package / "a.py").write_text("from package.b import two")
+    (package / "b.py").write_text("two = 2")
+    graphlib.TopologicalSorter(imported_files(package)).prepare()
+    (package / "b.py").write_text("def f():\n    from package import a")
+    with pytest.raises(graphlib.CycleError, match="package.a"):
+        graphlib.TopologicalSorter(imported_files(package)).prepare()
 
 
 def test_files_stay_short():

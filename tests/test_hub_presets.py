@@ -59,21 +59,29 @@ def test_what_can_be_changed(gpt2_folder):
         DecoderLM.from_preset(gpt2_folder, max_sequence_length=114)
 
 
-def test_a_subclass_takes_the_way_over_a_folder(gpt2_folder, tmp_path):
-    class Own(DecoderLM):
-        pass
+class Own(DecoderLM):
+    """A class of a user's own."""
 
-    with pytest.raises(ValueError, match="`save_to_preset`.*`Own.from_preset`"):
-        Own.from_preset(gpt2_folder)
+
+def test_a_subclass_shares_layers_too_and_its_folder_has_its_own(gpt2_folder, tmp_path):
+    shared = Own.from_preset(gpt2_folder, tokenizer=None)
     lm = DecoderLM.from_preset(gpt2_folder, tokenizer=None)
-    lm.save_to_preset(tmp_path)
+    shared.save_to_preset(tmp_path)
     own = Own.from_preset(tmp_path)
-    assert type(own) is Own
+    assert type(shared) is type(own) is Own
     ids = np.array([[1, 2, 3]])
-    expected, answer = (keras.ops.convert_to_numpy(model(ids)) for model in (lm, own))
-    np.testing.assert_allclose(answer, expected, atol=1e-5)
-    # And the class that shares layers makes such as have their own.
-    assert type(type(lm).from_preset(tmp_path)) is DecoderLM
+    expected, *answers = (
+        keras.ops.convert_to_numpy(model(ids)) for model in (lm, shared, own)
+    )
+    for answer in answers:
+        np.testing.assert_allclose(answer, expected, atol=1e-5)
+
+
+def test_a_subclass_is_no_encoder_decoder(tmp_path):
+    backbone = hub.models.BartBackbone(31, 1, 2, 6, 10, max_sequence_length=23)
+    hub.models.BartSeq2SeqLM(backbone, preprocessor=None).save_to_preset(str(tmp_path))
+    with pytest.raises(ValueError, match="`Own` must be.*Received: a BartBackbone"):
+        Own.from_preset(tmp_path, tokenizer=None)
 
 
 def test_a_backbone_without_a_tokenizer(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from keras_kvcache import DecoderLM, from_keras_hub
-from keras_kvcache.models.hub.own_copy import BLOCK_PARTS, MODEL_PARTS
+from keras_kvcache.models.own_copy import BLOCK_PARTS, MODEL_PARTS
 
 hub = pytest.importorskip("keras_hub")
 

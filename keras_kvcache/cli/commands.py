@@ -15,7 +15,7 @@ from keras_kvcache.cli.terminal import Notices, check_input, prepare_streams
 from keras_kvcache.cli.timing import AnswerClock
 from keras_kvcache.loaders import DownloadError, fetch, known_presets
 from keras_kvcache.models import DecoderLM
-from keras_kvcache.models.presets import is_of_keras_hub
+from keras_kvcache.models.preset_kinds import is_of_keras_hub
 from keras_kvcache.ops import preferred_dtype
 
 

@@ -1,19 +1,19 @@
-"""`generate` and `stream` as methods of a model."""
+"""Methods of a `Generator` as methods of the model that has it."""
 
 import functools
 import inspect
 
-from keras_kvcache.generation.generator import Generator
 
+def as_method(method):
+    """A method of `Generator` as one of a model that has a `generator`.
 
-def _as_method(method):
-    """A method of `Generator` as one of a model, with the same documentation."""
+    Signature and documentation are the same.
+    """
 
     @functools.wraps(method)
     def of_model(self, *arguments, **options):
         return method(self.generator, *arguments, **options)
 
-    of_model.__qualname__ = f"GenerateMethods.{method.__name__}"
     return of_model
 
 
@@ -25,10 +25,3 @@ def takes_options_of(method):
         return function
 
     return decorate
-
-
-class GenerateMethods:
-    """Gives a model the methods of its `generator`, a `Generator`."""
-
-    generate = _as_method(Generator.generate)
-    stream = _as_method(Generator.stream)

@@ -8,7 +8,7 @@ from keras_kvcache.layers.quantization import KeepsQuantization
 
 
 class AdoptsParts(KeepsQuantization):
-    """Gives a layer `adopt`, by which it takes parts that were built elsewhere."""
+    """A layer with `adopt`, by which it takes parts that were built elsewhere."""
 
     _parts = MappingProxyType({})
 

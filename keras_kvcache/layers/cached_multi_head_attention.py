@@ -6,13 +6,9 @@ import keras
 from keras import ops
 
 from keras_kvcache.caches import Cache
+from keras_kvcache.layers import attention_checks as checks
 from keras_kvcache.layers.adoption import AdoptsParts
-from keras_kvcache.layers.attention_checks import (
-    LAYER_ARGUMENTS,
-    check_call,
-    check_constructor,
-    check_left_to_keras,
-)
+from keras_kvcache.layers.attention_cache_spec import attention_cache_spec
 from keras_kvcache.layers.cached_attention import (
     attend_cache,
     attend_sequence,
@@ -140,8 +136,7 @@ class CachedMultiHeadAttention(
         **kwargs,
     ):
         super().__init__(num_heads, key_dim, *args, **kwargs)
-        # Keras casts every float argument of an autocasting layer, the cache
-        # too. The sublayers cast what they are called with by themselves.
+        # Keras would cast the cache, too. Sublayers cast their inputs by themselves.
         self.autocast = False
         heads = num_heads if num_key_value_heads is None else num_key_value_heads
         self.num_key_value_heads = heads
@@ -155,7 +150,7 @@ class CachedMultiHeadAttention(
         self.score_bias = score_bias
         self.use_sink_logits = use_sink_logits
         self.score_bias_table = self.sink_logits = None
-        check_constructor(self)
+        checks.check_constructor(self)
         if query_scale is not None:
             self._inverse_sqrt_key_dim = float(query_scale)
 
@@ -201,6 +196,12 @@ class CachedMultiHeadAttention(
             if layer is not None and not layer.built:
                 layer.build((*shape[:-1], layer_heads, self._key_dim))
 
+    def cache_spec(
+        self, batch_size, capacity, codec=None, kind="auto", layout="head_major"
+    ):
+        """A `CacheSpec` for this layer; arguments as of `attention_cache_spec`."""
+        return attention_cache_spec(self, batch_size, capacity, codec, kind, layout)
+
     def _projection(self, name, shape, *sizes, **options):
         make = functools.partial(make_projection, self, name, shape, *sizes, **options)
         return self._part(f"{name}_dense", make, shape)
@@ -232,7 +233,7 @@ class CachedMultiHeadAttention(
             key_mask=key_mask,
         )
         if not self._attends_one_axis(query):
-            check_left_to_keras(self, cache, cache_update_index)
+            checks.check_left_to_keras(self, cache, cache_update_index)
             return super().call(
                 query,
                 value,
@@ -242,7 +243,7 @@ class CachedMultiHeadAttention(
                 use_causal_mask=use_causal_mask,
                 **masks,
             )
-        holder, index = check_call(
+        holder, index = checks.check_call(
             self,
             query,
             value,
@@ -273,9 +274,7 @@ class CachedMultiHeadAttention(
             masks=dict(
                 attention_mask=attention_mask,
                 query_mask=query_mask,
-                entry_masks=[
-                    mask for mask in (value_mask, key_mask) if mask is not None
-                ],
+                entry_masks=[m for m in (value_mask, key_mask) if m is not None],
             ),
             causal=bool(use_causal_mask),
             sliding_window=self._sliding_window,
@@ -354,11 +353,11 @@ class CachedMultiHeadAttention(
     ):
         """Shapes and dtypes of what a call returns."""
         if not self._attends_one_axis(query):
-            check_left_to_keras(self, cache, cache_update_index)
+            checks.check_left_to_keras(self, cache, cache_update_index)
             return super().compute_output_spec(
                 query, value, key, return_attention_scores=return_attention_scores
             )
-        check_call(
+        checks.check_call(
             self,
             query,
             value,
@@ -374,7 +373,7 @@ class CachedMultiHeadAttention(
     def get_config(self):
         """Constructor arguments."""
         serialize = keras.saving.serialize_keras_object
-        layers = {name: getattr(self, name) for name in LAYER_ARGUMENTS}
+        layers = {name: getattr(self, name) for name in checks.LAYER_ARGUMENTS}
         bias = self.score_bias
         return {
             **super().get_config(),
@@ -392,7 +391,7 @@ class CachedMultiHeadAttention(
     def from_config(cls, config):
         """The layer that `get_config` describes."""
         config = dict(config)
-        for name in (*LAYER_ARGUMENTS, "score_bias"):
+        for name in (*checks.LAYER_ARGUMENTS, "score_bias"):
             if isinstance(config.get(name), dict):
                 config[name] = keras.saving.deserialize_keras_object(config[name])
         return cls(**config)

@@ -1,20 +1,27 @@
 """One block of a decoder: attention, optionally cross-attention, feed-forward."""
 
+from dataclasses import fields
+
 import keras
 from keras import ops
 
 from keras_kvcache.layers.activations import get_activation
 from keras_kvcache.layers.adoption import AdoptsParts
 from keras_kvcache.layers.block_checks import check_encoder
+from keras_kvcache.layers.block_config import BlockConfig, check_choice
 from keras_kvcache.layers.cached_multi_head_attention import CachedMultiHeadAttention
+from keras_kvcache.layers.config_arguments import read_config, shows_fields_of
 from keras_kvcache.layers.feed_forward import make_feedforward
 from keras_kvcache.layers.initializers import clone_initializer
 from keras_kvcache.layers.normalization import make_normalization
-from keras_kvcache.ops import is_integer
+
+# What attends, by its name in a `BlockConfig`: layers with the constructor and the call
+# of `CachedMultiHeadAttention`, and with its `cache_spec`.
+ATTENTION_KINDS = {"multi_head": CachedMultiHeadAttention}
 
 
 @keras.saving.register_keras_serializable(package="keras_kvcache")
-class DecoderBlock(AdoptsParts, keras.layers.Layer):
+class DecoderBlock(AdoptsParts):
     """A transformer decoder block with caches.
 
     Each part normalizes its input, and its output is added to it: causal
@@ -49,6 +56,7 @@ class DecoderBlock(AdoptsParts, keras.layers.Layer):
         normalize_first: Whether a part's input is normalized. If not it's the sum
             of its input and its output (Vaswani et al., 2017,
             https://arxiv.org/abs/1706.03762).
+        attention_kind: What attends: `"multi_head"`, a `CachedMultiHeadAttention`.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
@@ -77,86 +85,43 @@ class DecoderBlock(AdoptsParts, keras.layers.Layer):
             way round, or `CachedMultiHeadAttention` refuses a cache or an index.
     """
 
+    @shows_fields_of(BlockConfig)
     def __init__(
         self,
-        num_query_heads,
-        intermediate_dim,
-        num_key_value_heads=None,
-        head_dim=None,
-        normalization="rms_norm",
-        layer_norm_epsilon=1e-5,
-        activation="silu",
-        gated_feedforward=True,
-        use_bias=False,
-        attention_bias=None,
-        sliding_window=None,
-        query_scale=None,
-        logit_soft_cap=None,
-        query_key_norm=False,
-        query_key_norm_epsilon=None,
-        use_post_attention_norm=False,
-        use_post_ffw_norm=False,
-        num_experts=None,
-        num_experts_per_token=None,
+        *values,
         rotary_embedding=None,
-        dropout=0.0,
         kernel_initializer="glorot_uniform",
-        normalize_first=True,
-        **kwargs,
+        **options,
     ):
-        super().__init__(**kwargs)
-        if not is_integer(num_query_heads) or num_query_heads <= 0:
-            raise ValueError(
-                "`num_query_heads` must be a positive integer. Received: "
-                f"{num_query_heads!r}"
-            )
+        config, options = read_config(BlockConfig, values, options)
+        super().__init__(**options)
         # Caches keep their own dtype.
         self.autocast = False
         self.supports_masking = True
-        self.num_query_heads = num_query_heads
-        self.intermediate_dim = intermediate_dim
-        if num_key_value_heads is None:
-            num_key_value_heads = num_query_heads
-        self.num_key_value_heads = num_key_value_heads
-        self.head_dim = head_dim
-        self.normalization = normalization
-        self.layer_norm_epsilon = layer_norm_epsilon
-        self.normalize_first = normalize_first
-        self.activation = get_activation(activation)
-        self.gated_feedforward = gated_feedforward
-        self.use_bias = use_bias
-        self.attention_bias = use_bias if attention_bias is None else attention_bias
-        self.sliding_window = sliding_window
-        self.query_scale = query_scale
-        self.logit_soft_cap = logit_soft_cap
-        self.query_key_norm = query_key_norm
-        if query_key_norm_epsilon is None:
-            query_key_norm_epsilon = layer_norm_epsilon
-        self.query_key_norm_epsilon = query_key_norm_epsilon
-        self.use_post_attention_norm = use_post_attention_norm
-        self.use_post_ffw_norm = use_post_ffw_norm
-        self.num_experts = num_experts
-        self.num_experts_per_token = num_experts_per_token
+        self.config = config
+        for field in fields(config):
+            setattr(self, field.name, getattr(config, field.name))
+        check_choice(config, "attention_kind", ATTENTION_KINDS)
+        self.activation = get_activation(config.activation)
         self.rotary_embedding = rotary_embedding
-        self.dropout = dropout
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
 
     def build(self, decoder_sequence_shape, encoder_sequence_shape=None):
         """Creates the parts; cross-attention if there is an encoder's shape."""
         shape = decoder_sequence_shape
-        head_dim = self.head_dim or shape[-1] // self.num_query_heads
-        if self.head_dim is None and shape[-1] % self.num_query_heads:
+        head_dim = self.config.head_dim or shape[-1] // self.config.num_query_heads
+        if self.config.head_dim is None and shape[-1] % self.config.num_query_heads:
             raise ValueError(
                 "`head_dim` must be given where the width D isn't a multiple of "
                 f"`num_query_heads`. Received: D={shape[-1]}, "
-                f"num_query_heads={self.num_query_heads}"
+                f"num_query_heads={self.config.num_query_heads}"
             )
         self.attention_norm = self._norm("attention_norm", shape)
         self.attention = self._part(
             "attention", lambda: self._self_attention(shape, head_dim), shape, shape
         )
         self.post_attention_norm = None
-        if self.use_post_attention_norm:
+        if self.config.use_post_attention_norm:
             self.post_attention_norm = self._norm("post_attention_norm", shape)
         self.cross_attention = None
         if encoder_sequence_shape is not None:
@@ -170,47 +135,47 @@ class DecoderBlock(AdoptsParts, keras.layers.Layer):
         self.feedforward_norm = self._norm("feedforward_norm", shape)
         self.feedforward = self._part("feedforward", self._make_feedforward, shape)
         self.post_ffw_norm = None
-        if self.use_post_ffw_norm:
+        if self.config.use_post_ffw_norm:
             self.post_ffw_norm = self._norm("post_ffw_norm", shape)
         self.residual_dropout = keras.layers.Dropout(
-            self.dropout, dtype=self.dtype_policy, name="residual_dropout"
+            self.config.dropout, dtype=self.dtype_policy, name="residual_dropout"
         )
 
     def _norm(self, name, shape, epsilon=None):
         if epsilon is None:
-            epsilon = self.layer_norm_epsilon
+            epsilon = self.config.layer_norm_epsilon
         return self._part(
             name,
             lambda: make_normalization(
-                self.normalization, epsilon, name, self.dtype_policy
+                self.config.normalization, epsilon, name, self.dtype_policy
             ),
             shape,
         )
 
     def _self_attention(self, shape, head_dim):
         norms = {}
-        if self.query_key_norm:
-            shape, epsilon = (*shape[:-1], head_dim), self.query_key_norm_epsilon
+        if self.config.query_key_norm:
+            shape, epsilon = (*shape[:-1], head_dim), self.config.query_key_norm_epsilon
             norms["query_norm"] = self._norm("query_norm", shape, epsilon)
             norms["key_norm"] = self._norm("key_norm", shape, epsilon)
         return self._attention(
             "attention",
             head_dim,
-            sliding_window=self.sliding_window,
+            sliding_window=self.config.sliding_window,
             rotary_embedding=self.rotary_embedding,
             **norms,
         )
 
     def _attention(self, name, head_dim, **kwargs):
-        return CachedMultiHeadAttention(
-            self.num_query_heads,
+        return ATTENTION_KINDS[self.config.attention_kind](
+            self.config.num_query_heads,
             head_dim,
-            num_key_value_heads=self.num_key_value_heads,
-            use_bias=self.attention_bias,
-            use_output_bias=self.use_bias,
-            dropout=self.dropout,
-            query_scale=self.query_scale,
-            logit_soft_cap=self.logit_soft_cap,
+            num_key_value_heads=self.config.num_key_value_heads,
+            use_bias=self.config.attention_bias,
+            use_output_bias=self.config.use_bias,
+            dropout=self.config.dropout,
+            query_scale=self.config.query_scale,
+            logit_soft_cap=self.config.logit_soft_cap,
             kernel_initializer=clone_initializer(self.kernel_initializer),
             dtype=self.dtype_policy,
             name=name,
@@ -219,16 +184,27 @@ class DecoderBlock(AdoptsParts, keras.layers.Layer):
 
     def _make_feedforward(self):
         return make_feedforward(
-            self.intermediate_dim,
-            num_experts=self.num_experts,
-            num_experts_per_token=self.num_experts_per_token,
+            self.config.intermediate_dim,
+            num_experts=self.config.num_experts,
+            num_experts_per_token=self.config.num_experts_per_token,
             activation=self.activation,
-            gated=self.gated_feedforward,
-            use_bias=self.use_bias,
+            gated=self.config.gated_feedforward,
+            use_bias=self.config.use_bias,
             kernel_initializer=clone_initializer(self.kernel_initializer),
             dtype=self.dtype_policy,
             name="feedforward",
         )
+
+    def cache_spec(
+        self, batch_size, capacity, codec=None, kind="auto", layout="head_major"
+    ):
+        """The spec of a cache for self-attention, as the attention layer says it.
+
+        Args:
+            batch_size, capacity, codec, kind, layout: As in
+                `CachedMultiHeadAttention.cache_spec`.
+        """
+        return self.attention.cache_spec(batch_size, capacity, codec, kind, layout)
 
     def call(
         self,
@@ -258,7 +234,7 @@ class DecoderBlock(AdoptsParts, keras.layers.Layer):
         if decoder_sequence_mask is not None:
             # A copy carries no mask, of which Keras' RMSNormalization would warn.
             x = ops.copy(x)
-        normed = self.attention_norm(x) if self.normalize_first else x
+        normed = self.attention_norm(x) if self.config.normalize_first else x
         attended, self_attention_cache = _with_cache(
             self.attention(
                 normed,
@@ -276,7 +252,7 @@ class DecoderBlock(AdoptsParts, keras.layers.Layer):
             x, attended, self.attention_norm, training, self.post_attention_norm
         )
         if self.cross_attention is not None:
-            normed = self.cross_attention_norm(x) if self.normalize_first else x
+            normed = self.cross_attention_norm(x) if self.config.normalize_first else x
             padding = encoder_padding_mask
             reads_only = cross_attention_cache_update_index is None
             if padding is None and cross_attention_cache is not None and reads_only:
@@ -295,7 +271,9 @@ class DecoderBlock(AdoptsParts, keras.layers.Layer):
                 cross_attention_cache,
             )
             x = self._add(x, attended, self.cross_attention_norm, training)
-        fed = self.feedforward(self.feedforward_norm(x) if self.normalize_first else x)
+        fed = self.feedforward(
+            self.feedforward_norm(x) if self.config.normalize_first else x
+        )
         x = self._add(x, fed, self.feedforward_norm, training, self.post_ffw_norm)
 
         caches = (self_attention_cache, cross_attention_cache)
@@ -307,7 +285,7 @@ class DecoderBlock(AdoptsParts, keras.layers.Layer):
         if post_norm is not None:
             change = post_norm(change)
         x = x + self.residual_dropout(change, training=training)
-        return x if self.normalize_first else norm(x)
+        return x if self.config.normalize_first else norm(x)
 
     def compute_output_spec(
         self,
@@ -352,35 +330,17 @@ class DecoderBlock(AdoptsParts, keras.layers.Layer):
     def get_config(self):
         """Constructor arguments."""
         rotary = self.rotary_embedding
-        names = (
-            "num_query_heads",
-            "intermediate_dim",
-            "num_key_value_heads",
-            "head_dim",
-            "normalization",
-            "layer_norm_epsilon",
-            "normalize_first",
-            "gated_feedforward",
-            "use_bias",
-            "attention_bias",
-            "sliding_window",
-            "query_scale",
-            "logit_soft_cap",
-            "query_key_norm",
-            "query_key_norm_epsilon",
-            "use_post_attention_norm",
-            "use_post_ffw_norm",
-            "num_experts",
-            "num_experts_per_token",
-            "dropout",
-        )
-        return {
+        config = {
             **super().get_config(),
-            **{name: getattr(self, name) for name in names},
+            **vars(self.config),
             "rotary_embedding": rotary and keras.saving.serialize_keras_object(rotary),
             "activation": keras.activations.serialize(self.activation),
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
         }
+        # Younger than saved blocks, whose config shall stay what it was.
+        if self.config.attention_kind == BlockConfig.attention_kind:
+            del config["attention_kind"]
+        return config
 
     @classmethod
     def from_config(cls, config):

@@ -10,7 +10,7 @@ from keras_kvcache.layers.projections import project
 
 
 @keras.saving.register_keras_serializable(package="keras_kvcache")
-class FeedForward(AdoptsParts, keras.layers.Layer):
+class FeedForward(AdoptsParts):
     """Two dense layers with an activation between, optionally gated.
 
     Gated (Shazeer, 2020, https://arxiv.org/abs/2002.05202):

@@ -4,6 +4,8 @@ The names are those of Keras' and keras-hub's grouped-query layers, PyTorch's la
 flax, mlx and the configurations of transformers.
 """
 
+import keras
+
 from keras_kvcache.unknown_arguments import for_all, refuse_unknown
 
 _WIDTH = (
@@ -82,8 +84,8 @@ ADVICE = {
 }
 
 
-class ExplainsForeignArguments:
-    """Lets a layer refuse foreign argument names, and say what to write instead."""
+class ExplainsForeignArguments(keras.layers.Layer):
+    """A layer that refuses foreign argument names, and says what to write instead."""
 
     def __new__(cls, *args, **kwargs):
         """Checks names before Python complains that required arguments are missing."""

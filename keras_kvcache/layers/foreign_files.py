@@ -2,6 +2,8 @@
 
 import re
 
+import keras
+
 # By the name of their groups in a file, which Keras makes of the class.
 _LAYERS = {
     "multi_head_attention": "MultiHeadAttention",
@@ -10,8 +12,8 @@ _LAYERS = {
 _OWN = re.compile(r"cached_multi_head_attention(_\d+)?$")
 
 
-class ExplainsForeignFiles:
-    """Lets a layer refuse another attention layer's file, and say how to load it.
+class ExplainsForeignFiles(keras.layers.Layer):
+    """A layer that refuses another attention layer's file, and says how to load it.
 
     In a functional model Keras looks for a layer's weights under the name of its class
     and its number among layers of that class. So a file of a model with Keras' own

@@ -1,4 +1,13 @@
-"""Initializers for several weights of one layer."""
+"""Initializers of layers and models."""
+
+import keras
+
+
+def get_initializer(identifier):
+    """An initializer by name, config or object; `None` is the usual one, GPT-2's."""
+    if identifier is None:
+        return keras.initializers.RandomNormal(stddev=0.02)
+    return keras.initializers.get(identifier)
 
 
 def clone_initializer(initializer):

@@ -119,7 +119,7 @@ class Experts(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable(package="keras_kvcache")
-class MixtureOfExperts(AdoptsParts, keras.layers.Layer):
+class MixtureOfExperts(AdoptsParts):
     """Mixes the answers of the experts that a router finds most fit for a token.
 
     The weights of the chosen ones sum to one (Jiang et al., 2024,

@@ -15,8 +15,8 @@ import numpy as np
 KEY = "quantization"
 
 
-class KeepsQuantization:
-    """Lets a layer save how the layers that it makes within itself were quantized.
+class KeepsQuantization(keras.layers.Layer):
+    """A layer that saves how the layers that it makes within itself were quantized.
 
     Args:
         quantization: The result of `quantized_layers` for an equal layer, by which

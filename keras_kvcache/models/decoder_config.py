@@ -1,126 +1,210 @@
-"""What a decoder's configuration must satisfy."""
+"""What a decoder is made of, layer by layer."""
 
-import numbers
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
-import keras
-
-from keras_kvcache.layers.normalization import NORMALIZATIONS
-from keras_kvcache.ops import is_integer
+from keras_kvcache.layers.block_config import (
+    BlockConfig,
+    check_choice,
+    check_needed,
+    check_positive,
+    check_sizes,
+    fill_in,
+    shared_fields,
+)
 
 POSITION_EMBEDDINGS = ("rotary", "learned")
 
 
-def complete_config(config):
-    """Fills in what depends on other arguments, and refuses what makes no model.
+@dataclass(frozen=True)
+class RopeConfig:
+    """How a layer rotates queries and keys: arguments of `RotaryEmbedding`."""
 
-    Args:
-        config: Dictionary of all constructor arguments of `DecoderLM`; changed in
-            place.
+    max_wavelength: float = 10000.0
+    scaling_factor: float = 1.0
+    rotary_dim: int | None = None
+    frequency_factors: tuple[float, ...] | None = None
+
+    def __post_init__(self):
+        if self.frequency_factors is not None:
+            factors = tuple(map(float, self.frequency_factors))
+            object.__setattr__(self, "frequency_factors", factors)
+
+
+@dataclass(frozen=True)
+class LayerConfig(BlockConfig):
+    """A decoder's layer: its block, and its rotation, if it has one."""
+
+    rope: RopeConfig | None = None
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The arguments of `DecoderLM` that say how it computes, and what they come to.
+
+    Attributes have the names and meanings of these arguments; those that another one
+    gives when they are `None` are filled in. Besides there is:
+
+    Attributes:
+        layers: Tuple of one `LayerConfig` a layer, which follow from the arguments.
 
     Raises:
-        ValueError: An argument is out of range or doesn't go with another.
+        ValueError: A value is out of range or doesn't go with another.
     """
-    if config["num_key_value_heads"] is None:
-        config["num_key_value_heads"] = config["num_query_heads"]
-    _check_sizes(config)
-    for name, default in (
-        ("query_key_norm_epsilon", "layer_norm_epsilon"),
-        ("final_norm_epsilon", "layer_norm_epsilon"),
-        ("attention_bias", "use_bias"),
-    ):
-        if config[name] is None:
-            config[name] = config[default]
-    _check_values(config)
 
+    vocabulary_size: int
+    num_layers: int
+    num_query_heads: int
+    hidden_dim: int
+    intermediate_dim: int
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_sequence_length: int = 1024
+    normalization: str = "rms_norm"
+    layer_norm_epsilon: float = 1e-5
+    activation: str | Callable = "silu"
+    gated_feedforward: bool = True
+    use_bias: bool = False
+    attention_bias: bool | None = None
+    query_scale: float | None = None
+    query_key_norm: bool = False
+    query_key_norm_epsilon: float | None = None
+    use_post_attention_norm: bool = False
+    use_post_ffw_norm: bool = False
+    num_experts: int | None = None
+    num_experts_per_token: int | None = None
+    final_norm_epsilon: float | None = None
+    position_embedding: str = "rotary"
+    rope_max_wavelength: float = 10000.0
+    rope_position_scaling_factor: float = 1.0
+    rope_frequency_factors: Sequence[float] | None = None
+    rotary_dim: int | None = None
+    rope_local_max_wavelength: float | None = None
+    rope_local_position_scaling_factor: float = 1.0
+    embedding_scale: float | None = None
+    tie_word_embeddings: bool = True
+    sliding_window: int | None = None
+    sliding_window_pattern: int | None = None
+    attention_logit_soft_cap: float | None = None
+    final_logit_soft_cap: float | None = None
+    dropout: float = 0.0
+    has_last_position: bool | None = None
+    attention_kind: str = "multi_head"
+    layer_options: Sequence[Mapping[str, Any]] | None = None
+    layers: tuple[LayerConfig, ...] = field(init=False)
 
-def _check_sizes(config):
-    """Refuses sizes that aren't positive or don't divide each other."""
-    sizes = (
-        "vocabulary_size",
-        "num_layers",
-        "num_query_heads",
-        "hidden_dim",
-        "intermediate_dim",
-        "num_key_value_heads",
-        "max_sequence_length",
-    )
-    optional = ("sliding_window_pattern", "num_experts", "num_experts_per_token")
-    for name in (*sizes, *(name for name in optional if config[name] is not None)):
-        _check_size(name, config[name])
-        config[name] = int(config[name])
-    heads, hidden_dim = config["num_query_heads"], config["hidden_dim"]
-    if config["head_dim"] is None:
-        if hidden_dim % heads:
+    def __post_init__(self):
+        names = ("vocabulary_size", "num_layers", "num_query_heads", "hidden_dim")
+        check_sizes(self, *names, "max_sequence_length")
+        if self.head_dim is None and self.hidden_dim % self.num_query_heads:
             raise ValueError(
                 "`hidden_dim` must be a multiple of `num_query_heads` unless "
-                f"`head_dim` is given. Received: hidden_dim={hidden_dim}, "
-                f"num_query_heads={heads}"
+                f"`head_dim` is given. Received: hidden_dim={self.hidden_dim}, "
+                f"num_query_heads={self.num_query_heads}"
             )
-        config["head_dim"] = hidden_dim // heads
-    _check_size("head_dim", config["head_dim"])
-    group_heads = config["num_key_value_heads"]
-    if heads % group_heads:
-        raise ValueError(
-            "`num_query_heads` must be a multiple of `num_key_value_heads`. Received: "
-            f"num_query_heads={heads}, num_key_value_heads={group_heads}"
+        fill_in(
+            self,
+            num_key_value_heads=self.num_query_heads,
+            head_dim=self.hidden_dim // self.num_query_heads,
+            attention_bias=self.use_bias,
+            query_key_norm_epsilon=self.layer_norm_epsilon,
+            final_norm_epsilon=self.layer_norm_epsilon,
+            has_last_position=self._ends_by_nature,
+        )
+        check_choice(self, "position_embedding", POSITION_EMBEDDINGS)
+        check_positive(
+            self, "layer_norm_epsilon", "final_norm_epsilon", "embedding_scale"
+        )
+        check_needed(
+            self,
+            sliding_window_pattern="sliding_window",
+            rope_local_max_wavelength="sliding_window",
+        )
+        if self.sliding_window_pattern is not None:
+            check_sizes(self, "sliding_window_pattern")
+        if self._ends_by_nature and not self.has_last_position:
+            raise ValueError(
+                "`has_last_position` can't be false where positions are learned. "
+                f"Received: {self.has_last_position}"
+            )
+        object.__setattr__(self, "layers", self._make_layers())
+
+    @property
+    def _ends_by_nature(self):
+        return self.position_embedding != "rotary"
+
+    def _make_layers(self):
+        layers = tuple(map(self._make_layer, range(self.num_layers)))
+        if self.layer_options is None:
+            return layers
+        if len(self.layer_options) != self.num_layers:
+            raise ValueError(
+                "`layer_options` must be one dictionary a layer, "
+                f"{self.num_layers}. Received: {len(self.layer_options)}"
+            )
+        own = tuple(map(dict, self.layer_options))
+        object.__setattr__(self, "layer_options", own)
+        return tuple(map(_changed, layers, own))
+
+    def _make_layer(self, index):
+        pattern = self.sliding_window_pattern
+        slides = pattern is None or (index + 1) % pattern != 0
+        window = self.sliding_window if slides else None
+        options = {**shared_fields(self), "sliding_window": window}
+        return LayerConfig(
+            **options,
+            logit_soft_cap=self.attention_logit_soft_cap,
+            rope=self._rope(is_local=window is not None),
         )
 
-
-def _check_values(config):
-    """Refuses names that are unknown, numbers out of range, what goes alone."""
-    choices = {
-        "normalization": list(NORMALIZATIONS),
-        "position_embedding": list(POSITION_EMBEDDINGS),
-    }
-    for name, known in choices.items():
-        if config[name] not in known:
-            raise ValueError(
-                f"`{name}` must be one of {known}. Received: {config[name]!r}"
+    def _rope(self, is_local):
+        if self.position_embedding != "rotary":
+            return None
+        if is_local and self.rope_local_max_wavelength is not None:
+            return RopeConfig(
+                self.rope_local_max_wavelength,
+                self.rope_local_position_scaling_factor,
+                self.rotary_dim,
             )
-    if not _is_number(config["dropout"]) or not 0 <= config["dropout"] < 1:
-        raise ValueError(
-            f"`dropout` must be from 0 to below 1. Received: {config['dropout']!r}"
+        return RopeConfig(
+            self.rope_max_wavelength,
+            self.rope_position_scaling_factor,
+            self.rotary_dim,
+            self.rope_frequency_factors,
         )
-    for name in (
-        "layer_norm_epsilon",
-        "query_key_norm_epsilon",
-        "final_norm_epsilon",
-        "embedding_scale",
-    ):
-        value = config[name]
-        if value is not None and not (_is_number(value) and value > 0):
-            raise ValueError(f"`{name}` must be a positive number. Received: {value!r}")
-    needed = {
-        "sliding_window_pattern": "sliding_window",
-        "rope_local_max_wavelength": "sliding_window",
-        "num_experts_per_token": "num_experts",
-    }
-    for name, other in needed.items():
-        if config[name] is not None and config[other] is None:
-            raise ValueError(
-                f"`{name}` means nothing without `{other}`. Received: "
-                f"{name}={config[name]}, {other}=None"
-            )
+
+    def to_dict(self) -> dict:
+        """The arguments that make an equal config, as JSON can hold them.
+
+        Arguments that are younger than saved models are left out where they change
+        nothing, so that a model's config stays what it was.
+        """
+        arguments = {
+            each.name: getattr(self, each.name) for each in fields(self) if each.init
+        }
+        for name in ("rope_frequency_factors", "layer_options"):
+            if arguments[name] is not None:
+                arguments[name] = list(arguments[name])
+        for name, usual in (
+            ("has_last_position", self._ends_by_nature),
+            ("attention_kind", BlockConfig.attention_kind),
+            ("layer_options", None),
+        ):
+            if arguments[name] == usual:
+                del arguments[name]
+        return arguments
 
 
-def window_of_layer(config, index):
-    """`W` of the layer of this number, or `None` if it attends everything."""
-    pattern = config["sliding_window_pattern"]
-    slides = pattern is None or (index + 1) % pattern != 0
-    return config["sliding_window"] if slides else None
-
-
-def _is_number(value):
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def _check_size(name, value):
-    if not is_integer(value) or value <= 0:
-        raise ValueError(f"`{name}` must be a positive integer. Received: {value!r}")
-
-
-def get_initializer(identifier):
-    """An initializer by name, config or object; `None` is the usual one, GPT-2's."""
-    if identifier is None:
-        return keras.initializers.RandomNormal(stddev=0.02)
-    return keras.initializers.get(identifier)
+def _changed(layer, options):
+    """A layer's config with other values for some fields."""
+    unknown = sorted(options.keys() - {each.name for each in fields(LayerConfig)})
+    if unknown:
+        raise ValueError(
+            "`layer_options` must have names of the fields of `LayerConfig`. "
+            f"Received: {unknown}"
+        )
+    options = dict(options)
+    if options.get("rope") is not None:
+        options["rope"] = RopeConfig(**options["rope"])
+    return replace(layer, **options)

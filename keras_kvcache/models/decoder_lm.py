@@ -6,46 +6,20 @@ import keras
 from keras import ops
 
 from keras_kvcache.layers import DecoderBlock, RotaryEmbedding
-from keras_kvcache.layers.adoption import AdoptsParts
+from keras_kvcache.layers.config_arguments import read_config, shows_fields_of
+from keras_kvcache.layers.initializers import get_initializer
 from keras_kvcache.layers.normalization import make_normalization
-from keras_kvcache.models.decoder_config import (
-    complete_config,
-    get_initializer,
-    window_of_layer,
-)
-from keras_kvcache.models.decoding import DecodingMethods
-from keras_kvcache.models.exporting import Exports, token_ids_input
-from keras_kvcache.models.presets import PresetMethods
-from keras_kvcache.models.tokenizer_files import KeepsTokenizer
+from keras_kvcache.models.decoder_config import DecoderConfig
+from keras_kvcache.models.exporting import token_ids_input
+from keras_kvcache.models.language_model import LanguageModel
+from keras_kvcache.models.own_copy import own_copy
+from keras_kvcache.models.preset_kinds import load_preset
+from keras_kvcache.models.presets import save_preset
 from keras_kvcache.ops import token_positions
-
-# Arguments that a model hands on to all its blocks as they are.
-BLOCK_OPTIONS = (
-    "num_query_heads",
-    "intermediate_dim",
-    "num_key_value_heads",
-    "head_dim",
-    "normalization",
-    "layer_norm_epsilon",
-    "activation",
-    "gated_feedforward",
-    "use_bias",
-    "attention_bias",
-    "query_scale",
-    "query_key_norm",
-    "query_key_norm_epsilon",
-    "use_post_attention_norm",
-    "use_post_ffw_norm",
-    "num_experts",
-    "num_experts_per_token",
-    "dropout",
-)
 
 
 @keras.saving.register_keras_serializable(package="keras_kvcache")
-class DecoderLM(
-    PresetMethods, DecodingMethods, KeepsTokenizer, Exports, AdoptsParts, keras.Model
-):
+class DecoderLM(LanguageModel):
     """Token ids in, logits out: embedding, blocks, final norm, projection.
 
     The defaults are a Llama's (Touvron et al., 2023,
@@ -65,7 +39,7 @@ class DecoderLM(
         normalization, layer_norm_epsilon, activation, gated_feedforward,
             use_bias, attention_bias, query_scale, query_key_norm,
             query_key_norm_epsilon, use_post_attention_norm, use_post_ffw_norm,
-            num_experts, num_experts_per_token: Those of
+            num_experts, num_experts_per_token, attention_kind: Those of
             `keras_kvcache.layers.DecoderBlock`, the same in all blocks.
         final_norm_epsilon: Epsilon of the normalization after the blocks; `None`
             for `layer_norm_epsilon`.
@@ -90,6 +64,17 @@ class DecoderLM(
         tokenizer: Object with `encode(text) -> ids`, `decode(ids) -> text` and
             `stop_token_ids`, for text in and out. It isn't part of the config; it's
             saved beside it, as `keras_kvcache.models.tokenizer_files` says.
+        has_last_position: Whether the model knows no positions from
+            `max_sequence_length` on; `None` if only learned ones end there. Each of
+            these has an embedding, while a rotation may go on.
+        layer_options: Where layers differ in more than their windows: one dictionary a
+            layer, empty or with fields of its `keras_kvcache.models.LayerConfig`, such
+            as `{"head_dim": 32}`. `"rope"` is a dictionary of arguments of
+            `RotaryEmbedding`, or `None` for a layer that knows no positions.
+        parts: Built layers of another model that this one shares, by the names of its
+            attributes, blocks as `"block_0"` and so on: a layer, or a dictionary of
+            parts of it. What isn't named is made. It isn't part of the config: what is
+            saved has layers of its own.
         **kwargs: Arguments of `keras.Model`, such as `dtype` and `name`. Without
             `jax_enable_x64` JAX has no float64: as in any Keras model it then warns,
             and weights, caches and answers are those of float32.
@@ -102,177 +87,89 @@ class DecoderLM(
         Logits `(B, T, V)`.
     """
 
+    config: DecoderConfig
+
+    @shows_fields_of(DecoderConfig)
     def __init__(
         self,
-        vocabulary_size,
-        num_layers,
-        num_query_heads,
-        hidden_dim,
-        intermediate_dim,
-        num_key_value_heads=None,
-        head_dim=None,
-        max_sequence_length=1024,
-        normalization="rms_norm",
-        layer_norm_epsilon=1e-5,
-        activation="silu",
-        gated_feedforward=True,
-        use_bias=False,
-        attention_bias=None,
-        query_scale=None,
-        query_key_norm=False,
-        query_key_norm_epsilon=None,
-        use_post_attention_norm=False,
-        use_post_ffw_norm=False,
-        num_experts=None,
-        num_experts_per_token=None,
-        final_norm_epsilon=None,
-        position_embedding="rotary",
-        rope_max_wavelength=10000.0,
-        rope_position_scaling_factor=1.0,
-        rope_frequency_factors=None,
-        rotary_dim=None,
-        rope_local_max_wavelength=None,
-        rope_local_position_scaling_factor=1.0,
-        embedding_scale=None,
-        tie_word_embeddings=True,
-        sliding_window=None,
-        sliding_window_pattern=None,
-        attention_logit_soft_cap=None,
-        final_logit_soft_cap=None,
-        dropout=0.0,
+        *sizes,
         kernel_initializer=None,
         tokenizer=None,
-        **kwargs,
+        parts=None,
+        **options,
     ):
-        super().__init__(**kwargs)
-        self._config = dict(
-            vocabulary_size=vocabulary_size,
-            num_layers=num_layers,
-            num_query_heads=num_query_heads,
-            hidden_dim=hidden_dim,
-            intermediate_dim=intermediate_dim,
-            num_key_value_heads=num_key_value_heads,
-            head_dim=head_dim,
-            max_sequence_length=max_sequence_length,
-            normalization=normalization,
-            layer_norm_epsilon=layer_norm_epsilon,
-            activation=activation,
-            gated_feedforward=gated_feedforward,
-            use_bias=use_bias,
-            attention_bias=attention_bias,
-            query_scale=query_scale,
-            query_key_norm=query_key_norm,
-            query_key_norm_epsilon=query_key_norm_epsilon,
-            use_post_attention_norm=use_post_attention_norm,
-            use_post_ffw_norm=use_post_ffw_norm,
-            num_experts=num_experts,
-            num_experts_per_token=num_experts_per_token,
-            final_norm_epsilon=final_norm_epsilon,
-            position_embedding=position_embedding,
-            rope_max_wavelength=rope_max_wavelength,
-            rope_position_scaling_factor=rope_position_scaling_factor,
-            rope_frequency_factors=rope_frequency_factors,
-            rotary_dim=rotary_dim,
-            rope_local_max_wavelength=rope_local_max_wavelength,
-            rope_local_position_scaling_factor=rope_local_position_scaling_factor,
-            embedding_scale=embedding_scale,
-            tie_word_embeddings=tie_word_embeddings,
-            sliding_window=sliding_window,
-            sliding_window_pattern=sliding_window_pattern,
-            attention_logit_soft_cap=attention_logit_soft_cap,
-            final_logit_soft_cap=final_logit_soft_cap,
-            dropout=dropout,
-        )
-        complete_config(self._config)
+        config, options = read_config(DecoderConfig, sizes, options)
+        super().__init__(config, tokenizer=tokenizer, parts=parts, **options)
         self.kernel_initializer = get_initializer(kernel_initializer)
-        for name, value in self._config.items():
-            setattr(self, name, value)
-        self.tokenizer = tokenizer
-        self._generator = None
         self._create_layers()
         # All shapes are known, so that weights can be loaded before any call.
         self.build((None, None))
 
     def _create_layers(self):
-        """Makes the layers, those apart that were given by `adopt`."""
+        """Makes the layers that aren't among `parts`."""
+        config = self.config
         self.token_embedding = self._part("token_embedding", self._make_embedding)
-        if self.position_embedding == "learned":
+        self.position_table = None
+        if config.position_embedding == "learned":
             self.position_table = self._part("position_table", self._make_positions)
         self.embedding_dropout = keras.layers.Dropout(
-            self.dropout, dtype=self.dtype_policy
+            config.dropout, dtype=self.dtype_policy
         )
         self.blocks = [
-            self._part(f"block_{i}", functools.partial(self._make_block, i))
-            for i in range(self.num_layers)
+            self._part(f"block_{i}", functools.partial(self._make_block, i, layer))
+            for i, layer in enumerate(config.layers)
         ]
-        self.final_norm = self._part(
-            "final_norm",
-            lambda: make_normalization(
-                self.normalization,
-                self.final_norm_epsilon,
-                "final_norm",
-                self.dtype_policy,
-            ),
-        )
+        self.final_norm = self._part("final_norm", self._make_final_norm)
 
     def _make_embedding(self):
+        config = self.config
         return keras.layers.ReversibleEmbedding(
-            self.vocabulary_size,
-            self.hidden_dim,
-            tie_weights=self.tie_word_embeddings,
+            config.vocabulary_size,
+            config.hidden_dim,
+            tie_weights=config.tie_word_embeddings,
             embeddings_initializer=self.kernel_initializer,
-            logit_soft_cap=self.final_logit_soft_cap,
+            logit_soft_cap=config.final_logit_soft_cap,
             dtype=self.dtype_policy,
             name="token_embedding",
         )
 
     def _make_positions(self):
         return keras.layers.Embedding(
-            self.max_sequence_length,
-            self.hidden_dim,
+            self.config.max_sequence_length,
+            self.config.hidden_dim,
             embeddings_initializer=self.kernel_initializer,
             dtype=self.dtype_policy,
             name="position_embedding",
         )
 
-    def _make_block(self, index):
-        sliding_window = window_of_layer(self._config, index)
+    def _make_final_norm(self):
+        return make_normalization(
+            self.config.normalization,
+            self.config.final_norm_epsilon,
+            "final_norm",
+            self.dtype_policy,
+        )
+
+    def _make_block(self, index, layer):
+        options, rotary = dict(vars(layer)), None
+        rope = options.pop("rope")
+        if rope is not None:
+            rotary = RotaryEmbedding(
+                **vars(rope), dtype=self.dtype_policy, name="rotary_embedding"
+            )
         return DecoderBlock(
-            sliding_window=sliding_window,
-            logit_soft_cap=self.attention_logit_soft_cap,
-            rotary_embedding=self._make_rotary(is_local=sliding_window is not None),
+            **options,
+            rotary_embedding=rotary,
             kernel_initializer=self.kernel_initializer,
             dtype=self.dtype_policy,
             name=f"block_{index}",
-            **{name: self._config[name] for name in BLOCK_OPTIONS},
-        )
-
-    def _make_rotary(self, is_local):
-        if self.position_embedding != "rotary":
-            return None
-        if is_local and self.rope_local_max_wavelength is not None:
-            options = dict(
-                max_wavelength=self.rope_local_max_wavelength,
-                scaling_factor=self.rope_local_position_scaling_factor,
-            )
-        else:
-            options = dict(
-                max_wavelength=self.rope_max_wavelength,
-                scaling_factor=self.rope_position_scaling_factor,
-                frequency_factors=self.rope_frequency_factors,
-            )
-        return RotaryEmbedding(
-            rotary_dim=self.rotary_dim,
-            dtype=self.dtype_policy,
-            name="rotary_embedding",
-            **options,
         )
 
     def build(self, input_shape):
         """Creates all weights; the shape of the input doesn't matter."""
-        hidden_shape = (*input_shape, self.hidden_dim)
+        hidden_shape = (*input_shape, self.config.hidden_dim)
         layers = [(self.token_embedding, input_shape)]
-        if self.position_embedding == "learned":
+        if self.position_table is not None:
             layers.append((self.position_table, input_shape))
         layers += [(layer, hidden_shape) for layer in (*self.blocks, self.final_norm)]
         for layer, shape in layers:
@@ -294,11 +191,11 @@ class DecoderLM(
 
     def _run_with_cache(self, token_ids, cache, cache_update_index, run_block):
         """`hidden_with_cache` with a function that calls the blocks."""
-        if not isinstance(cache, (list, tuple)) or len(cache) != self.num_layers:
+        if not isinstance(cache, (list, tuple)) or len(cache) != len(self.blocks):
             given = len(cache) if isinstance(cache, (list, tuple)) else type(cache)
             raise ValueError(
                 "`cache` must be a list or tuple of one cache a layer, as "
-                f"`init_cache` gives it: {self.num_layers}. Received: {given}"
+                f"`init_cache` gives it: {len(self.blocks)}. Received: {given}"
             )
         x = self._embed(token_ids, cache_update_index)
         updated = []
@@ -314,13 +211,13 @@ class DecoderLM(
 
     def _embed(self, token_ids, index, training=None):
         x = self.token_embedding(token_ids)
-        if self.embedding_scale is not None:
-            x = x * ops.cast(self.embedding_scale, x.dtype)
+        if self.config.embedding_scale is not None:
+            x = x * ops.cast(self.config.embedding_scale, x.dtype)
         self._check_positions("token_ids", token_ids.shape[1], index)
-        if self.position_embedding == "learned":
+        if self.position_table is not None:
             positions = token_positions(index, ops.shape(token_ids)[1])
             # Padding may reach past the last position that the model knows.
-            positions = ops.minimum(positions, self.max_sequence_length - 1)
+            positions = ops.minimum(positions, self.config.max_sequence_length - 1)
             x = x + self.position_table(positions)
         return self.embedding_dropout(x, training=training)
 
@@ -363,6 +260,71 @@ class DecoderLM(
         """Constructor arguments, the tokenizer excepted."""
         return {
             **super().get_config(),
-            **self._config,
+            **self.config.to_dict(),
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
         }
+
+    _saved_by = "use `save_to_preset` on it"
+
+    def _to_save(self):
+        return own_copy(self) if self._parts else self
+
+    @classmethod
+    def from_preset(cls, preset, load_weights=True, **kwargs):
+        """Makes a model that was published or saved.
+
+        Args:
+            preset: One of
+
+                - a name of this package's, such as `"smollm2_135m_instruct"`,
+                  which is fetched once and kept;
+                - the path of a GGUF file of a llama-architecture model;
+                - the path of a Hugging Face folder: `config.json`, safetensors
+                  and perhaps a tokenizer, of the family Llama, Mistral, Mixtral,
+                  Qwen 2, 2.5 and 3, Phi-3, GPT-2, OPT, Gemma, Gemma 2 or Gemma 3
+                  (text). No code in it is run, and no pickle is read;
+                - the path of a folder that `save_to_preset` wrote, this one or
+                  keras-hub's;
+                - where keras-hub is installed, any other name or handle that
+                  `keras_hub.models.CausalLM.from_preset` takes, such as
+                  `"gpt2_base_en"`, `"hf://user/model"` or `"kaggle://…"`. keras-hub
+                  fetches and loads it, and `from_keras_hub` takes its weights
+                  over.
+            load_weights: Whether to load weights, or to leave them random.
+            **kwargs: Constructor arguments that take the place of the preset's,
+                such as `dtype="bfloat16"`. The dtype of a GGUF file or a Hugging
+                Face folder is by default bfloat16 on an accelerator and float32
+                on a CPU; that of our own folder is that of the model it was saved
+                from, and that of a keras-hub model what keras-hub chooses. Of a
+                keras-hub model only `dtype`, `max_sequence_length` and
+                `tokenizer` can be changed.
+
+        Returns:
+            The model, with its tokenizer if there is one. It is of this class; one
+            made of a keras-hub model shares its layers.
+
+        Raises:
+            FileNotFoundError: A file is missing.
+            ImportError: keras-hub is needed and isn't installed.
+            ValueError: The name is unknown, or a file is damaged or of a kind
+                that can't be loaded, or an argument can't be honoured; the
+                message says why.
+            keras_kvcache.loaders.DownloadError: A model can't be fetched.
+        """
+        return load_preset(cls, preset, load_weights, kwargs)
+
+    def save_to_preset(self, directory):
+        """Writes config, weights and tokenizer into a folder.
+
+        Everything is written beside the folder first and moved there when it is
+        complete, so that an error leaves an earlier preset as it was. Layers that are
+        shared with another model are written as own ones.
+
+        Args:
+            directory: The folder; made if need be. An earlier preset in it is
+                replaced.
+
+        Raises:
+            TypeError: The config holds something that JSON can't.
+        """
+        save_preset(self._to_save(), directory)

@@ -1,40 +1,36 @@
 """An encoder-decoder language model."""
 
 import functools
+from dataclasses import replace
 
 import keras
 from keras import ops
 
+from keras_kvcache.generation import Generator, TextStream, make_program
+from keras_kvcache.generation.foreign_arguments import ADVICE
+from keras_kvcache.generation.methods import takes_options_of
 from keras_kvcache.layers import DecoderBlock
-from keras_kvcache.layers.adoption import AdoptsParts
+from keras_kvcache.layers.config_arguments import read_config, shows_fields_of
 from keras_kvcache.layers.normalization import make_normalization
 from keras_kvcache.layers.quantization import KEY as QUANTIZATION
 from keras_kvcache.layers.quantization import quantize_built
-from keras_kvcache.models.encoder_decoder_inputs import DECODER_IDS, PADDING_MASK
-from keras_kvcache.models.encoder_decoder_methods import EncoderDecoderMethods
-from keras_kvcache.models.exporting import Exports, token_ids_input
-from keras_kvcache.models.tokenizer_files import KeepsTokenizer
-from keras_kvcache.ops import token_positions
-
-BLOCK_OPTIONS = (
-    "num_query_heads",
-    "intermediate_dim",
-    "num_key_value_heads",
-    "head_dim",
-    "normalization",
-    "layer_norm_epsilon",
-    "normalize_first",
-    "activation",
-    "gated_feedforward",
-    "use_bias",
-    "dropout",
+from keras_kvcache.models.encoded import Encoded, project_encoded
+from keras_kvcache.models.encoder_decoder_config import EncoderDecoderConfig
+from keras_kvcache.models.encoder_decoder_inputs import (
+    DECODER_IDS,
+    DECODER_MASK,
+    PADDING_MASK,
+    check_encoder_names,
+    read_pairs,
 )
+from keras_kvcache.models.exporting import token_ids_input
+from keras_kvcache.models.language_model import LanguageModel
+from keras_kvcache.ops import token_positions
+from keras_kvcache.unknown_arguments import explains_unknown
 
 
 @keras.saving.register_keras_serializable(package="keras_kvcache")
-class EncoderDecoderLM(
-    EncoderDecoderMethods, KeepsTokenizer, Exports, AdoptsParts, keras.Model
-):
+class EncoderDecoderLM(LanguageModel):
     """A decoder that attends what an encoder made of its inputs.
 
     The inputs are encoded once, each decoder layer projects the encoder's output to
@@ -66,6 +62,8 @@ class EncoderDecoderLM(
         tokenizer: Object with `encode_pairs(encoder_texts, decoder_texts) -> inputs`,
             `decode(ids) -> text` and `stop_token_ids`, for text in and out. It isn't
             part of the config; it's saved beside it, as that of a `DecoderLM` is.
+        parts: Layers of another model that this one shares, as in `DecoderLM`. Files
+            are then written and read by that model.
         **kwargs: Arguments of `keras.Model`, such as `dtype` and `name`.
 
     Call arguments:
@@ -77,32 +75,12 @@ class EncoderDecoderLM(
         Logits `(B, T, V)`.
     """
 
-    def __init__(
-        self,
-        encoder,
-        vocabulary_size,
-        num_layers,
-        num_query_heads,
-        hidden_dim,
-        intermediate_dim,
-        num_key_value_heads=None,
-        head_dim=None,
-        max_sequence_length=1024,
-        max_encoder_length=None,
-        encoder_vocabulary_size=None,
-        normalization="layer_norm",
-        layer_norm_epsilon=1e-5,
-        normalize_first=True,
-        activation="gelu",
-        gated_feedforward=False,
-        use_bias=True,
-        use_embedding_norm=False,
-        use_final_norm=True,
-        dropout=0.0,
-        tokenizer=None,
-        **kwargs,
-    ):
-        super().__init__(**kwargs)
+    config: EncoderDecoderConfig
+
+    @shows_fields_of(EncoderDecoderConfig)
+    def __init__(self, encoder, *sizes, tokenizer=None, parts=None, **options):
+        config, options = read_config(EncoderDecoderConfig, sizes, options)
+        super().__init__(config, tokenizer=tokenizer, parts=parts, **options)
         names = getattr(encoder, "input", None)
         if not isinstance(encoder, keras.Model) or not isinstance(names, dict):
             raise TypeError(
@@ -110,83 +88,61 @@ class EncoderDecoderLM(
                 f"dictionary. Received: {encoder!r}"
             )
         self.encoder, self.encoder_inputs = encoder, sorted(names)
-        self._config = dict(
-            vocabulary_size=vocabulary_size,
-            num_layers=num_layers,
-            num_query_heads=num_query_heads,
-            hidden_dim=hidden_dim,
-            intermediate_dim=intermediate_dim,
-            num_key_value_heads=num_key_value_heads or num_query_heads,
-            head_dim=head_dim or hidden_dim // num_query_heads,
-            max_sequence_length=max_sequence_length,
-            max_encoder_length=max_encoder_length,
-            encoder_vocabulary_size=encoder_vocabulary_size,
-            normalization=normalization,
-            layer_norm_epsilon=layer_norm_epsilon,
-            normalize_first=normalize_first,
-            activation=activation,
-            gated_feedforward=gated_feedforward,
-            use_bias=use_bias,
-            use_embedding_norm=use_embedding_norm,
-            use_final_norm=use_final_norm,
-            dropout=dropout,
-        )
-        for name, value in self._config.items():
-            setattr(self, name, value)
-        # Each position has an embedding, so there is an end to them.
-        self.position_embedding = "learned"
-        self.tokenizer = tokenizer
-        self._generator = None
+        self._encode_program = None
         self._create_layers()
         # All shapes are known, so that weights can be loaded before any call.
         self.build()
 
     def _create_layers(self):
-        """Makes the decoder's layers, those apart that were given by `adopt`."""
+        """Makes the decoder's layers that aren't among `parts`."""
+        config = self.config
         embedding = functools.partial(
-            keras.layers.Embedding, output_dim=self.hidden_dim, dtype=self.dtype_policy
+            keras.layers.Embedding,
+            output_dim=config.hidden_dim,
+            dtype=self.dtype_policy,
         )
         norm = functools.partial(
             make_normalization,
-            self.normalization,
-            self.layer_norm_epsilon,
+            config.normalization,
+            config.layer_norm_epsilon,
             dtype=self.dtype_policy,
         )
         self.token_embedding = self._part(
             "token_embedding",
             lambda: keras.layers.ReversibleEmbedding(
-                self.vocabulary_size,
-                self.hidden_dim,
+                config.vocabulary_size,
+                config.hidden_dim,
                 dtype=self.dtype_policy,
                 name="token_embedding",
             ),
         )
         self.position_table = self._part(
             "position_table",
-            lambda: embedding(self.max_sequence_length, name="position_embedding"),
+            lambda: embedding(config.max_sequence_length, name="position_embedding"),
         )
         self.embedding_norm = self.final_norm = None
-        if self.use_embedding_norm:
+        if config.use_embedding_norm:
             self.embedding_norm = self._part(
                 "embedding_norm", lambda: norm("embedding_norm")
             )
         self.embedding_dropout = keras.layers.Dropout(
-            self.dropout, dtype=self.dtype_policy
+            config.dropout, dtype=self.dtype_policy
         )
         self.blocks = [
-            self._part(f"block_{i}", functools.partial(self._make_block, i))
-            for i in range(self.num_layers)
+            self._part(f"block_{i}", functools.partial(self._make_block, i, layer))
+            for i, layer in enumerate(config.layers)
         ]
-        if self.use_final_norm:
+        if config.use_final_norm:
             self.final_norm = self._part("final_norm", lambda: norm("final_norm"))
 
-    def _make_block(self, index):
-        options = {name: self._config[name] for name in BLOCK_OPTIONS}
-        return DecoderBlock(**options, dtype=self.dtype_policy, name=f"block_{index}")
+    def _make_block(self, index, layer):
+        return DecoderBlock(
+            **vars(layer), dtype=self.dtype_policy, name=f"block_{index}"
+        )
 
     def build(self, input_shape=None):
         """Creates all weights; the shape of the input doesn't matter."""
-        shape = (None, None, self.hidden_dim)
+        shape = (None, None, self.config.hidden_dim)
         encoder_shape = (None, None, self.encoder.output.shape[-1])
         for block in self.blocks:
             if not block.built:
@@ -237,11 +193,127 @@ class EncoderDecoderLM(
             updated.append(layer_cache)
         return self._finish(x), (tuple(updated), encoded)
 
+    def encode(self, inputs, codec=None, layout="head_major"):
+        """Runs the encoder and projects its output to each layer's keys and values.
+
+        Args:
+            inputs: Dictionary of the encoder's inputs, tensors `(B, E', …)`.
+            codec: As in `cache_specs`.
+            layout: As in `cache_specs`.
+
+        Returns:
+            `Encoded`.
+
+        Raises:
+            ValueError: One of the inputs is missing.
+        """
+        check_encoder_names(inputs, self.encoder_inputs)
+        inputs = {name: inputs[name] for name in self.encoder_inputs}
+        sequence = self.encoder(inputs, training=False)
+        caches = project_encoded(self.blocks, sequence, codec, layout)
+        return Encoded(caches, inputs.get(PADDING_MASK))
+
+    def _resize_cache(self, cache, capacity, fill):
+        """As in `LanguageModel`; what was encoded stays as it is."""
+        cache, encoded = cache
+        return super()._resize_cache(cache, capacity, fill), encoded
+
+    @explains_unknown(ADVICE)
+    @takes_options_of(Generator.generate)
+    def generate(self, inputs, **options) -> str | list | dict:
+        """Answers the encoder's inputs, continuing the decoder's prompt.
+
+        Args:
+            inputs: With a tokenizer a string, a list of strings, or a dictionary of
+                `"encoder_text"` and `"decoder_text"`. Else a dictionary of the
+                encoder's inputs, arrays `(B, E', …)`, and of `"decoder_token_ids"`:
+                ids, rows of ids, or, with a `"decoder_padding_mask"`, arrays
+                `(B, T)` padded on the right. An `"encoder_padding_mask"` may be left
+                out; what it hides of all rows at the end isn't computed.
+            max_length: The most tokens of the decoder's prompt and answer together.
+            max_new_tokens: The most new tokens. The smallest of both and of the
+                model's own limit counts. For arrays without either, `T` is the
+                `max_length`, as in keras-hub.
+            stop_token_ids: Ids that end a row, which keeps them: `"auto"` for the
+                tokenizer's, `None` for none, or ids.
+            strip_prompt: Whether to leave out what the decoder was given.
+            sampler: As in `samplers.get`; `None` for the default.
+            seed: Integer. The same seed gives the same answer; `None` draws one
+                from Python's `random`.
+            cache: What to keep keys and values in: a kind, a codec, or a dictionary
+                of `"kind"`, `"codec"` and `"layout"`, as in
+                `keras_kvcache.Generator.generate`. Codec and layout hold for the
+                encoder's keys and values too. `None` for the model's choice.
+
+        Returns:
+            What the decoder was given, continued: text, ids, or a dictionary of
+            `"decoder_token_ids"` and `"decoder_padding_mask"`.
+
+        Raises:
+            TypeError: An argument is of the wrong kind or unknown.
+            ValueError: Inputs are missing, too long or don't fit together, or an
+                argument is out of range.
+        """
+        arrays, prompts = read_pairs(inputs, self)
+        answer = self._generator_of(arrays).generate(prompts, **options)
+        if prompts.form != "arrays":
+            return answer
+        return {
+            DECODER_IDS: answer["token_ids"],
+            DECODER_MASK: answer["padding_mask"],
+        }
+
+    @explains_unknown(ADVICE)
+    @takes_options_of(Generator.stream)
+    def stream(self, inputs, **options) -> TextStream:
+        """Answers the encoder's inputs, piece by piece.
+
+        Args:
+            inputs: As in `generate`; for arrays lists of ids are streamed.
+            max_length: The most tokens of the decoder's prompt and answer together.
+            max_new_tokens: The most new tokens. The smallest of both and of the
+                model's own limit counts.
+            stop_token_ids: Ids that end a row: `"auto"` for the tokenizer's, `None`
+                for none, or ids.
+            sampler: As in `samplers.get`; `None` for the default.
+            seed: Integer. The same seed gives the same answer; `None` draws one
+                from Python's `random`.
+            cache: As in `generate`.
+
+        Returns:
+            A `TextStream`, an iterator over what was added to the decoder's prompt:
+            pieces of text for text, lists of ids for ids; for several rows a list of
+            one such piece a row.
+
+        Raises:
+            TypeError: An argument is of the wrong kind or unknown.
+            ValueError: Inputs are missing, too long or don't fit together, or an
+                argument is out of range.
+        """
+        arrays, prompts = read_pairs(inputs, self)
+        if prompts.form == "arrays":
+            prompts = replace(prompts, form="ids")
+        return self._generator_of(arrays).stream(prompts, **options)
+
+    def _generator_of(self, arrays):
+        """The generator, on caches that begin with the encoder's work."""
+        if self._encode_program is None:
+            self._encode_program = make_program(
+                self.encode, self, static=("codec", "layout")
+            )
+
+        def init_cache(batch_size, capacity, **options):
+            both = {k: v for k, v in options.items() if k in ("codec", "layout")}
+            encoded = self._encode_program(inputs=arrays, **both)
+            return self.init_cache(batch_size, capacity, **options), encoded
+
+        return self.generator.with_init_cache(init_cache)
+
     def _embed(self, token_ids, index, training=None):
         self._check_positions(DECODER_IDS, token_ids.shape[1], index)
         positions = token_positions(index, ops.shape(token_ids)[1])
         # Padding may reach past the last position that the model knows.
-        positions = ops.minimum(positions, self.max_sequence_length - 1)
+        positions = ops.minimum(positions, self.config.max_sequence_length - 1)
         x = self.token_embedding(token_ids) + self.position_table(positions)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
@@ -253,7 +325,7 @@ class EncoderDecoderLM(
     def get_config(self):
         """Constructor arguments, the tokenizer excepted."""
         encoder = keras.saving.serialize_keras_object(self.encoder)
-        return {**super().get_config(), **self._config, "encoder": encoder}
+        return {**super().get_config(), **self.config.to_dict(), "encoder": encoder}
 
     @classmethod
     def from_config(cls, config):

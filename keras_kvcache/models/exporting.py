@@ -1,32 +1,22 @@
-"""Language models as programs for other runtimes."""
+"""Inputs of language models, for programs that other runtimes run."""
 
 import keras
 from keras import tree
 
 
-class Exports:
-    """Gives a model an `export` that knows the model's inputs.
+def export_signature(call_inputs) -> list:
+    """The `input_signature` of `keras.Model.export`: integers of any batch and length.
 
-    It needs `call_inputs`: symbolic tensors with the inputs' names, shapes and dtypes.
+    Keras would derive it from an earlier call, with token ids as floats.
+
+    Args:
+        call_inputs: Symbolic tensors with the names, shapes and dtypes of what the
+            model is called with.
     """
-
-    def export(self, filepath, *args, input_signature=None, **kwargs):
-        """As `keras.Model.export`; the model needn't have been called before.
-
-        Keras would derive the signature from an earlier call, with token ids as floats.
-
-        Args:
-            filepath: Where to write.
-            *args: Other arguments of `keras.Model.export`.
-            input_signature: As there; `None` for integers of any batch and length.
-            **kwargs: Other arguments of `keras.Model.export`.
-        """
-        if input_signature is None:
-            input_signature = [tree.map_structure(_input_spec, self.call_inputs)]
-        super().export(filepath, *args, input_signature=input_signature, **kwargs)
+    return [tree.map_structure(_input_spec, call_inputs)]
 
 
-def token_ids_input(name):
+def token_ids_input(name: str) -> keras.KerasTensor:
     """The symbolic input `(B, T)` of token ids."""
     return keras.KerasTensor((None, None), "int32", name=name)
 

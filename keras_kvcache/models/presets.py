@@ -10,7 +10,8 @@ from pathlib import Path
 import keras
 
 from keras_kvcache import loaders
-from keras_kvcache.models.decoder_config import get_initializer
+from keras_kvcache.layers.initializers import get_initializer
+from keras_kvcache.models.preset_kinds import CONFIG_FILE, loads, read_config
 from keras_kvcache.models.tokenizer_files import (
     load_tokenizer,
     move_tokenizer,
@@ -19,126 +20,59 @@ from keras_kvcache.models.tokenizer_files import (
 from keras_kvcache.ops import preferred_dtype
 from keras_kvcache.quotes import quoted, shortened
 
-CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.weights.h5"
 # Raised when a folder of this version can't be read by older code.
 FORMAT_VERSION = 1
-# What a folder is known by: a key that only its writer's config has.
-_KINDS_OF_FOLDER = {
-    "format_version": "own",
-    "registered_name": "keras-hub",
-    "model_type": "hugging face",
-}
 
 
-class PresetMethods:
-    """Gives `DecoderLM` its `from_preset` and `save_to_preset`."""
-
-    @classmethod
-    def from_preset(cls, preset, load_weights=True, **kwargs):
-        """Makes a model that was published or saved.
-
-        Args:
-            preset: One of
-
-                - a name of this package's, such as `"smollm2_135m_instruct"`,
-                  which is fetched once and kept;
-                - the path of a GGUF file of a llama-architecture model;
-                - the path of a Hugging Face folder: `config.json`, safetensors
-                  and perhaps a tokenizer, of the family Llama, Mistral, Mixtral,
-                  Qwen 2, 2.5 and 3, Phi-3, GPT-2, OPT, Gemma, Gemma 2 or Gemma 3
-                  (text). No code in it is run, and no pickle is read;
-                - the path of a folder that `save_to_preset` wrote, this one or
-                  keras-hub's;
-                - where keras-hub is installed, any other name or handle that
-                  `keras_hub.models.CausalLM.from_preset` takes, such as
-                  `"gpt2_base_en"`, `"hf://user/model"` or `"kaggle://…"`. keras-hub
-                  fetches and loads it, and `from_keras_hub` takes its weights
-                  over.
-            load_weights: Whether to load weights, or to leave them random.
-            **kwargs: Constructor arguments that take the place of the preset's,
-                such as `dtype="bfloat16"`. The dtype of a GGUF file or a Hugging
-                Face folder is by default bfloat16 on an accelerator and float32
-                on a CPU; that of our own folder is that of the model it was saved
-                from, and that of a keras-hub model what keras-hub chooses. Of a
-                keras-hub model only `dtype`, `max_sequence_length` and
-                `tokenizer` can be changed.
-
-        Returns:
-            The model, with its tokenizer if there is one. It is of this class; a
-            keras-hub model becomes one that shares its layers, so that it can't
-            be of a subclass.
-
-        Raises:
-            FileNotFoundError: A file is missing.
-            ImportError: keras-hub is needed and isn't installed.
-            ValueError: The name is unknown, or a file is damaged or of a kind
-                that can't be loaded, or an argument can't be honoured; the
-                message says why.
-            keras_kvcache.loaders.DownloadError: A model can't be fetched.
-        """
-        path = _find(preset)
-        kind = _kind_of(path)
-        # They are made of this class, whose module imports this one.
-        from keras_kvcache.models.hub import presets as hub_presets
-
-        if kind == "keras-hub":
-            return hub_presets.load(cls, str(path or preset), load_weights, kwargs)
-        cls = hub_presets.class_with_own_weights(cls)
-        if kind == "own":
-            return _load_folder(cls, path, load_weights, kwargs)
-        if kind == "hugging face":
-            checkpoint = loaders.read_hugging_face(
-                path, load_weights, load_tokenizer="tokenizer" not in kwargs
-            )
-        else:
-            checkpoint = loaders.read_gguf(path)
-        config = {"dtype": preferred_dtype(), "tokenizer": checkpoint.tokenizer}
-        config |= {**checkpoint.config, **kwargs}
-        model = _construct(cls, config, load_weights)
-        if load_weights:
-            assign_weights(model, checkpoint.weights)
-        return model
-
-    def save_to_preset(self, directory):
-        """Writes config, weights and tokenizer into a folder.
-
-        Everything is written beside the folder first and moved there when it is
-        complete, so that an error leaves an earlier preset as it was.
-
-        Args:
-            directory: The folder; made if need be. An earlier preset in it is
-                replaced.
-
-        Raises:
-            TypeError: The config holds something that JSON can't.
-        """
-        directory = Path(directory)
-        config = self.get_config()
-        config.pop("name", None)
-        described = {"format_version": FORMAT_VERSION, "config": config}
-        text = json.dumps(described, indent=2)
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            dir=directory.parent, prefix=f".{directory.name}."
-        ) as staging:
-            staging = Path(staging)
-            save_tokenizer(self.tokenizer, staging)
-            self.save_weights(staging / WEIGHTS_FILE)
-            (staging / CONFIG_FILE).write_text(text, encoding="utf-8")
-            directory.mkdir(exist_ok=True)
-            move_tokenizer(staging, directory)
-            for name in (WEIGHTS_FILE, CONFIG_FILE):
-                os.replace(staging / name, directory / name)
+@loads("gguf")
+def load_gguf(cls, path, load_weights, options):
+    """Makes a model of a GGUF file; arguments as of `load_preset`."""
+    return _load_checkpoint(cls, loaders.read_gguf(path), load_weights, options)
 
 
-def is_of_keras_hub(preset):
-    """Whether it's keras-hub that loads a preset, or else knows that there is none.
+@loads("hugging face")
+def load_hugging_face(cls, path, load_weights, options):
+    """Makes a model of a Hugging Face folder; arguments as of `load_preset`."""
+    checkpoint = loaders.read_hugging_face(
+        path, load_weights, load_tokenizer="tokenizer" not in options
+    )
+    return _load_checkpoint(cls, checkpoint, load_weights, options)
+
+
+def _load_checkpoint(cls, checkpoint, load_weights, options):
+    config = {"dtype": preferred_dtype(), "tokenizer": checkpoint.tokenizer}
+    config |= {**checkpoint.config, **options}
+    model = _construct(cls, config, load_weights)
+    if load_weights:
+        assign_weights(model, checkpoint.weights)
+    return model
+
+
+def save_preset(model, directory):
+    """Writes a model as `DecoderLM.save_to_preset` says.
 
     Args:
-        preset: As in `from_preset`.
+        model: A model that `load_folder` can make again, with weights of its own.
+        directory: The folder.
     """
-    return _kind_of(_find(preset)) == "keras-hub"
+    directory = Path(directory)
+    config = model.get_config()
+    config.pop("name", None)
+    described = {"format_version": FORMAT_VERSION, "config": config}
+    text = json.dumps(described, indent=2)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        dir=directory.parent, prefix=f".{directory.name}."
+    ) as staging:
+        staging = Path(staging)
+        save_tokenizer(model.tokenizer, staging)
+        model.save_weights(staging / WEIGHTS_FILE)
+        (staging / CONFIG_FILE).write_text(text, encoding="utf-8")
+        directory.mkdir(exist_ok=True)
+        move_tokenizer(staging, directory)
+        for name in (WEIGHTS_FILE, CONFIG_FILE):
+            os.replace(staging / name, directory / name)
 
 
 def assign_weights(model, weights):
@@ -180,47 +114,6 @@ def weight_name(variable):
     return variable.path.split("/", 1)[1]
 
 
-def _find(preset):
-    if not isinstance(preset, (str, os.PathLike)):
-        raise TypeError(
-            f"`preset` must be a name or a path. Received: {type(preset).__name__}"
-        )
-    path = Path(preset).expanduser()
-    if path.exists() or path.suffix == ".gguf":
-        return path
-    if isinstance(preset, os.PathLike) or str(preset).startswith((".", "~", os.sep)):
-        raise FileNotFoundError(
-            f"`preset`, if a path, must be that of a file or folder; {path} is absent."
-        )
-    return loaders.fetch(preset) if preset in loaders.known_presets() else None
-
-
-def _kind_of(path):
-    """Who wrote what is there: a folder's config tells; `None` is keras-hub's name."""
-    if path is None:
-        return "keras-hub"
-    if not path.is_dir():
-        return "gguf"
-    config = _read_config(path)
-    for key, kind in _KINDS_OF_FOLDER.items():
-        if key in config:
-            return kind
-    raise ValueError(
-        f"{path / CONFIG_FILE} must have one of the keys "
-        f"{', '.join(_KINDS_OF_FOLDER)}, by which a folder of this package, of "
-        f"keras-hub or of Hugging Face is known. Received: {quoted(list(config)[:5])}"
-    )
-
-
-def _read_config(path):
-    config_path = path / CONFIG_FILE
-    if not config_path.exists():
-        raise FileNotFoundError(
-            f"`preset`, if a folder, must have a {CONFIG_FILE}; {path} has none."
-        )
-    return loaders.read_json(config_path)
-
-
 def _construct(cls, config, load_weights):
     """Makes the model; weights that are about to be loaded need no random start."""
     if not load_weights:
@@ -253,13 +146,15 @@ def _bar_of_blocks(model):
                 del block.load_own_variables
 
 
-def _load_folder(cls, path, load_weights, kwargs):
+@loads("own")
+def load_folder(cls, path, load_weights, options):
+    """Makes a model of a folder that `save_preset` wrote; arguments as there."""
     config_path = path / CONFIG_FILE
     if load_weights and not (path / WEIGHTS_FILE).exists():
         raise FileNotFoundError(
             f"`preset`, if a folder, must have a {WEIGHTS_FILE}; {path} has none."
         )
-    described = _read_config(path)
+    described = read_config(path)
     try:
         version, config = described["format_version"], dict(described["config"])
     except (ValueError, KeyError, TypeError) as error:
@@ -271,11 +166,11 @@ def _load_folder(cls, path, load_weights, kwargs):
             f"{config_path} must be of format version {FORMAT_VERSION}. "
             f"Received: {quoted(version)}"
         )
-    tokenizer = None if "tokenizer" in kwargs else load_tokenizer(path)
+    tokenizer = None if "tokenizer" in options else load_tokenizer(path)
     dtype = config.get("dtype")
     if isinstance(dtype, dict):
         config["dtype"] = keras.dtype_policies.deserialize(dtype)
-    config = {"tokenizer": tokenizer, **config, **kwargs}
+    config = {"tokenizer": tokenizer, **config, **options}
     try:
         model = _construct(cls, config, load_weights)
     except TypeError as error:

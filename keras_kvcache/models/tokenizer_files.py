@@ -23,36 +23,19 @@ TOKENIZER_FILES = (*loaders.TOKENIZER_FILES, OBJECT_FILE, OBJECT_FOLDER)
 _goes_beside = contextvars.ContextVar("goes_beside", default=False)
 
 
-class KeepsTokenizer:
-    """Lets a model save, load, pickle and copy its `tokenizer` with itself."""
+def reduce_beside(reduce, tokenizer) -> tuple:
+    """What `__reduce__` of a model gives, with its tokenizer beside Keras' file.
 
-    def save_assets(self, directory):
-        """Writes the tokenizer into the folder that Keras gives the model's files.
-
-        Args:
-            directory: Path of the folder.
-        """
-        if not _goes_beside.get():
-            save_tokenizer(self.tokenizer, directory)
-
-    def load_assets(self, directory):
-        """Reads what `save_assets` wrote.
-
-        Args:
-            directory: Path of the folder; `None` if there is none.
-        """
-        tokenizer = None if directory is None else load_tokenizer(directory)
-        if tokenizer is not None:
-            self.tokenizer = tokenizer
-
-    def __reduce__(self):
-        """Pickles and copies the model as Keras' file, and the tokenizer itself."""
-        token = _goes_beside.set(True)
-        try:
-            load, arguments = super().__reduce__()
-        finally:
-            _goes_beside.reset(token)
-        return _unpickle, (load, arguments, self.tokenizer)
+    Args:
+        reduce: Keras' own `__reduce__` of the model, without arguments.
+        tokenizer: The model's, or `None`; it's pickled as any object is.
+    """
+    token = _goes_beside.set(True)
+    try:
+        load, arguments = reduce()
+    finally:
+        _goes_beside.reset(token)
+    return _unpickle, (load, arguments, tokenizer)
 
 
 def _unpickle(load, arguments, tokenizer):
@@ -60,6 +43,12 @@ def _unpickle(load, arguments, tokenizer):
     if tokenizer is not None:
         model.tokenizer = tokenizer
     return model
+
+
+def save_unless_beside(tokenizer, directory):
+    """As `save_tokenizer`; nothing while a model is pickled by `reduce_beside`."""
+    if not _goes_beside.get():
+        save_tokenizer(tokenizer, directory)
 
 
 def save_tokenizer(tokenizer, directory):
@@ -107,9 +96,6 @@ def load_tokenizer(directory):
         return loaders.Tokenizer.load(directory)
     if not (directory / OBJECT_FILE).exists():
         return None
-    # It registers its classes. Imported late, as its package imports this module.
-    from keras_kvcache.models.hub import tokenizer as _  # noqa: F401
-
     described = loaders.read_json(directory / OBJECT_FILE)
     try:
         tokenizer = keras.saving.deserialize_keras_object(described)

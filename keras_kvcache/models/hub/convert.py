@@ -3,15 +3,15 @@
 import inspect
 import sys
 
+from keras_kvcache.models.decoder_lm import DecoderLM
 from keras_kvcache.models.hub.encoder_decoder import (
     ENCODER_DECODERS,
     share_encoder_decoder,
 )
 from keras_kvcache.models.hub.families import FAMILIES, OPTIONS
-from keras_kvcache.models.hub.own_copy import QUANTIZATIONS
 from keras_kvcache.models.hub.position_table import PositionTable
-from keras_kvcache.models.hub.shared import SharedDecoderLM
 from keras_kvcache.models.hub.tokenizer import HubTokenizer
+from keras_kvcache.models.own_copy import QUANTIZATIONS
 
 # Of a model with rotary positions, which doesn't say how far it was trained.
 DEFAULT_SEQUENCE_LENGTH = 8192
@@ -55,12 +55,22 @@ def from_keras_hub(causal_lm, max_sequence_length=None):
             quantized in a way that can't be shared, or `max_sequence_length` goes
             past what it knows.
     """
+    return make_shared(DecoderLM, causal_lm, max_sequence_length)
+
+
+def make_shared(cls, causal_lm, max_sequence_length):
+    """`from_keras_hub`, for a model of a class derived from `DecoderLM`.
+
+    Args:
+        cls: The class, which takes the arguments of `DecoderLM`.
+        causal_lm, max_sequence_length: As in `from_keras_hub`.
+    """
     backbone = getattr(causal_lm, "backbone", causal_lm)
     if max_sequence_length is None:
         named = getattr(backbone, "max_sequence_length", None)
-        model = share(causal_lm, named or DEFAULT_SEQUENCE_LENGTH)
+        model = share(causal_lm, named or DEFAULT_SEQUENCE_LENGTH, cls)
     else:
-        model = share(causal_lm, max_sequence_length)
+        model = share(causal_lm, max_sequence_length, cls)
         if model.max_sequence_length < max_sequence_length:
             raise ValueError(
                 "`max_sequence_length` must be at most the positions that the model "
@@ -69,17 +79,23 @@ def from_keras_hub(causal_lm, max_sequence_length=None):
     return model
 
 
-def share(causal_lm, max_sequence_length):
+def share(causal_lm, max_sequence_length, cls=DecoderLM):
     """`from_keras_hub`, with an end of the positions for models that name none.
 
     Args:
         causal_lm: As in `from_keras_hub`.
         max_sequence_length: The most positions, where the model doesn't know fewer.
+        cls: Class of the model, if it isn't an encoder-decoder.
     """
     backbone = _backbone_of(causal_lm)
     check_quantization(backbone)
     kind = type(backbone).__name__
     if kind in ENCODER_DECODERS:
+        if cls is not DecoderLM:
+            raise ValueError(
+                f"`{cls.__name__}` must be loaded from a model without an encoder. "
+                f"Received: a {kind}"
+            )
         policy = _plain_policy(backbone.dtype_policy)
         model = share_encoder_decoder(causal_lm, backbone, max_sequence_length, policy)
         _check_shared(model, causal_lm)
@@ -109,10 +125,10 @@ def share(causal_lm, max_sequence_length):
         embeddings = getattr(backbone, "embeddings", backbone)
         parts["position_table"] = PositionTable(embeddings.position_embedding)
     preprocessor = causal_lm.preprocessor
-    model = SharedDecoderLM(
-        parts,
-        has_last_position,
+    model = cls(
         **{**sizes, **_told_by_parts(blocks[0]), **_ends(backbone), **options},
+        has_last_position=has_last_position,
+        parts=parts,
         tokenizer=None
         if preprocessor is None
         else HubTokenizer(preprocessor, family.end_of_turn),

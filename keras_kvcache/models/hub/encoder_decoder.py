@@ -6,9 +6,9 @@ parts around its blocks. The encoder is the backbone's own graph, as far as it g
 
 import keras
 
+from keras_kvcache.models.encoder_decoder_lm import EncoderDecoderLM
 from keras_kvcache.models.hub import parts
 from keras_kvcache.models.hub.position_table import PositionTable
-from keras_kvcache.models.hub.shared import SharedEncoderDecoderLM
 from keras_kvcache.models.hub.tokenizer import HubPairTokenizer
 
 
@@ -60,8 +60,8 @@ def share_encoder_decoder(causal_lm, backbone, max_sequence_length, policy):
     )
     blocks = {f"block_{i}": parts.attending_decoder(b) for i, b in enumerate(layers)}
     preprocessor = getattr(causal_lm, "preprocessor", None)
-    return SharedEncoderDecoderLM(
-        dict(token_embedding=backbone.token_embedding, **around, **blocks),
+    return EncoderDecoderLM(
+        parts=dict(token_embedding=backbone.token_embedding, **around, **blocks),
         encoder=_encoder(backbone),
         vocabulary_size=backbone.vocabulary_size,
         num_layers=len(layers),

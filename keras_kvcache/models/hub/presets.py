@@ -4,10 +4,9 @@ import difflib
 from pathlib import Path
 
 from keras_kvcache import loaders
-from keras_kvcache.models.decoder_lm import DecoderLM
-from keras_kvcache.models.hub.convert import from_keras_hub
+from keras_kvcache.models.hub.convert import make_shared
 from keras_kvcache.models.hub.families import FAMILIES
-from keras_kvcache.models.hub.shared import SharedDecoderLM
+from keras_kvcache.models.preset_kinds import loads
 
 INSTALL = '`pip install -e ".[hub]"` in the clone of this package'
 # What can be changed of a model that exists already.
@@ -24,17 +23,18 @@ _FETCHERS = (
 )
 
 
+@loads("keras-hub")
 def load(cls, preset, load_weights, options):
     """A model from a name, a handle or a folder of keras-hub's.
 
     Args:
-        cls: `DecoderLM`; a subclass can't share the layers of another model.
-        preset: As in `keras_hub.models.CausalLM.from_preset`.
+        cls: `DecoderLM`, or a class derived from it.
+        preset: As in `keras_hub.models.CausalLM.from_preset`, or a `Path`.
         load_weights: Whether to load weights, or to leave them random.
         options: Dictionary of arguments of `DecoderLM` to be changed.
 
     Returns:
-        What `from_keras_hub` makes.
+        What `from_keras_hub` makes, of this class.
 
     Raises:
         ImportError: keras-hub isn't installed, or a package that it needs.
@@ -43,25 +43,21 @@ def load(cls, preset, load_weights, options):
             here or damaged, or an option can't be changed.
         keras_kvcache.loaders.DownloadError: The preset can't be fetched.
     """
+    preset = str(preset)
     hub = _import_keras_hub(preset)
     if "://" not in preset and not _is_folder(preset):
         _check_name(hub, preset)
-    _check_request(cls, preset, options)
+    _check_options(options)
     arguments = {"load_weights": load_weights}
     if options.get("dtype") is not None:
         arguments["dtype"] = options["dtype"]
     if "tokenizer" in options:
         arguments["preprocessor"] = None
     causal_lm = _load(hub, preset, arguments)
-    model = from_keras_hub(causal_lm, options.get("max_sequence_length"))
+    model = make_shared(cls, causal_lm, options.get("max_sequence_length"))
     if "tokenizer" in options:
         model.tokenizer = options["tokenizer"]
     return model
-
-
-def class_with_own_weights(cls):
-    """`DecoderLM` for the class of models that share another's layers."""
-    return DecoderLM if issubclass(cls, SharedDecoderLM) else cls
 
 
 def _is_folder(preset):
@@ -115,13 +111,7 @@ def _check_name(hub, preset):
         )
 
 
-def _check_request(cls, preset, options):
-    if cls not in (DecoderLM, SharedDecoderLM):
-        raise ValueError(
-            "A keras-hub model can only be loaded by `DecoderLM.from_preset`, as it "
-            "keeps its own layers. `save_to_preset` of what that gives writes a folder "
-            f"for `{cls.__name__}.from_preset`. Received: {preset!r}"
-        )
+def _check_options(options):
     refused = [name for name in options if name not in OPTIONS]
     if refused:
         raise ValueError(

@@ -17,23 +17,26 @@ class Projection(keras.layers.Layer, abc.ABC):
     Args:
         projection: `keras.layers.EinsumDense`, built. What LoRA adds to its kernel
             counts; once it is quantized it computes by itself.
+
+    Attributes:
+        source: That layer, whose weights these are.
     """
 
     def __init__(self, projection):
         super().__init__(dtype=projection.compute_dtype)
-        self.projection = projection
+        self.source = projection
         self.built = True
 
     @property
     def bias(self):
         """That of the projection, or `None`."""
-        return self.projection.bias
+        return self.source.bias
 
     def call(self, inputs):
         """See the class."""
-        if self.projection.quantization_mode is not None:
-            return self.projection(inputs)
-        outputs = self.multiply(inputs, ops.convert_to_tensor(self.projection.kernel))
+        if self.source.quantization_mode is not None:
+            return self.source(inputs)
+        outputs = self.multiply(inputs, ops.convert_to_tensor(self.source.kernel))
         return outputs if self.bias is None else outputs + self.bias
 
     @abc.abstractmethod

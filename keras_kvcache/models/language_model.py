@@ -1,21 +1,21 @@
-"""What a language model needs to generate: steps, caches and a generator."""
+"""A language model: steps with caches, and a generator that runs them."""
 
 import functools
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import NamedTuple
 
-from keras_kvcache.caches import (
-    CacheSpec,
-    Rolling,
-    Static,
-    choose_kind,
-    get_codec,
-    resize,
-)
-from keras_kvcache.generation import GenerateMethods, Generator
+import keras
+
+from keras_kvcache.caches import Rolling, Static, resize
+from keras_kvcache.generation import Generator
+from keras_kvcache.generation.methods import as_method
+from keras_kvcache.layers import DecoderBlock
 from keras_kvcache.layers.block_programs import BlockPrograms, run_block
 from keras_kvcache.layers.projections import project
+from keras_kvcache.models.decoder_config import DecoderConfig
+from keras_kvcache.models.encoder_decoder_config import EncoderDecoderConfig
 from keras_kvcache.models.logits import vocabulary_logits
+from keras_kvcache.models.saved_model import SavedModel
 
 
 class CacheBytes(NamedTuple):
@@ -32,11 +32,40 @@ class CacheBytes(NamedTuple):
     total: int
 
 
-class DecodingMethods(GenerateMethods):
-    """Gives a language model its steps, its caches, `generate` and `stream`.
+class LanguageModel(SavedModel):
+    """Base of the models here: decoder blocks between embeddings and logits.
 
-    It needs `_run_with_cache`, and what the constructor of `DecoderLM` keeps.
+    A subclass makes the layers named below, and implements `_run_with_cache`.
+
+    Args:
+        config: A frozen dataclass, as below.
+        **kwargs: Arguments of `SavedModel`.
+
+    Attributes:
+        config: What the model is made of: a `DecoderConfig`, or an
+            `EncoderDecoderConfig`. Its fields are attributes of the model, too.
+        token_embedding: `keras.layers.ReversibleEmbedding`; its table gives logits.
+        blocks: List of the `DecoderBlock`s.
     """
+
+    config: DecoderConfig | EncoderDecoderConfig
+    token_embedding: keras.layers.ReversibleEmbedding
+    blocks: list[DecoderBlock]
+
+    def __init__(self, config, **kwargs):
+        super().__init__(**kwargs)
+        self.config = config
+        for field in fields(config):
+            if field.init:
+                setattr(self, field.name, getattr(config, field.name))
+        self._generator = None
+
+    def _run_with_cache(self, token_ids, cache, cache_update_index, run_block):
+        """`hidden_with_cache`, where `run_block` calls a block, as `run_block` does."""
+        raise NotImplementedError
+
+    generate = as_method(Generator.generate)
+    stream = as_method(Generator.stream)
 
     def call_with_cache(self, token_ids, cache, cache_update_index):
         """One step of decoding, or a part of a prompt.
@@ -93,18 +122,10 @@ class DecodingMethods(GenerateMethods):
         Raises:
             ValueError: An option is unknown or doesn't suit the model.
         """
-        capacity = self.max_sequence_length if max_length is None else max_length
-        codec = get_codec(codec, self.compute_dtype)
+        if max_length is None:
+            max_length = self.config.max_sequence_length
         return tuple(
-            CacheSpec(
-                batch_size,
-                capacity,
-                self.num_key_value_heads,
-                self.head_dim,
-                codec=codec,
-                layout=layout,
-                kind=choose_kind(kind, block.sliding_window, capacity),
-            )
+            block.cache_spec(batch_size, max_length, codec, kind, layout)
             for block in self.blocks
         )
 
@@ -148,14 +169,6 @@ class DecodingMethods(GenerateMethods):
         """The caches of `init_cache`, with another number of slots."""
         return resize(cache, capacity, fill)
 
-    @property
-    def has_last_position(self):
-        """Whether the model knows no positions from `max_sequence_length` on.
-
-        Where each position has an embedding, it doesn't; a rotation has no end.
-        """
-        return self.position_embedding != "rotary"
-
     def _check_positions(self, name, length, index):
         """Refuses tokens past the last position, as far as both numbers are known.
 
@@ -166,12 +179,12 @@ class DecodingMethods(GenerateMethods):
         """
         # An exported program's length is a symbol.
         is_known = isinstance(index, int) and isinstance(length, int)
-        end = index + length if is_known else 0
-        if self.has_last_position and end > self.max_sequence_length:
+        limit = self.config.max_sequence_length
+        if is_known and self.config.has_last_position and index + length > limit:
             raise ValueError(
                 f"`{name}` must stay within the positions that the model knows, "
-                f"max_sequence_length={self.max_sequence_length}. Received: {length} "
-                f"tokens from {index} on"
+                f"max_sequence_length={limit}. Received: {length} tokens from "
+                f"{index} on"
             )
 
     def is_endless(self, kind="auto", **options):
@@ -183,7 +196,7 @@ class DecodingMethods(GenerateMethods):
             kind: As in `cache_specs`.
             **options: Its other options, which don't matter.
         """
-        if self.has_last_position:
+        if self.config.has_last_position:
             return False
         slides = all(block.sliding_window is not None for block in self.blocks)
         return isinstance(kind, Rolling) or (
@@ -195,9 +208,9 @@ class DecodingMethods(GenerateMethods):
         """The `Generator` behind `generate` and `stream`."""
         if self._generator is None:
             # `resize` may not know the caches that a subclass makes.
-            has_own = type(self).init_cache is not DecodingMethods.init_cache
+            has_own = type(self).init_cache is not LanguageModel.init_cache
             step = self.hidden_with_cache
-            if type(self).hidden_with_cache is DecodingMethods.hidden_with_cache:
+            if type(self).hidden_with_cache is LanguageModel.hidden_with_cache:
                 # The loop may donate its caches; the step of a subclass may need them.
                 programs = BlockPrograms()
                 step = functools.partial(self._run_with_cache, run_block=programs)
@@ -207,9 +220,9 @@ class DecodingMethods(GenerateMethods):
                 init_cache=self.init_cache,
                 logits=self.logits,
                 tokenizer=self.tokenizer,
-                max_sequence_length=self.max_sequence_length,
+                max_sequence_length=self.config.max_sequence_length,
                 is_endless=self.is_endless,
-                vocabulary_size=self.vocabulary_size,
+                vocabulary_size=self.config.vocabulary_size,
                 resize_cache=None if has_own else self._resize_cache,
             )
         # A user may have set the model's tokenizer since.

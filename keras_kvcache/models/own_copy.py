@@ -5,8 +5,6 @@ from operator import attrgetter
 import keras
 
 from keras_kvcache.layers.quantization import quantization_of, quantize_layer
-from keras_kvcache.models.decoder_lm import DecoderLM
-from keras_kvcache.models.hub.projections import Projection
 
 # Modes of `quantize` whose layers compute as ever once they are quantized.
 QUANTIZATIONS = (None, "int8", "int4", "float8")
@@ -31,13 +29,13 @@ BLOCK_PARTS = (
 
 
 def own_copy(model):
-    """A `DecoderLM` that equals a model made of foreign layers.
+    """A model that equals one made of foreign layers, with weights of its own.
 
     Args:
         model: A `DecoderLM` whose parts come from elsewhere.
 
     Returns:
-        A `DecoderLM` with weights of its own and the same tokenizer. What LoRA
+        A model of the same class and config, with the same tokenizer. What LoRA
         added is merged in. Its layers are quantized as the foreign ones, with the
         very same integers and scales.
 
@@ -46,7 +44,8 @@ def own_copy(model):
             which merged in would be rounded again, or shares int4 scales among other
             weights than a layer here can, as Gemma's do.
     """
-    copy = DecoderLM.from_config({**model.get_config(), "kernel_initializer": "zeros"})
+    config = {**model.get_config(), "kernel_initializer": "zeros"}
+    copy = type(model).from_config(config)
     copy.tokenizer = model.tokenizer
     copy.kernel_initializer = model.kernel_initializer
     _copy_parts(MODEL_PARTS, copy, model)
@@ -71,8 +70,8 @@ def _get(layer, name):
 
 
 def _copy_layer(own, shared):
-    if isinstance(shared, Projection):
-        shared = shared.projection
+    # Layers that compute with another layer's weights name it.
+    shared = getattr(shared, "source", shared)
     if getattr(shared, "quantization_mode", None) is not None:
         return _copy_quantized(own, shared)
     if hasattr(own, "kernel"):

@@ -1,0 +1,148 @@
+"""What a decoder block is made of."""
+
+import numbers
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+from keras_kvcache.layers.normalization import NORMALIZATIONS
+from keras_kvcache.ops import is_integer
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """The arguments of `DecoderBlock`, its rotation and initializer apart.
+
+    Attributes have the names and meanings of these arguments. A bias, an epsilon or a
+    number of heads that another argument gives when it's `None` is filled in.
+
+    Raises:
+        ValueError: A value is out of range or doesn't go with another.
+    """
+
+    num_query_heads: int
+    intermediate_dim: int
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    normalization: str = "rms_norm"
+    layer_norm_epsilon: float = 1e-5
+    activation: str | Callable = "silu"
+    gated_feedforward: bool = True
+    use_bias: bool = False
+    attention_bias: bool | None = None
+    sliding_window: int | None = None
+    query_scale: float | None = None
+    logit_soft_cap: float | None = None
+    query_key_norm: bool = False
+    query_key_norm_epsilon: float | None = None
+    use_post_attention_norm: bool = False
+    use_post_ffw_norm: bool = False
+    num_experts: int | None = None
+    num_experts_per_token: int | None = None
+    dropout: float = 0.0
+    normalize_first: bool = True
+    attention_kind: str = "multi_head"
+
+    def __post_init__(self):
+        fill_in(
+            self,
+            num_key_value_heads=self.num_query_heads,
+            attention_bias=self.use_bias,
+            query_key_norm_epsilon=self.layer_norm_epsilon,
+        )
+        check_sizes(self, "num_query_heads", "intermediate_dim", "num_key_value_heads")
+        check_sizes(self, *_given(self, "head_dim", "num_experts"))
+        check_sizes(self, *_given(self, "num_experts_per_token"))
+        if self.num_query_heads % self.num_key_value_heads:
+            raise ValueError(
+                "`num_query_heads` must be a multiple of `num_key_value_heads`. "
+                f"Received: num_query_heads={self.num_query_heads}, "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        check_choice(self, "normalization", NORMALIZATIONS)
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"`dropout` must be from 0 to below 1. Received: {self.dropout!r}"
+            )
+        check_positive(self, "layer_norm_epsilon", "query_key_norm_epsilon")
+        check_needed(self, num_experts_per_token="num_experts")
+
+
+def shared_fields(config) -> dict:
+    """The fields of a model's config that a `BlockConfig` has too, by name."""
+    names = {field.name for field in fields(BlockConfig)}
+    return {
+        field.name: getattr(config, field.name)
+        for field in fields(config)
+        if field.name in names
+    }
+
+
+def fill_in(config, **defaults):
+    """Sets the fields of a frozen dataclass that are `None`."""
+    for name, value in defaults.items():
+        if getattr(config, name) is None:
+            object.__setattr__(config, name, value)
+
+
+def check_sizes(config, *names: str):
+    """Refuses fields that aren't positive integers; NumPy's become Python's.
+
+    Raises:
+        ValueError: One isn't.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if not is_integer(value) or value <= 0:
+            raise ValueError(
+                f"`{name}` must be a positive integer. Received: {value!r}"
+            )
+        object.__setattr__(config, name, int(value))
+
+
+def check_choice(config, name: str, known):
+    """Refuses a field that isn't one of the known names.
+
+    Raises:
+        ValueError: It isn't.
+    """
+    value = getattr(config, name)
+    if value not in known:
+        raise ValueError(f"`{name}` must be one of {list(known)}. Received: {value!r}")
+
+
+def check_positive(config, *names: str):
+    """Refuses fields that are neither positive numbers nor `None`.
+
+    Raises:
+        ValueError: One isn't.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not (_is_number(value) and value > 0):
+            raise ValueError(f"`{name}` must be a positive number. Received: {value!r}")
+
+
+def check_needed(config, **needed: str):
+    """Refuses fields that are given where the one that they need isn't.
+
+    Args:
+        config: A dataclass.
+        **needed: By the name of a field that of the field that it needs.
+
+    Raises:
+        ValueError: One is given alone.
+    """
+    for name, other in needed.items():
+        if getattr(config, name) is not None and getattr(config, other) is None:
+            raise ValueError(
+                f"`{name}` means nothing without `{other}`. Received: "
+                f"{name}={getattr(config, name)}, {other}=None"
+            )
+
+
+def _given(config, *names):
+    return [name for name in names if getattr(config, name) is not None]
+
+
+def _is_number(value):
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
