@@ -297,6 +297,19 @@ def test_positions_have_an_end_where_they_are_learned():
         from_keras_hub(gpt2, 114)
 
 
+def test_a_saved_model_knows_its_last_position(tmp_path):
+    ours = from_keras_hub(shared_hub_lm("phi3_su"))
+    ours.save_to_preset(tmp_path / "preset")
+    ours.save(tmp_path / "lm.keras")
+    for loaded in (
+        DecoderLM.from_preset(tmp_path / "preset"),
+        keras.saving.load_model(tmp_path / "lm.keras"),
+    ):
+        assert not loaded.is_endless(Rolling(13))
+        with pytest.raises(ValueError, match="`token_ids`.*=127.*128 tokens"):
+            loaded(np.ones((1, 128), "int32"))
+
+
 def test_other_objects_are_refused():
     backbone = shared_hub_lm("llama").backbone
     for other in (backbone, keras.Sequential(), None):
