@@ -10,7 +10,7 @@ import importlib.util
 import sys
 from importlib.abc import MetaPathFinder
 
-# These, and the modules that they import, register all classes.
+# These, and the modules that they import, register all classes and loaders of presets.
 MODULES = ("models", "models.accelerate", "models.hub")
 
 

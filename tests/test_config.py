@@ -106,15 +106,15 @@ def make_varied(**options):
 
 
 def test_layers_that_differ_say_their_own_caches():
-    specs = make_varied().cache_specs(3, 23, codec="int8", layout="dense")
-    common = dict(codec="int8", layout="dense")
+    specs = make_varied().cache_specs(3, 23, codec="bfloat16", layout="dense")
+    common = dict(codec="bfloat16", layout="dense")
     assert specs == (
         CacheSpec(3, 23, 2, 14, **common),
         CacheSpec(3, 23, 4, 22, **common),
         CacheSpec(3, 23, 1, 14, **common, kind=Rolling(7)),
         CacheSpec(3, 23, 2, 14, **common),
     )
-    total = make_varied().cache_bytes(3, 23, codec="int8", layout="dense")
+    total = make_varied().cache_bytes(3, 23, codec="bfloat16", layout="dense")
     assert total.total == sum(spec.nbytes for spec in specs)
 
 
@@ -218,8 +218,8 @@ def test_a_layer_of_its_own_says_its_cache():
     spec = layer.cache_spec(3, 23)
     assert spec == CacheSpec(3, 23, 2, 14, 10, codec="bfloat16", kind=Rolling(7))
     assert layer.cache_spec(3, 7).kind == Static()
-    assert layer.cache_spec(3, 23, "int4", "static", "dense") == CacheSpec(
-        3, 23, 2, 14, 10, codec="int4", layout="dense"
+    assert layer.cache_spec(3, 23, "int4", "static") == CacheSpec(
+        3, 23, 2, 14, 10, codec="int4"
     )
     with pytest.raises(ValueError, match="`kind`.*'mobile'"):
         layer.cache_spec(3, 23, kind="mobile")

@@ -88,6 +88,7 @@ class DecoderLM(LanguageModel):
     """
 
     config: DecoderConfig
+    _saved_by = "use `save_to_preset` on it"
 
     @shows_fields_of(DecoderConfig)
     def __init__(
@@ -263,8 +264,6 @@ class DecoderLM(LanguageModel):
             **self.config.to_dict(),
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
         }
-
-    _saved_by = "use `save_to_preset` on it"
 
     def _to_save(self):
         return own_copy(self) if self._parts else self
