@@ -218,9 +218,9 @@ def test_a_layer_of_its_own_says_its_cache():
     spec = layer.cache_spec(3, 23)
     assert spec == CacheSpec(3, 23, 2, 14, 10, codec="bfloat16", kind=Rolling(7))
     assert layer.cache_spec(3, 7).kind == Static()
-    assert layer.cache_spec(3, 23, "int4", "static") == CacheSpec(
-        3, 23, 2, 14, 10, codec="int4"
-    )
+    dense = layer.cache_spec(3, 23, "float16", "static", "dense")
+    expected = CacheSpec(3, 23, 2, 14, 10, codec="float16", layout="dense")
+    assert dense == expected
     with pytest.raises(ValueError, match="`kind`.*'mobile'"):
         layer.cache_spec(3, 23, kind="mobile")
 
