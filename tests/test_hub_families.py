@@ -15,7 +15,8 @@ from keras import ops
 
 from keras_kvcache import DecoderLM, accelerate, from_keras_hub
 from keras_kvcache.caches import Rolling
-from keras_kvcache.models.hub import convert, own_copy
+from keras_kvcache.models import own_copy
+from keras_kvcache.models.hub import convert
 from keras_kvcache.models.hub.families import FAMILIES
 
 # Each family has programs of keras-hub's and of ours to compile.
