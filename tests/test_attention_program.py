@@ -164,6 +164,14 @@ def test_each_kind_of_attention_is_traced_once():
     assert count_traces([*same, cases.make_layer(sliding_window=7)]) == 2
     assert count_traces([*same, cases.make_layer(query_scale=0.7)]) == 2
     assert count_traces(same, updates=False) == 1
+    # Weights of scores are data; a function may hold weights that JAX can't tell apart.
+    biased = [cases.make_layer(score_bias=3, use_sink_logits=True) for _ in range(3)]
+    assert count_traces(biased) == 1
+    assert count_traces([*same, cases.make_layer(score_bias=abs_distance)]) == 1
+
+
+def abs_distance(query, slot):
+    return -keras.ops.cast(keras.ops.abs(query - slot), "float32")
 
 
 def test_a_known_index_stays_known():
