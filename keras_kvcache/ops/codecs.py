@@ -246,7 +246,7 @@ class Int8(Codec):
     value_parts, encode_values, read_values = key_parts, encode_keys, read_keys
 
 
-class _Int4Values:
+class _Int4Values(Codec):
     """4 bits a number of a rotated value, one scale for each token and head."""
 
     def value_parts(self, head_dim):
@@ -273,7 +273,7 @@ class _Int4Values:
 
 
 @dataclass(frozen=True)
-class Int4(_Int4Values, Codec):
+class Int4(_Int4Values):
     """4 bits a number; of keys, a range for each channel over 32 tokens.
 
     Of a value vector about a tenth of its length is lost, whichever way it points: a
