@@ -170,7 +170,10 @@ def test_by_the_kernel_for_gpus(codec, layout, length, name, sink):
 @pytest.mark.jax_only
 @pytest.mark.parametrize("layout, length", [("head_major", 31), ("dense", 1)])
 def test_triton_gets_the_kernel(layout, length):
-    """All operations of a bias are such that Pallas lowers, on any machine."""
+    """All operations of a bias are such that Pallas lowers.
+
+    JAX 0.10 does on any machine; later ones look for a GPU.
+    """
     arguments, _ = make_call(make_filled("bfloat16", layout), length, TABLE, SINK)
     query, view, masks, scoring, positions = arguments
     leaves, tree = jax.tree_util.tree_flatten((view.segments, masks, scoring))
@@ -184,7 +187,11 @@ def test_triton_gets_the_kernel(layout, length):
     traced = jax.jit(attend_grouped).trace(grouped, positions, *leaves)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated")
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        try:
+            text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        except RuntimeError as error:
+            assert "No supported GPU devices" in str(error)
+            pytest.skip("this JAX lowers for GPUs that are there only")
     assert "decode_attention" in text and "merge_parts" in text
 
 
