@@ -169,7 +169,7 @@ def nbytes(tree):
 
 def itemsize(dtype):
     """Bytes of one number."""
-    sizes = {"64": 8, "32": 4, "16": 2, "int8": 1}
+    sizes = {"64": 8, "32": 4, "16": 2, "int8": 1, "bool": 1}
     dtype = keras.backend.standardize_dtype(dtype)
     return next(size for end, size in sizes.items() if dtype.endswith(end))
 

@@ -15,8 +15,8 @@ NARROW = ("bfloat16", "float16")
 def as_bits(cache):
     """The caches of a tree with what they hold as narrow floats held as `Bits`.
 
-    Elsewhere than under JAX on a CPU, and of tensors that are no caches, nothing is
-    changed; nor is any value anywhere.
+    So are caches that `CacheSpec.allocate` makes. Elsewhere than under JAX on a CPU,
+    and of tensors that are no caches, nothing is changed; nor is any value anywhere.
 
     Args:
         cache: A cache or a tree of caches.
@@ -35,6 +35,30 @@ def as_bits(cache):
         bits = node.map(lambda array, *_: ops.view(array, BITS))
         return replace(bits, codec=Bits(node.codec.dtype))
 
+    return _map_storages(convert, cache)
+
+
+def as_floats(cache):
+    """The caches of a tree as they are elsewhere: what is held as bits as floats.
+
+    Args:
+        cache: A cache or a tree of caches.
+
+    Returns:
+        The same tree.
+    """
+
+    def convert(node):
+        if not isinstance(node, Storage) or type(node.codec) is not Bits:
+            return node
+        dtype = node.codec.dtype
+        floats = node.map(lambda array, *_: ops.view(array, dtype))
+        return replace(floats, codec=Exact(dtype))
+
+    return _map_storages(convert, cache)
+
+
+def _map_storages(function, tree):
     return jax.tree_util.tree_map(
-        convert, cache, is_leaf=lambda node: isinstance(node, Storage)
+        function, tree, is_leaf=lambda node: isinstance(node, Storage)
     )

@@ -14,6 +14,7 @@ import numpy as np
 from keras import ops
 
 from keras_kvcache.caches.base import NO_END, Cache
+from keras_kvcache.caches.bits import as_bits, as_floats
 from keras_kvcache.caches.layout import batch_size, distributed, map_caches
 from keras_kvcache.caches.spec import Shape
 from keras_kvcache.caches.static import StaticCache
@@ -25,6 +26,8 @@ from keras_kvcache.quotes import quoted, shortened
 # the description as JSON, and what tells that a byte of that changed.
 FORMAT, FORMAT_VERSION = "keras_kvcache.caches", "3"
 DESCRIPTION, CHECKSUM = "description", "checksum"
+# What a file holds unless it says otherwise.
+CACHES = "caches"
 
 # Where the config of a model has names of layers.
 NAMES = {"name", "input_layers", "output_layers", "inbound_nodes"}
@@ -38,6 +41,8 @@ DTYPE_NAMES = {
     "I32": "int32",
     "I16": "int16",
     "I8": "int8",
+    "U32": "uint32",
+    "BOOL": "bool",
     "U8": "uint8",
 }
 
@@ -63,9 +68,23 @@ def save_caches(path, caches, fill, model=None):
             isn't built.
         OSError: The file can't be written.
     """
+    write_tree(path, caches, model, fill=fill)
+
+
+def write_tree(path, caches, model=None, holds=CACHES, fill=None):
+    """Writes a tree as `save_caches` does, or one that holds more than caches.
+
+    Args:
+        path, caches, model: As in `save_caches`.
+        holds: What the tree is, a text. Unless it's `CACHES` it may have dictionaries
+            and other arrays, and there is no fill.
+        fill: As in `save_caches`.
+    """
     from safetensors.numpy import save_file
 
-    path, structure = Path(path), describe(caches)
+    # How narrow floats are held is no concern of files.
+    path, caches = Path(path), as_floats(caches)
+    structure = describe(caches, has_others=holds != CACHES)
     # What isn't as its description has it could not be loaded.
     expected = shapes_of(structure)
     held, form = named_arrays(caches)
@@ -75,10 +94,11 @@ def save_caches(path, caches, fill, model=None):
             f"{quoted(caches)}"
         )
     _check_arrays(expected, {name: shape_of(array) for name, array in held.items()})
-    fill = _read_fill(fill, expected)
+    fill = _read_fill(fill, expected) if holds == CACHES else None
     arrays = {name: _as_array(tensor) for name, tensor in held.items()}
     description = json.dumps(
         {
+            "holds": holds,
             "caches": structure,
             "fill": fill,
             "model": None if model is None else fingerprint(model),
@@ -107,8 +127,8 @@ def load_caches(path, model=None):
             taken, and it's up to the caller that the model is the right one.
 
     Returns:
-        The pair `(caches, fill)`: the same classes with the same bits, where
-        `CacheSpec.allocate` would put them; `fill` is an int, or an int32 tensor
+        The pair `(caches, fill)`: the same classes with the same bits, held and laid
+        out as `CacheSpec.allocate` has them; `fill` is an int, or an int32 tensor
         `(B,)`.
 
     Raises:
@@ -118,6 +138,20 @@ def load_caches(path, model=None):
             has arrays other than it describes or a fill that doesn't fit, or is of
             another model; or the model isn't built.
     """
+    caches, fill = read_tree(path, model)
+    return caches, fill if is_integer(fill) else ops.convert_to_tensor(fill, "int32")
+
+
+def read_tree(path, model=None, holds=CACHES):
+    """Reads a tree as `load_caches` does.
+
+    Args:
+        path, model: As in `load_caches`.
+        holds: What the file must hold, as in `write_tree`.
+
+    Returns:
+        The pair of the tree and of its fill: an integer, a list of them or `None`.
+    """
     from safetensors import safe_open
 
     path = Path(path)
@@ -126,9 +160,18 @@ def load_caches(path, model=None):
     model = None if model is None else fingerprint(model)
     with _refusing(path), safe_open(str(path), framework="numpy") as file:
         description = _read_description(file.metadata() or {})
+        # Files that were written before there was more than caches don't say it.
+        held = description.get("holds", CACHES)
+        if held != holds:
+            raise ValueError(
+                f"It must hold {holds}, as `load_{holds}` reads them. Received: a file "
+                f"of {quoted(held)}"
+            )
         expected = shapes_of(description["caches"], limit=path.stat().st_size)
         _check_arrays(expected, {name: _shape_in(file, name) for name in file.keys()})
-        fill = _read_fill(description["fill"], expected)
+        fill = None
+        if holds == CACHES:
+            fill = _read_fill(description["fill"], expected)
         if model not in (None, description["model"]):
             raise ValueError(
                 "`model` must be the one that the caches were saved with, and its "
@@ -140,8 +183,7 @@ def load_caches(path, model=None):
         if _checksum(map(_bytes_of, arrays)) != description["checksum"]:
             raise ValueError("Arrays must be as they were written. Received: others")
         tensors = [_as_tensor(array) for array in arrays]
-    caches = distributed(jax.tree_util.tree_unflatten(form, tensors))
-    return caches, fill if is_integer(fill) else ops.convert_to_tensor(fill, "int32")
+    return distributed(as_bits(jax.tree_util.tree_unflatten(form, tensors))), fill
 
 
 def fingerprint(model):

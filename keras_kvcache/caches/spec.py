@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_kvcache.cache_names import FLOATS
 from keras_kvcache.caches.base import NO_END, itemsize, nbytes
+from keras_kvcache.caches.bits import as_bits
 from keras_kvcache.caches.dense import DenseStorage
 from keras_kvcache.caches.head_major import HeadMajorStorage
 from keras_kvcache.caches.kinds import Rolling, Static
@@ -113,6 +114,9 @@ class CacheSpec:
     def allocate(self):
         """An empty cache of this shape, on the devices of `keras.distribution`.
 
+        Under JAX on a CPU narrow floats are held as whole numbers of their bits, which
+        XLA writes in place there.
+
         Raises:
             ValueError: The backend has no numbers of the codec's dtype.
         """
@@ -129,7 +133,7 @@ class CacheSpec:
                 )
             return distribute(array, heads_axis if has_heads else None)
 
-        return self._make(make)
+        return as_bits(self._make(make))
 
     def _make(self, make):
         """The cache of arrays that `make` gives for a shape and a dtype."""

@@ -21,13 +21,25 @@ from keras_kvcache.quotes import quoted
 CODEC_NAMES = {"exact": codecs.Exact, **codecs.CODECS}
 KIND_NAMES = {kind.name: kind for kind in (Static, Rolling)}
 CONTAINERS = {"tuple": tuple, "list": list}
+# Classes of tuples whose parts have names; `is_container` adds to them.
+RECORDS = {}
+# Dtypes that arrays beside caches may have.
+ARRAY_DTYPES = (*codecs.FLOATS, "int32", "int16", "int8", "uint32", "uint8", "bool")
 
 
-def describe(caches):
+def is_container(cls):
+    """Decorates a `NamedTuple` that holds caches, so that files may have it."""
+    RECORDS[cls.__name__] = cls
+    return cls
+
+
+def describe(caches, has_others=False):
     """A tree of caches without its arrays.
 
     Args:
         caches: A cache, a dense tensor `(B, 2, S, K, H)`, or tuples and lists of them.
+        has_others: Whether there may be other arrays, of any shape, dictionaries and
+            `None`, too.
 
     Returns:
         What JSON can hold, from which `shapes_of` makes the tree again.
@@ -36,11 +48,21 @@ def describe(caches):
         TypeError: It's something else.
     """
     if type(caches) in CONTAINERS.values():
-        return {type(caches).__name__: [describe(part) for part in caches]}
+        parts = [describe(part, has_others) for part in caches]
+        return {type(caches).__name__: parts} if parts else {"none": "tuple"}
+    if type(caches) in RECORDS.values():
+        parts = [describe(part, True) for part in caches]
+        return {"record": {"name": type(caches).__name__, "parts": parts}}
+    if has_others and isinstance(caches, dict):
+        return {"dict": {key: describe(part, True) for key, part in caches.items()}}
+    if has_others and caches is None:
+        return {"none": "none"}
     if type(caches) in (StaticCache, RollingCache):
         return {"cache": _describe_spec(spec_of(caches))}
     if ops.is_tensor(caches) or isinstance(caches, np.ndarray):
         shape = shape_of(caches)
+        if has_others:
+            return {"array": {"shape": shape.shape, "dtype": shape.dtype}}
         return {"tensor": {"shape": shape.shape, "dtype": shape.dtype}}
     raise TypeError(
         "`caches` must be a cache, a dense tensor, or tuples and lists of them. "
@@ -71,10 +93,18 @@ def shapes_of(description, limit=math.inf):
         ((what, content),) = part.items()
         if what in CONTAINERS and content:
             return CONTAINERS[what](map(build, content))
+        if what == "record":
+            return RECORDS[content["name"]](*map(build, content["parts"]))
+        if what == "dict":
+            return {name: build(part) for name, part in content.items()}
+        if what == "none":
+            return {"none": None, "tuple": ()}[content]
         if what == "cache":
             shapes = _read_spec(content).shapes()
         elif what == "tensor":
-            shapes = _read_tensor(content)
+            shapes = _read_tensor(content, codecs.FLOATS)
+        elif what == "array":
+            shapes = _read_tensor(content, ARRAY_DTYPES)
         else:
             raise ValueError(
                 "`caches` must be a 'cache', a 'tensor', or a 'tuple' or 'list' of at "
@@ -151,9 +181,13 @@ def _as_dict(name, described):
     return dict(described)
 
 
-def _read_tensor(described):
-    codec = codecs.Exact(described["dtype"])
-    shapes = Shape(tuple(described["shape"]), codec.dtype)
+def _read_tensor(described, dtypes):
+    if described["dtype"] not in dtypes:
+        raise ValueError(
+            f"`dtype` must be one of {list(dtypes)}. Received: "
+            f"{quoted(described['dtype'])}"
+        )
+    shapes = Shape(tuple(described["shape"]), described["dtype"])
     if not all(is_integer(size) and size > 0 for size in shapes.shape):
         raise ValueError(f"Sizes must be positive integers. Received: {shapes.shape}")
     return shapes

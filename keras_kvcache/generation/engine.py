@@ -9,7 +9,6 @@ import numpy as np
 from keras import ops
 
 from keras_kvcache.caches import batch_size
-from keras_kvcache.caches.bits import as_bits
 from keras_kvcache.generation.bursts import LONGEST_BURST, make_reader
 from keras_kvcache.generation.growth import Growth
 from keras_kvcache.generation.program import make_program
@@ -51,20 +50,20 @@ class Engine:
         functions: `StepFunctions`.
 
     Attributes:
-        model, resize_cache: As above.
+        model, resize_cache, functions: As above.
     """
 
     def __init__(self, model, functions, init_cache, resize_cache=None):
         self.model, self.resize_cache = model, resize_cache
-        self._functions, self._init_cache = functions, init_cache
+        self.functions, self._init_cache = functions, init_cache
         self._prefill = make_program(self._run_prefill, model, donate=("rows",))
         self._decode = make_program(self._run_decode, model, donate=("rows",))
 
     def _run_prefill(self, **arguments):
-        return prefill(self._functions, **arguments)
+        return prefill(self.functions, **arguments)
 
     def _run_decode(self, **arguments):
-        return decode(self._functions, width=LONGEST_BURST, **arguments)
+        return decode(self.functions, width=LONGEST_BURST, **arguments)
 
     def with_init_cache(self, init_cache):
         """The same programs on other caches."""
@@ -82,8 +81,8 @@ class Engine:
             return
         cache = self._init_cache(1, SMALLEST_CAPACITY)
         token_ids, index = ops.zeros((1, 1), "int32"), ops.zeros((1,), "int32")
-        outputs, _ = self._functions.step(token_ids, cache, index)
-        self._functions.logits(outputs[:, 0])
+        outputs, _ = self.functions.step(token_ids, cache, index)
+        self.functions.logits(outputs[:, 0])
 
     def init_cache(self, batch_size, capacity, **options):
         """As in `keras_kvcache.Generator`."""
@@ -96,7 +95,7 @@ class Engine:
                     "`cache` needs an `init_cache` that takes its options. Received: "
                     f"{options}: {error}"
                 ) from error
-        return as_bits(self._init_cache(batch_size, capacity, **options))
+        return self._init_cache(batch_size, capacity, **options)
 
     def start(self, plan, capacities):
         """Runs the prompts of a `Plan`.

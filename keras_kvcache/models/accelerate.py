@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_kvcache import samplers
+from keras_kvcache.generation import StepFunctions, extend
 from keras_kvcache.generation.sizes import chunk_sizes
 from keras_kvcache.models.encoder_decoder_inputs import read_encoder_inputs
 from keras_kvcache.models.encoder_decoder_lm import EncoderDecoderLM
@@ -176,13 +177,16 @@ class Acceleration:
         rest = width - ops.shape(prompt_ids)[1]
         # A sampler knows tensors whose first axis is the rows, and no caches.
         tensors, structure = jax.tree_util.tree_flatten(cache)
+        functions = StepFunctions(
+            self.model.hidden_with_cache,
+            lambda hidden: (self.model.logits(hidden), hidden),
+        )
 
         def next_token(prompt, tensors, index):
             cache = jax.tree_util.tree_unflatten(structure, tensors)
             token = ops.slice(prompt, [0, index - 1], [ops.shape(prompt)[0], 1])
-            hidden, cache = self.model.hidden_with_cache(token, cache, index - 1)
-            hidden = ops.squeeze(hidden, axis=1)
-            return self.model.logits(hidden), hidden, jax.tree_util.tree_leaves(cache)
+            cache, (logits, hidden) = extend(functions, cache, token, index - 1)
+            return logits, hidden, jax.tree_util.tree_leaves(cache)
 
         token_ids = self._causal_lm.sampler(
             next=next_token,

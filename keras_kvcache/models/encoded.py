@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from keras_kvcache.caches.trees import is_container
 from keras_kvcache.layers import DecoderBlock
 
 
+@is_container
 class Encoded(NamedTuple):
     """What decoding reads of an encoder, and never writes.
 
