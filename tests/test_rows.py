@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 
+import keras
 import numpy as np
 import pytest
 from conftest import make_lm, shared_lm
 from keras import ops
 
-from keras_kvcache import samplers
+from keras_kvcache import EncoderDecoderLM, samplers
 from keras_kvcache.caches import (
     Rolling,
     RollingCache,
@@ -313,6 +314,28 @@ def test_a_sampler_with_parents_reorders_rows(name):
     if name != "int8":
         assert answers == beams_by_rerunning(lm, prompt, 3, 13)
         assert answers[0] != lm.generate(prompt, max_new_tokens=13)
+
+
+@pytest.mark.parametrize("cache", ["float32", "bfloat16", "int4"])
+def test_rows_of_an_encoder_decoder_take_what_was_encoded_along(cache, tmp_path):
+    keras.utils.set_random_seed(3)
+    sound = keras.Input((None, 7), name="encoder_sound")
+    encoder = keras.Model({"encoder_sound": sound}, keras.layers.Dense(19)(sound))
+    lm = EncoderDecoderLM(encoder, 101, 1, 6, 48, 59, max_sequence_length=613)
+    for weight in lm.weights:  # large enough for varied answers
+        if len(weight.shape) > 1:
+            weight.assign(RNG.normal(0, 0.4, weight.shape))
+    inputs = {
+        "encoder_sound": RNG.normal(size=(3, 41, 7)).astype("float32"),
+        "decoder_token_ids": [[3, 1, 4], [1, 5, 9, 2], [6]],
+    }
+    arguments = dict(max_new_tokens=31, cache=cache, sampler="random", seed=3)
+    whole = lm.generate(inputs, **arguments)
+    rows, _ = lm.generator.decode(lm.start(inputs, **arguments), 5, "random")
+    save_rows(tmp_path / "rows", take_rows(rows, [2, 0]), lm)
+    taken, _ = lm.generator.decode(load_rows(tmp_path / "rows", lm), 64, "random")
+    assert written(taken) == [whole[2], whole[0]]
+    assert whole[0][3:] != whole[2][1:]
 
 
 def test_steps_are_refused_unless_positive():

@@ -3,6 +3,8 @@
 import functools
 import inspect
 
+from keras_kvcache.generation.options import documented
+
 
 def as_method(method):
     """A method of `Generator` as one of a model that has a `generator`.
@@ -18,10 +20,15 @@ def as_method(method):
 
 
 def takes_options_of(method):
-    """Shows the signature of `method` on one that passes its `**options` to it."""
+    """Shows the signature of `method` on one that passes its `**options` to it.
+
+    A line `{options}` of its docstring is replaced by what they mean.
+    """
 
     def decorate(function):
         function.__signature__ = inspect.signature(method)
+        names = list(function.__signature__.parameters)
+        function.__doc__ = documented(function.__doc__, names)
         return function
 
     return decorate

@@ -88,14 +88,21 @@ def takes_options(*left_out):
             return method(self, inputs, GenerateOptions(**given))
 
         with_options.__signature__ = signature
-        with_options.__doc__ = _documented(method.__doc__, [f.name for f in taken])
+        with_options.__doc__ = documented(method.__doc__, [f.name for f in taken])
         return with_options
 
     return decorate
 
 
-def _documented(docstring, names):
-    """A docstring with the meaning of options in the place of `{options}`."""
+def documented(docstring, names):
+    """A method's docstring with the meaning of options in the place of `{options}`.
+
+    Args:
+        docstring: As it stands in the source of a class.
+        names: The options that the method has.
+    """
+    if docstring is None:  # as under `python -OO`
+        return None
     attributes = inspect.getdoc(GenerateOptions).split("Attributes:\n")[1]
     entries = re.split(r"^ {4}(?=\w+: )", attributes, flags=re.M)[1:]
     wanted = [entry for entry in entries if entry.split(":")[0] in names]

@@ -6,7 +6,7 @@ from dataclasses import replace
 import keras
 from keras import ops
 
-from keras_kvcache.generation import Generator, TextStream, make_program
+from keras_kvcache.generation import Generator, Rows, TextStream, make_program
 from keras_kvcache.generation.foreign_arguments import ADVICE
 from keras_kvcache.generation.methods import takes_options_of
 from keras_kvcache.layers import DecoderBlock
@@ -223,6 +223,8 @@ class EncoderDecoderLM(LanguageModel):
     def generate(self, inputs, **options) -> str | list | dict:
         """Answers the encoder's inputs, continuing the decoder's prompt.
 
+        Codec and layout of `cache` hold for the encoder's keys and values, too.
+
         Args:
             inputs: With a tokenizer a string, a list of strings, or a dictionary of
                 `"encoder_text"` and `"decoder_text"`. Else a dictionary of the
@@ -230,20 +232,7 @@ class EncoderDecoderLM(LanguageModel):
                 ids, rows of ids, or, with a `"decoder_padding_mask"`, arrays
                 `(B, T)` padded on the right. An `"encoder_padding_mask"` may be left
                 out; what it hides of all rows at the end isn't computed.
-            max_length: The most tokens of the decoder's prompt and answer together.
-            max_new_tokens: The most new tokens. The smallest of both and of the
-                model's own limit counts. For arrays without either, `T` is the
-                `max_length`, as in keras-hub.
-            stop_token_ids: Ids that end a row, which keeps them: `"auto"` for the
-                tokenizer's, `None` for none, or ids.
-            strip_prompt: Whether to leave out what the decoder was given.
-            sampler: As in `samplers.get`; `None` for the default.
-            seed: Integer. The same seed gives the same answer; `None` draws one
-                from Python's `random`.
-            cache: What to keep keys and values in: a kind, a codec, or a dictionary
-                of `"kind"`, `"codec"` and `"layout"`, as in
-                `keras_kvcache.Generator.generate`. Codec and layout hold for the
-                encoder's keys and values too. `None` for the model's choice.
+            {options}
 
         Returns:
             What the decoder was given, continued: text, ids, or a dictionary of
@@ -270,15 +259,7 @@ class EncoderDecoderLM(LanguageModel):
 
         Args:
             inputs: As in `generate`; for arrays lists of ids are streamed.
-            max_length: The most tokens of the decoder's prompt and answer together.
-            max_new_tokens: The most new tokens. The smallest of both and of the
-                model's own limit counts.
-            stop_token_ids: Ids that end a row: `"auto"` for the tokenizer's, `None`
-                for none, or ids.
-            sampler: As in `samplers.get`; `None` for the default.
-            seed: Integer. The same seed gives the same answer; `None` draws one
-                from Python's `random`.
-            cache: As in `generate`.
+            {options}
 
         Returns:
             A `TextStream`, an iterator over what was added to the decoder's prompt:
@@ -294,6 +275,25 @@ class EncoderDecoderLM(LanguageModel):
         if prompts.form == "arrays":
             prompts = replace(prompts, form="ids")
         return self._generator_of(arrays).stream(prompts, **options)
+
+    @explains_unknown(ADVICE)
+    @takes_options_of(Generator.start)
+    def start(self, inputs, **options) -> Rows:
+        """Encodes inputs and gives the decoder's rows, as `Generator.start` does.
+
+        Args:
+            inputs: As in `generate`.
+            {options}
+
+        Returns:
+            `keras_kvcache.generation.Rows`, from which `generator.decode` goes on; the
+            cache is the pair of the decoder's caches and of what was encoded.
+
+        Raises:
+            TypeError, ValueError: As in `generate`.
+        """
+        arrays, prompts = read_pairs(inputs, self)
+        return self._generator_of(arrays).start(prompts, **options)
 
     def _generator_of(self, arrays):
         """The generator, on caches that begin with the encoder's work."""
