@@ -161,7 +161,7 @@ def read_tree(path, model=None, holds=CACHES):
     with _refusing(path), safe_open(str(path), framework="numpy") as file:
         description = _read_description(file.metadata() or {})
         # Files that were written before there was more than caches don't say it.
-        held = description.get("holds", CACHES)
+        held = description["holds"] if "holds" in description else CACHES
         if held != holds:
             raise ValueError(
                 f"It must hold {holds}, as `load_{holds}` reads them. Received: a file "
