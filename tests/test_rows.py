@@ -170,7 +170,7 @@ def test_files_of_rows_and_of_caches_are_told_apart(tmp_path):
     ):
         load_caches(tmp_path / "rows")
     with pytest.raises(ValueError, match="`model` must be the one"):
-        load_rows(tmp_path / "rows", make_lm(num_layers=1))
+        load_rows(tmp_path / "rows", make_lm("gpt2", num_layers=1))
     save_caches(tmp_path / "caches", rows.cache, 23, lm)
     with pytest.raises(ValueError, match="must hold rows, as `load_rows`"):
         load_rows(tmp_path / "caches", lm)
