@@ -83,11 +83,6 @@ class Generator:
         )
 
     @property
-    def functions(self):
-        """The model as `extend` takes it, `StepFunctions`."""
-        return self._engine.functions
-
-    @property
     def sampler(self):
         """The sampler used unless told otherwise."""
         return self._sampler
