@@ -664,7 +664,7 @@ def test_a_capacity_that_does_not_fit(tmp_path, value):
         ("kind", {"name": "static"}, "left over"),
         ("kind", {"name": "rolling"}, "window"),
         ("kind", {"name": "os.system", "command": "true"}, "`kind` must be one of"),
-        ("layout", "dense", "must be .head_major. for the codec"),
+        ("layout", "dense", "must be 'head_major' for the codec"),
         ("layout", "sparse", "`layout` must be one of"),
         ("layout", ["dense"], "unhashable"),
         ("more", 3, "more"),
