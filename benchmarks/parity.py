@@ -14,6 +14,7 @@ kernel attends without it.
 
 import collections
 import concurrent.futures
+import dataclasses
 import functools
 import itertools
 import os
@@ -164,11 +165,20 @@ def attend_cache(by_kernel, cache, query, key, value, first):
     index = first + (filled - length)
     _, view = cache.update(key[:, -length:], value[:, -length:], index)
     if not by_kernel:
-        segments = (segment._replace(arrays=None) for segment in view.segments)
+        segments = (
+            dataclasses.replace(segment, codec=unread(segment.codec))
+            for segment in view.segments
+        )
         view = view._replace(segments=tuple(segments))
     positions = index[:, None] + jnp.arange(length)
     masks = ops.view_masks(view, positions, causal=True)
     return ops.attend(query, view, masks, ops.Scoring(query.shape[-1] ** -0.5))
+
+
+def unread(codec):
+    """The same codec, but one that kernels don't read."""
+    kind = type("Unread", (type(codec),), {"kernels_read": False})
+    return kind(codec.dtype)
 
 
 def expect(query, key, value, kind):
