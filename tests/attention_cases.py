@@ -55,8 +55,14 @@ def make_cache(layer, batch_size, capacity, layout, dtype="float32", filler=GARB
     if layout == "dense":
         return full(batch_size, 2, capacity, heads, key_dim)
     spec = CacheSpec(batch_size, capacity, heads, key_dim, value_dim, codec=dtype)
-    shapes = spec.allocate()
-    return jax.tree_util.tree_map(lambda array: full(*array.shape), shapes)
+
+    def fill(array):
+        # Narrow floats may be held as whole numbers of their bits.
+        is_bits = keras.backend.standardize_dtype(array.dtype) == "int16"
+        floats = full(*array.shape)
+        return keras.ops.view(floats, "int16") if is_bits else floats
+
+    return jax.tree_util.tree_map(fill, spec.allocate())
 
 
 def entries(cache):

@@ -20,9 +20,11 @@ POSITIONS = (IN_ORDER, OUT_OF_ORDER, ROW_BY_ROW)
 def make_view(fill=None, **rules):
     """A view of the three segments, of which only one has its slots in order."""
     first, *others = map(cases.int32, POSITIONS)
+    # Masks don't look at what the slots hold.
+    held = dict(layout=None, codec=None, head_dim=1, value_dim=1)
     segments = (
-        Segment(None, None, first, first=0),
-        *(Segment(None, None, positions) for positions in others),
+        Segment((), first, **held, first=0),
+        *(Segment((), positions, **held) for positions in others),
     )
     fill = None if fill is None else cases.int32(fill)
     return View(segments, 1, 1, fill, **rules)

@@ -98,7 +98,8 @@ def documented(docstring, names):
     """A method's docstring with the meaning of options in the place of `{options}`.
 
     Args:
-        docstring: As it stands in the source of a class.
+        docstring: As it stands in the source of a class, or without its indentation,
+            which Python 3.13 takes away.
         names: The options that the method has.
     """
     if docstring is None:  # as under `python -OO`
@@ -107,5 +108,4 @@ def documented(docstring, names):
     entries = re.split(r"^ {4}(?=\w+: )", attributes, flags=re.M)[1:]
     wanted = [entry for entry in entries if entry.split(":")[0] in names]
     text = "".join(f"{' ' * 4}{entry}" for entry in wanted).rstrip()
-    text = "\n".join(f"{' ' * 8}{line}".rstrip() for line in text.splitlines())
-    return docstring.replace(f"{' ' * 12}{{options}}", text)
+    return inspect.cleandoc(docstring).replace(f"{' ' * 4}{{options}}", text)

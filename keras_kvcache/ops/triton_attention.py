@@ -139,8 +139,9 @@ def _attend_parts(query, segment, mask, sizes, scoring, positions, interpret):
 
     batch, heads, rows, _ = query.shape
     mask = whole_mask(segment, mask)
-    # Some hold the bits of bfloat16.
-    arrays = [a.view("bfloat16") if a.dtype == "int16" else a for a in segment.arrays]
+    # Some hold the bits of narrow floats.
+    dtype = segment.codec.dtype
+    arrays = [a.view(dtype) if a.dtype == "int16" else a for a in segment.arrays]
     tiling = choose_tiling(
         batch * heads,
         rows,
