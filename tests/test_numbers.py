@@ -215,7 +215,8 @@ def plain_answers():
     return answers_under("none")
 
 
-SLOW = [
+SWITCHES = [
+    "jax_enable_x64=True",
     "jax_debug_nans=True",
     "jax_debug_infs=True",
     "jax_disable_jit=True",
@@ -227,13 +228,8 @@ SLOW = [
 
 
 @pytest.mark.jax_only
-@pytest.mark.parametrize(
-    "switch",
-    [
-        "jax_enable_x64=True",
-        *(pytest.param(switch, marks=pytest.mark.slow) for switch in SLOW),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("switch", SWITCHES)
 def test_the_main_paths_under_a_switch_of_jax(switch, plain_answers):
     answers = answers_under(switch)
     if "threefry" in switch:

@@ -72,7 +72,13 @@ def quantized(how):
     return lm, answer(lm)
 
 
-@pytest.mark.parametrize("how", WAYS_TO_QUANTIZE)
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(how, marks=[pytest.mark.slow] * (how not in ("int8", "int4")))
+        for how in WAYS_TO_QUANTIZE
+    ],
+)
 @pytest.mark.parametrize("way", [by_keras, by_weights, by_preset, by_copy])
 def test_a_quantized_model(how, way, tmp_path):
     lm, expected = quantized(how)
@@ -86,6 +92,7 @@ def test_quantizing_changes_answers(how):
     assert not np.array_equal(quantized(how)[1], answer(make()))
 
 
+@pytest.mark.slow
 def test_a_compiled_one_trains_on(tmp_path):
     lm = make()
     lm.quantize("int8")
@@ -101,6 +108,7 @@ def test_a_compiled_one_trains_on(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_a_preset_in_another_dtype(tmp_path):
     lm = make()
     lm.quantize("int8")
@@ -113,6 +121,7 @@ def test_a_preset_in_another_dtype(tmp_path):
     np.testing.assert_array_equal(answer(loaded), answer(other))
 
 
+@pytest.mark.slow
 def test_lora_and_frozen_parts(tmp_path):
     lm = make()
     lm.quantize("int8")
@@ -126,6 +135,7 @@ def test_lora_and_frozen_parts(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_experts(tmp_path):
     def make():
         return make_lm(num_layers=1, num_experts=3, num_experts_per_token=2)
@@ -147,7 +157,10 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("mode", ["int8", "int4", "float8"])
+@pytest.mark.parametrize(
+    "mode",
+    ["int8", *(pytest.param(m, marks=pytest.mark.slow) for m in ("int4", "float8"))],
+)
 @pytest.mark.parametrize("kind", LAYERS)
 def test_functional_models(kind, mode, tmp_path):
     inputs = keras.Input((7, 14))
@@ -165,6 +178,7 @@ def test_functional_models(kind, mode, tmp_path):
     np.testing.assert_array_equal(answer(clone, INPUTS), expected)
 
 
+@pytest.mark.slow
 def test_an_encoder_of_keras_layers(tmp_path):
     ids = keras.Input((None,), dtype="int32", name="encoder_token_ids")
     embedded = keras.layers.Embedding(101, 14)(ids)

@@ -66,7 +66,7 @@ def options(name, sampler):
 
 
 CASES = [
-    pytest.param(name, "random", marks=[pytest.mark.slow] * (name == "rolling_int4"))
+    pytest.param(name, "random", marks=[pytest.mark.slow] * ("int4" in name))
     for name in CACHES
 ] + [("static", None), pytest.param("int4", None, marks=pytest.mark.slow)]
 
@@ -316,7 +316,9 @@ def test_a_sampler_with_parents_reorders_rows(name):
         assert answers[0] != lm.generate(prompt, max_new_tokens=13)
 
 
-@pytest.mark.parametrize("cache", ["float32", "bfloat16", "int4"])
+@pytest.mark.parametrize(
+    "cache", ["float32", "bfloat16", pytest.param("int4", marks=pytest.mark.slow)]
+)
 def test_rows_of_an_encoder_decoder_take_what_was_encoded_along(cache, tmp_path):
     keras.utils.set_random_seed(3)
     sound = keras.Input((None, 7), name="encoder_sound")
