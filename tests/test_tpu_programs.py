@@ -38,7 +38,19 @@ def tpu():
 
 
 @pytest.mark.usefixtures("on_tpu")
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    "head_dim",
+    [
+        pytest.param(
+            64,
+            marks=pytest.mark.xfail(
+                reason="most releases of libtpu turn slots of 64 numbers around before "
+                "a loop, and back after it"
+            ),
+        ),
+        128,
+    ],
+)
 @pytest.mark.parametrize("rows, heads", [(1, 2), (1, 6), (11, 2), (11, 6)])
 def test_rows_are_written_in_place(rows, heads, head_dim, tpu):
     """Each to a slot of its own, with no pass over what is there nor another order."""
