@@ -218,6 +218,7 @@ def test_loaded_caches_can_be_donated(tmp_path):
 SCRIPT = """
 import sys
 sys.path.insert(0, sys.argv[1])
+import conftest  # before TensorFlow, for PyTorch's sake
 import keras, keras_kvcache, numpy as np
 from keras_kvcache.caches import load_caches, save_caches
 from test_cache_files import go_on
