@@ -2,6 +2,7 @@
 
 import functools
 
+import keras_kvcache  # noqa: F401  # isort: skip  # First: it chooses JAX.
 import keras
 import numpy as np
 
