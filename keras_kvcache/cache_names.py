@@ -1,4 +1,4 @@
-"""What caches are called where users choose one; read without Keras."""
+"""Names of codecs and kinds of caches, read without Keras."""
 
 # What a slot holds: numbers as they are or rounded, or codes.
 DTYPES = ("float32", "float16", "bfloat16")

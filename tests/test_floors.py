@@ -102,6 +102,17 @@ def test_a_circle_would_be_found(tmp_path):
         graphlib.TopologicalSorter(imported_files(package)).prepare()
 
 
+def test_docstrings_begin_with_what_a_thing_is_or_does():
+    paraphrases = []
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                text = ast.get_docstring(node) or ""
+                if text.startswith(("What ", "See ")):
+                    paraphrases.append(f"{path.name}: {text.splitlines()[0]}")
+    assert not paraphrases
+
+
 def test_files_stay_short():
     lines = {
         path: len(path.read_text(encoding="utf-8").splitlines())

@@ -1,4 +1,4 @@
-"""What every cache can do."""
+"""The interface of every cache."""
 
 import abc
 import math
@@ -111,7 +111,7 @@ class Cache(abc.ABC):
 
     @abc.abstractmethod
     def view(self, fill=None):
-        """What a call that writes nothing may attend to, as a `View`.
+        """The `View` that a call attends which writes nothing.
 
         Args:
             fill: int32 `(1,)` or `(B,)`: entries at or past this position are

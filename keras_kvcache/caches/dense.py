@@ -26,7 +26,6 @@ class DenseStorage(Storage):
 
     @classmethod
     def allocate(cls, spec, slots, codec, make):
-        """See `Storage.allocate`."""
         rows, heads = spec.batch_size, spec.num_key_value_heads
         sizes = (spec.head_dim, spec.value_dim or spec.head_dim)
         layout = _layout(*sizes)
@@ -38,11 +37,9 @@ class DenseStorage(Storage):
 
     @property
     def layout(self):
-        """See `Storage.layout`."""
         return _layout(self.head_dim, self.value_dim)
 
     def encode(self, key, value, codec=None):
-        """See `Storage.encode`."""
         if self.layout.is_shared:
             both = ops.stack([key, value], axis=1)
             arrays = self.codec.encode_keys(both, *DENSE.keys)
@@ -53,7 +50,6 @@ class DenseStorage(Storage):
 
     @property
     def spans(self):
-        """See `Storage.spans`."""
         first, spans = 0, []
         kernels_read = self.layout.is_shared and self.codec.kernels_read
         for size in segment_sizes(self.slots, kernels_read):
@@ -62,15 +58,12 @@ class DenseStorage(Storage):
         return tuple(spans)
 
     def place_of(self, first, size):
-        """See `Storage.place_of`."""
         return self.segments[0], first
 
     def merge(self):
-        """See `Storage.merge`."""
         return self
 
     def resize(self, slots):
-        """See `Storage.resize`."""
 
         def cut_or_pad(array, axis, first, size):
             if slots <= size:
@@ -82,7 +75,6 @@ class DenseStorage(Storage):
         return self.map(cut_or_pad)
 
     def decode(self):
-        """See `Storage.decode`."""
         segment = self.segment(0, self.slots, None)
         return (
             keys_of(segment, 0, self.slots).matrix,

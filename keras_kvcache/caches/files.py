@@ -187,7 +187,7 @@ def read_tree(path, model=None, holds=CACHES):
 
 
 def fingerprint(model):
-    """What tells a model from others, as a text.
+    """A text that differs between models that differ.
 
     It covers what the model and its layers are configured as, where Keras knows that,
     and the name, shape, dtype and all values of every weight. The model's own name

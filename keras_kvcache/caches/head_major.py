@@ -21,7 +21,6 @@ class HeadMajorStorage(Storage):
 
     @classmethod
     def allocate(cls, spec, slots, codec, make):
-        """See `Storage.allocate`."""
         rows, heads = spec.batch_size, spec.num_key_value_heads
         head_dim, value_dim = spec.head_dim, spec.value_dim or spec.head_dim
         parts = HEAD_MAJOR.arrays(codec, head_dim, value_dim)
@@ -35,7 +34,6 @@ class HeadMajorStorage(Storage):
         return cls(segments, codec, head_dim, value_dim)
 
     def encode(self, key, value, codec=None):
-        """See `Storage.encode`."""
         codec = codec or self.codec
         key = ops.transpose(key, (0, 2, 3, 1))
         value = ops.transpose(value, (0, 2, 1, 3))
@@ -55,15 +53,12 @@ class HeadMajorStorage(Storage):
         return replace(self, segments=tuple(segments), codec=codec)
 
     def place_of(self, first, size):
-        """See `Storage.place_of`."""
         return self.segments[self.spans.index((first, size))], 0
 
     def merge(self):
-        """See `Storage.merge`."""
         return replace(self, segments=(self._copy(0, self.slots),))
 
     def resize(self, slots):
-        """See `Storage.resize`."""
         segments, first = [], 0
         for size in segment_sizes(slots, self.codec.kernels_read):
             if (first, size) in self.spans:
@@ -92,7 +87,6 @@ class HeadMajorStorage(Storage):
         return tuple(copies)
 
     def decode(self):
-        """See `Storage.decode`."""
         keys, values = [], []
         for first, size in self.spans:
             segment = self.segment(first, size, None)

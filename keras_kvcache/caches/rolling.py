@@ -38,12 +38,10 @@ class RollingCache(Cache):
 
     @property
     def capacity(self):
-        """See `Cache.capacity`."""
         return self.storage.slots + self.sink_count
 
     @property
     def max_length(self):
-        """See `Cache.max_length`."""
         return None
 
     @property
@@ -52,7 +50,6 @@ class RollingCache(Cache):
         return 0 if self.sinks is None else self.sinks.slots
 
     def update(self, key, value, index):
-        """See `Cache.update`."""
         index, length = first_positions(index), key.shape[1]
         if length == 0:
             return self, self.view(index)
@@ -88,7 +85,7 @@ class RollingCache(Cache):
         return cache, self._view(segments, fill)
 
     def view(self, fill=None):
-        """See `Cache.view`.
+        """The `View` that a call attends which writes nothing.
 
         Without `fill` the cache counts as holding positions `0 … W - 1`, all of which
         are seen: this is how a short sequence is read that was written whole.
@@ -102,7 +99,6 @@ class RollingCache(Cache):
         return view._replace(window=None) if fill is None else view
 
     def check_crop(self, fill, length):
-        """See `Cache.check_crop`."""
         # With W = R = 4, fill 9 holds positions 5 to 8. The next token after length 8
         # sees 5 to 7 and itself; after length 7 it would see 4, which is gone.
         group = self.codec.group

@@ -1,4 +1,4 @@
-"""What a cache would take, before there is one."""
+"""The description of a cache: its sizes, dtypes and bytes, before it is allocated."""
 
 from dataclasses import dataclass, field
 

@@ -80,16 +80,13 @@ class StaticCache(Cache):
 
     @property
     def capacity(self):
-        """See `Cache.capacity`."""
         return self.storage.slots if self.length is None else self.length
 
     @property
     def max_length(self):
-        """See `Cache.max_length`."""
         return self.capacity
 
     def update(self, key, value, index):
-        """See `Cache.update`."""
         if key.shape[1] == 0:
             return self, self.view(token_positions(index, 1)[:, 0])
         slots = self.storage.slots
@@ -115,7 +112,6 @@ class StaticCache(Cache):
         return cache, cache.view(fill)
 
     def view(self, fill=None):
-        """See `Cache.view`."""
         if fill is None and self.length is not None:
             fill = ops.full((1,), self.length, "int32")
         segments = []
@@ -132,7 +128,6 @@ class StaticCache(Cache):
         return View(tuple(segments), storage.heads, storage.value_dim, fill)
 
     def check_crop(self, fill, length):
-        """See `Cache.check_crop`."""
         self._check_fill(fill, self.capacity)
 
     def resize(self, capacity, fill):

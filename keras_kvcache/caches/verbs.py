@@ -1,4 +1,4 @@
-"""What batches need of their caches: rows that come and go, slots more or fewer.
+"""Operations of batches on caches: take, insert and join rows, resize slots.
 
 All of these are pure functions of a cache or of any tree of caches, such as the tuple
 of one a layer that `init_cache` gives; a dense tensor counts as a cache. They may run

@@ -23,7 +23,7 @@ TIMEOUT = 0.05
 
 
 def make_reader(batch_size, streams):
-    """What reads bursts of `batch_size` rows, for a stream or else an answer."""
+    """The reader of bursts of `batch_size` rows, for a stream or else an answer."""
     if not can_announce():
         return Reader(1 if streams else LONGEST_BURST, channel=None)
     if not streams:
@@ -90,7 +90,7 @@ class Listener(Reader):
             yield message[:-1, None]
 
     def _receive(self, tokens):
-        """What `decode` announces of a step; `None` if the program ended before it."""
+        """`decode`'s message of the next step; `None` if the program ended before it."""
         message, has_ended = None, False
         while message is None and not has_ended:
             has_ended = tokens.is_ready()

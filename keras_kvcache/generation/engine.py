@@ -23,7 +23,7 @@ MOST_TOKENS = 2**20
 
 
 class Plan(NamedTuple):
-    """What one call of `generate` is to do, checked.
+    """The checked arguments of one call of `generate`.
 
     Attributes:
         prompts: Tuple of int32 arrays, one a row.

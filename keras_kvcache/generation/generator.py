@@ -260,7 +260,7 @@ class Generator:
         return self._engine.decode(rows, steps, self._sampler_for(sampler))
 
     def lower(self, cache, chunk=None, sampler=None, sharding=None):
-        """What JAX lowers a program of generation to, for a look at it.
+        """Lowers a program of generation without running it, to be looked at.
 
         Args:
             cache: What `init_cache` gives, or its shapes.

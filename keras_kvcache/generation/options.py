@@ -16,7 +16,7 @@ from keras_kvcache.ops import is_integer
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """What `generate` may be told beside its inputs.
+    """The options of `generate`: its arguments but for the inputs.
 
     Attributes:
         max_length: The most tokens of prompt and answer together.

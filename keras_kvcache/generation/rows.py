@@ -16,7 +16,7 @@ NO_TOKEN = -1
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False, repr=False)
 class Rows:
-    """What `B` rows have read, written and are to do: the state of generation.
+    """The state of generation of `B` rows: cache, tokens, limits, seeds and steps.
 
     It's immutable, and axis 0 of every array is the rows. So the functions of
     `keras_kvcache.caches` for rows (`take_rows`, `insert_rows`, `join_rows`, …) take,

@@ -1,4 +1,4 @@
-"""What an attention layer's cache is like: the layer's heads, window and dtype."""
+"""The `CacheSpec` of an attention layer, from its heads, window and dtype."""
 
 from keras_kvcache.caches import CacheSpec, Codec, choose_kind, get_codec
 from keras_kvcache.caches.kinds import Rolling, Static

@@ -1,4 +1,4 @@
-"""What a decoder block is made of."""
+"""The config of one decoder block, and checks that all configs share."""
 
 import numbers
 from collections.abc import Callable

@@ -221,7 +221,7 @@ class CachedMultiHeadAttention(
         value_mask=None,
         key_mask=None,
     ):
-        """See the class."""
+        """Attends, in one of the three modes; arguments and result as in the class."""
         if attention_mask is not None:
             attention_mask = ops.convert_to_tensor(attention_mask)
         if cache is not None and cache_update_index is None:

@@ -59,7 +59,7 @@ class Experts(keras.layers.Layer):
         return self.add_weight(name=name, shape=shape, initializer=initializer)
 
     def call(self, tokens, chosen, weights):
-        """See the class."""
+        """Weighted sums of the chosen experts' outputs, `(tokens, D)`."""
         count, choices = chosen.shape
         if isinstance(count, int) and 2 * count * choices <= self.num_experts:
             return self._ask_chosen(tokens, chosen, weights)
@@ -193,7 +193,7 @@ class MixtureOfExperts(AdoptsParts):
         )
 
     def call(self, inputs):
-        """See the class."""
+        """Routes each token of `(…, D)` to its experts; returns the same shape."""
         tokens = ops.reshape(inputs, (-1, inputs.shape[-1]))
         fitness = ops.softmax(self.router(tokens), axis=-1)
         fitness, chosen = ops.top_k(fitness, k=self.num_experts_per_token)

@@ -109,7 +109,7 @@ class Acceleration:
         return self._generate
 
     def _generate(self, inputs, stop_token_ids=None):
-        """What keras-hub compiles otherwise: arrays in, arrays out.
+        """Generates as keras-hub's compiled function does: arrays in, arrays out.
 
         Args:
             inputs: Dictionary of `"token_ids"` and `"padding_mask"`, arrays `(B, T)`

@@ -1,4 +1,4 @@
-"""What a decoder is made of, layer by layer."""
+"""The config of a decoder, with one entry a layer."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace

@@ -179,7 +179,7 @@ class DecoderLM(LanguageModel):
         self.built = True
 
     def call(self, token_ids, training=None):
-        """See the class."""
+        """Logits `(B, T, V)` of token ids `(B, T)`, without a cache."""
         x = self._embed(token_ids, 0, training)
         for block in self.blocks:
             x = block(x, training=training)

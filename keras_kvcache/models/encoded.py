@@ -1,4 +1,4 @@
-"""What a decoder reads of an encoder."""
+"""The encoder's output as a decoder reads it."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ from keras_kvcache.layers import DecoderBlock
 
 @is_container
 class Encoded(NamedTuple):
-    """What decoding reads of an encoder, and never writes.
+    """The encoder's keys and values and their mask, which decoding only reads.
 
     Attributes:
         caches: Tuple of one cache a layer: the encoder's keys and values, `E` slots.

@@ -1,4 +1,4 @@
-"""What the decoder of an encoder-decoder model is made of, layer by layer."""
+"""The config of the decoder of an encoder-decoder model, with one entry a layer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields

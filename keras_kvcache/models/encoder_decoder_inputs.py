@@ -1,4 +1,4 @@
-"""What users give an encoder-decoder model to generate from."""
+"""Reads and checks the inputs that an encoder-decoder model generates from."""
 
 from dataclasses import replace
 

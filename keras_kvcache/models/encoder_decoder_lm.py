@@ -156,7 +156,7 @@ class EncoderDecoderLM(LanguageModel):
         self.built = True
 
     def call(self, inputs, training=None):
-        """See the class."""
+        """Logits `(B, T, V)` of a dictionary of encoder inputs and decoder ids."""
         encoder_inputs = {name: inputs[name] for name in self.encoder_inputs}
         sequence = self.encoder(encoder_inputs, training=training)
         mask = encoder_inputs.get(PADDING_MASK)

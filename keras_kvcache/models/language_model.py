@@ -19,7 +19,7 @@ from keras_kvcache.models.saved_model import SavedModel
 
 
 class CacheBytes(NamedTuple):
-    """What caches take, in bytes.
+    """The bytes that caches take.
 
     Attributes:
         per_token: One token of one row, while it's kept.
@@ -103,7 +103,7 @@ class LanguageModel(SavedModel):
     def cache_specs(
         self, batch_size, max_length=None, kind="auto", codec=None, layout="head_major"
     ):
-        """What the layers' caches would be.
+        """The `CacheSpec` of each layer's cache.
 
         Args:
             batch_size: `B`.
@@ -132,7 +132,7 @@ class LanguageModel(SavedModel):
     def cache_bytes(
         self, batch_size, max_length=None, kind="auto", codec=None, layout="head_major"
     ):
-        """What the caches of all layers would take. Arguments as in `cache_specs`.
+        """The bytes that the caches of all layers take. Arguments as in `cache_specs`.
 
         Returns:
             `CacheBytes`.

@@ -7,7 +7,7 @@ from keras_kvcache.ops import tanh
 
 
 def vocabulary_logits(embedding, hidden_states):
-    """What `embedding(hidden_states, reverse=True)` gives, the table read as it lies.
+    """Computes `embedding(hidden_states, reverse=True)`, the table read as it lies.
 
     The layer multiplies with its table transposed, which XLA's product of few rows on
     a CPU reads at two thirds of the speed.

@@ -91,7 +91,7 @@ def kind_of(path: Path | None) -> str:
 
 
 def read_config(folder: Path) -> dict:
-    """What a folder's `config.json` holds.
+    """Reads a folder's `config.json`.
 
     Raises:
         FileNotFoundError: There is none.

@@ -24,7 +24,7 @@ _goes_beside = contextvars.ContextVar("goes_beside", default=False)
 
 
 def reduce_beside(reduce, tokenizer) -> tuple:
-    """What `__reduce__` of a model gives, with its tokenizer beside Keras' file.
+    """Reduces a model for pickling, with its tokenizer beside Keras' file.
 
     Args:
         reduce: Keras' own `__reduce__` of the model, without arguments.

@@ -108,7 +108,7 @@ class Codec(abc.ABC):
     @property
     @abc.abstractmethod
     def name(self):
-        """What users call it."""
+        """The name by which users choose it."""
 
     @property
     def ungrouped(self):
@@ -148,7 +148,6 @@ class Exact(Codec):
 
     @property
     def name(self):
-        """See `Codec.name`."""
         return self.dtype
 
     @property
@@ -159,21 +158,18 @@ class Exact(Codec):
 
     @property
     def kernels_read(self):
-        """See `Codec`: what a kernel reads, narrow or not; float16 on GPUs alone."""
+        """Whether kernels read its dtype; float16 on GPUs alone."""
         return self.dtype in ("float32", "bfloat16") or (
             self.dtype == "float16" and current_platform().kernel == "gpu"
         )
 
     def key_parts(self, head_dim):
-        """See `Codec.key_parts`."""
         return (Part(head_dim, 1, self.dtype),)
 
     def encode_keys(self, keys, axis, slots):
-        """See `Codec.encode_keys`."""
         return (ops.cast(keys, self.dtype),)
 
     def read_keys(self, parts, head_dim, axis, slots):
-        """See `Codec.read_keys`."""
         (entries,) = parts
         if self.block is not None:
             # A CPU's products of narrow numbers are slower than this.
@@ -194,21 +190,17 @@ class Bits(Exact):
 
     @property
     def name(self):
-        """See `Codec.name`."""
         return f"{self.dtype} as bits"
 
     def key_parts(self, head_dim):
-        """See `Codec.key_parts`."""
         return (Part(head_dim, 1, BITS),)
 
     def encode_keys(self, keys, axis, slots):
-        """See `Codec.encode_keys`."""
         return tuple(
             ops.view(part, BITS) for part in super().encode_keys(keys, axis, slots)
         )
 
     def read_keys(self, parts, head_dim, axis, slots):
-        """See `Codec.read_keys`."""
         floats = tuple(ops.view(part, self.dtype) for part in parts)
         return super().read_keys(floats, head_dim, axis, slots)
 
@@ -231,15 +223,12 @@ class Int8(Codec):
     kernels_read = True
 
     def key_parts(self, head_dim):
-        """See `Codec.key_parts`."""
         return Part(head_dim, 1, "int8"), Part(1, 1, "float32")
 
     def encode_keys(self, keys, axis, slots):
-        """See `Codec.encode_keys`."""
         return quantize_int8(keys, axis)
 
     def read_keys(self, parts, head_dim, axis, slots):
-        """See `Codec.read_keys`."""
         codes, scale = parts
         return Operand(ops.cast(codes, self.dtype), scale)
 
@@ -250,11 +239,9 @@ class _Int4Values(Codec):
     """4 bits a number of a rotated value, one scale for each token and head."""
 
     def value_parts(self, head_dim):
-        """See `Codec.value_parts`."""
         return Part(-(-head_dim // 2), 1, "uint8"), Part(1, 1, BITS)
 
     def encode_values(self, values, axis, slots):
-        """See `Codec.encode_values`."""
         # The head size is the last axis of values in every layout. Rotated ones may be
         # larger than float16 can tell.
         values = ops.cast(values, "float32")
@@ -263,7 +250,6 @@ class _Int4Values(Codec):
         return pack_int4(codes, axis), ops.view(scale, BITS)
 
     def read_values(self, parts, head_dim, axis, slots):
-        """See `Codec.read_values`."""
         packed, scale = parts
         scale = ops.view(scale, "bfloat16")
         codes = ops.cast(unpack_int4(packed, axis, head_dim), self.dtype)
@@ -288,22 +274,18 @@ class Int4(_Int4Values):
 
     @property
     def ungrouped(self):
-        """See `Codec.ungrouped`."""
         return ExactKeys(self.dtype)
 
     def key_parts(self, head_dim):
-        """See `Codec.key_parts`."""
         of_group = Part(head_dim, self.group, BITS)
         return Part(-(-head_dim // 2), 1, "uint8"), of_group, of_group
 
     def encode_keys(self, keys, axis, slots):
-        """See `Codec.encode_keys`."""
         codes, *of_groups = quantize_int4_groups(keys, slots, self.group)
         bits = (ops.view(numbers, BITS) for numbers in of_groups)
         return pack_int4(codes, axis), *bits
 
     def read_keys(self, parts, head_dim, axis, slots):
-        """See `Codec.read_keys`."""
         packed, *of_groups = parts
         scale, lowest = (ops.view(bits, "bfloat16") for bits in of_groups)
         codes = unpack_int4(packed, axis, head_dim)

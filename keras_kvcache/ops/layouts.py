@@ -34,7 +34,7 @@ class Layout:
     is_shared: bool = False
 
     def arrays(self, codec, head_dim, value_dim):
-        """What arrays there are, those of keys before those of values.
+        """Lists the arrays, those of keys before those of values.
 
         Args:
             codec: A `Codec`.

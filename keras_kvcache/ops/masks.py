@@ -45,7 +45,7 @@ def position_mask(
 
 
 def mask_of_positions(attention_mask, segment, first):
-    """What a mask over positions says of the slots of a segment.
+    """Gathers a user's mask over positions for the slots of a segment.
 
     Args:
         attention_mask: Boolean with four axes, the last one `S` positions or 1.

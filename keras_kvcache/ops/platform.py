@@ -110,7 +110,7 @@ def cpu_features():
 
 
 def compiler_options():
-    """What XLA is to know of a program that decodes, for `jax.jit`.
+    """XLA's options for programs that decode, for `jax.jit`.
 
     On a CPU a product of one row is a loop in vectors of 256 bits unless XLA is told
     otherwise. In those of 512 bits, where there are such, it reads weights of a few

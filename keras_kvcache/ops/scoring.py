@@ -12,7 +12,7 @@ from keras_kvcache.ops.trigonometry import tanh
 @jax.tree_util.register_pytree_node_class
 @dataclass(frozen=True, eq=False)
 class Scoring:
-    """What is made of the products of queries and keys before they are weighed.
+    """How scores are made of the products of queries and keys.
 
     `score = cap(scale · product) + bias`, and to the scores of a query comes a sink.
 
@@ -65,7 +65,7 @@ class Scoring:
         return self.soft_cap * tanh(products / self.soft_cap)
 
     def bias_of(self, query_positions, slot_positions, dtype):
-        """What is added to scores.
+        """The bias that is added to scores.
 
         Args:
             query_positions: int32 `(1 | B, T)`.

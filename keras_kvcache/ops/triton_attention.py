@@ -86,7 +86,7 @@ def choose_tiling(heads, rows, slots, head_dim, dtype):
 
 
 def product_dtype(query, slots):
-    """What dtypes of queries and slots are multiplied in: as narrow as both allow."""
+    """The dtype in which queries and slots are multiplied, as narrow as both allow."""
     return query if slots == jnp.int8 else jnp.promote_types(query, slots)
 
 
@@ -273,7 +273,7 @@ def _kernel(
 
 
 def _merge(maximum, total, output, dtype, interpret):
-    """What all parts come to: `(B, K, R, Hv)` of what `_attend_parts` gives.
+    """Merges the parts that `_attend_parts` gives; output `(B, K, R, Hv)`.
 
     One kernel, of which XLA would make four.
     """

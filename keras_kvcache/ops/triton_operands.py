@@ -32,7 +32,7 @@ class Queries(NamedTuple):
 
 
 class Bias(NamedTuple):
-    """What is added to the scores of the queries of one row and head."""
+    """The bias of the scores of one row and head."""
 
     table: Any  # (N, distances)
     query_positions: Any  # (1 | B, T)

@@ -1,4 +1,4 @@
-"""What one call may attend to."""
+"""Segments and views: the slots that one call may attend."""
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple

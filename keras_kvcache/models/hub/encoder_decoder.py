@@ -1,4 +1,4 @@
-"""What keras-hub's encoder-decoder families are in the words of `EncoderDecoderLM`.
+"""keras-hub's encoder-decoder families, as options of `EncoderDecoderLM`.
 
 A family is a function of a backbone that gives options of `EncoderDecoderLM` and the
 parts around its blocks. The encoder is the backbone's own graph, as far as it goes.

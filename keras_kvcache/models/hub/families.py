@@ -1,4 +1,4 @@
-"""What each family of keras-hub is in the words of `DecoderLM`.
+"""keras-hub's families, as options of `DecoderLM`.
 
 A family is a function of a backbone that gives options of `DecoderLM`, and one of a
 block that gives its parts. Sizes that all backbones name alike, and what the parts

@@ -29,5 +29,5 @@ class PositionTable(keras.layers.Layer):
         return self.position_embedding.position_embeddings
 
     def call(self, positions):
-        """See the class."""
+        """Embeddings `(…, D)` of int32 positions `(…)`."""
         return ops.take(ops.convert_to_tensor(self.embeddings), positions, axis=0)

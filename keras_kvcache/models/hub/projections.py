@@ -33,7 +33,7 @@ class Projection(keras.layers.Layer, abc.ABC):
         return self.source.bias
 
     def call(self, inputs):
-        """See the class."""
+        """Projects inputs as the layer of keras-hub does."""
         if self.source.quantization_mode is not None:
             return self.source(inputs)
         outputs = self.multiply(inputs, ops.convert_to_tensor(self.source.kernel))
@@ -48,7 +48,6 @@ class HeadProjection(Projection):
     """`(B, T, D)` to `(B, T, N, H)` by a kernel `(N, D, H)`: one product a head."""
 
     def multiply(self, inputs, kernel):
-        """See `Projection.multiply`."""
         heads, width, head_dim = kernel.shape
         batch, length, _ = ops.shape(inputs)
         tokens = ops.reshape(inputs, (batch * length, width))
@@ -61,7 +60,6 @@ class OutputProjection(Projection):
     """`(B, T, N, H)` to `(B, T, D)` by a kernel `(N, H, D)`: heads side by side."""
 
     def multiply(self, inputs, kernel):
-        """See `Projection.multiply`."""
         heads, head_dim, width = kernel.shape
         batch, length, _, _ = ops.shape(inputs)
         tokens = ops.reshape(inputs, (batch, length, heads * head_dim))

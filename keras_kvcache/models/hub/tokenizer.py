@@ -31,7 +31,7 @@ class HubTokenizer:
 
     @property
     def stop_token_ids(self):
-        """See the class; those of keras-hub's `stop_token_ids="auto"`."""
+        """Ids that end a text: those of keras-hub's `stop_token_ids="auto"`."""
         tokenizer = self._preprocessor.tokenizer
         ids = [tokenizer.end_token_id, getattr(tokenizer, "end_token2_id", None)]
         if self._end_of_turn is not None:
