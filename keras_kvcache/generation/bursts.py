@@ -90,7 +90,7 @@ class Listener(Reader):
             yield message[:-1, None]
 
     def _receive(self, tokens):
-        """`decode`'s message of the next step; `None` if the program ended before it."""
+        """The message of `decode`'s next step; `None` if the program ended before."""
         message, has_ended = None, False
         while message is None and not has_ended:
             has_ended = tokens.is_ready()
