@@ -46,7 +46,7 @@ class Cache(abc.ABC):
     @property
     @abc.abstractmethod
     def max_length(self):
-        """The first position that has no place any more; `None` if all have."""
+        """The first position past the end; `None` if the cache never ends."""
 
     @property
     def codec(self):
@@ -111,7 +111,7 @@ class Cache(abc.ABC):
 
     @abc.abstractmethod
     def view(self, fill=None):
-        """The `View` that a call attends which writes nothing.
+        """The `View` for a call that only reads.
 
         Args:
             fill: int32 `(1,)` or `(B,)`: entries at or past this position are

@@ -85,7 +85,7 @@ class RollingCache(Cache):
         return cache, self._view(segments, fill)
 
     def view(self, fill=None):
-        """The `View` that a call attends which writes nothing.
+        """The `View` for a call that only reads.
 
         Without `fill` the cache counts as holding positions `0 … W - 1`, all of which
         are seen: this is how a short sequence is read that was written whole.

@@ -50,15 +50,15 @@ ADVICE = {
     **for_all(
         "repetition_penalty repeat_penalty presence_penalty frequency_penalty "
         "no_repeat_ngram_size encoder_repetition_penalty",
-        "penalties aren't there yet, as a sampler sees the logits of a step and not "
-        "the tokens before it",
+        "there is no penalty yet; write a sampler with a state, which may hold the "
+        "tokens before (docs/generation.md shows one)",
     ),
     **for_all(
         "logits_processor logits_processors logits_warper logit_bias bad_words_ids "
         "suppress_tokens prefix_allowed_tokens_fn",
         "what changes logits is a function `(logits, parameter) -> logits` in "
-        "`sampler=samplers.chain((function, parameter), …)`; it sees the logits of a "
-        "step, not the tokens before it",
+        "`sampler=samplers.chain((function, parameter), …)`, or a sampler with a state "
+        "where it needs the tokens before",
     ),
     **for_all(
         "num_beams num_beam_groups beam_size early_stopping length_penalty "

@@ -22,7 +22,7 @@ from keras_kvcache.ops import token_positions
 class DecoderLM(LanguageModel):
     """Token ids in, logits out: embedding, blocks, final norm, projection.
 
-    The defaults are a Llama's (Touvron et al., 2023,
+    The defaults are a Llama's with tied embeddings (Touvron et al., 2023,
     https://arxiv.org/abs/2302.13971). GPT-2 (Radford et al., 2019) is
     `normalization="layer_norm"`, `position_embedding="learned"`,
     `activation="gelu_tanh"`, `gated_feedforward=False`, `use_bias=True`.
@@ -53,8 +53,8 @@ class DecoderLM(LanguageModel):
         embedding_scale: Factor of the token embeddings, or `None`.
         tie_word_embeddings: Whether the logits use the embedding's weights.
         sliding_window: `W`, or `None`.
-        sliding_window_pattern: Every layer of a number divisible by it, counted
-            from one, attends everything; `None` for a window in all layers.
+        sliding_window_pattern: `n`: layers `n`, `2n`, `3n`, …, counted from one,
+            have no window; `None` for a window in all layers.
         attention_logit_soft_cap, final_logit_soft_cap: Soft caps of attention
             scores and of logits, or `None`.
         dropout: Rate after the embedding, on attention weights and on each
@@ -64,9 +64,9 @@ class DecoderLM(LanguageModel):
         tokenizer: Object with `encode(text) -> ids`, `decode(ids) -> text` and
             `stop_token_ids`, for text in and out. It isn't part of the config; it's
             saved beside it, as `keras_kvcache.models.tokenizer_files` says.
-        has_last_position: Whether the model knows no positions from
-            `max_sequence_length` on; `None` if only learned ones end there. Each of
-            these has an embedding, while a rotation may go on.
+        has_last_position: Whether positions at or past `max_sequence_length` are
+            refused; `None` to refuse learned ones only. Each of these has an embedding,
+            while a rotation may go on.
         layer_options: Where layers differ in more than their windows: one dictionary a
             layer, empty or with fields of its `keras_kvcache.models.LayerConfig`, such
             as `{"head_dim": 32}`. `"rope"` is a dictionary of arguments of

@@ -14,7 +14,7 @@ from keras_kvcache.ops.trigonometry import tanh
 class Scoring:
     """How scores are made of the products of queries and keys.
 
-    `score = cap(scale · product) + bias`, and to the scores of a query comes a sink.
+    `score = cap(scale · product) + bias`, and a sink is one more score in the softmax.
 
     Attributes:
         scale: Factor of the products, usually `H ** -0.5`.

@@ -15,7 +15,7 @@ from keras_kvcache.ops.layouts import Layout
 class Segment:
     """A run of cache slots that isn't read if no query may attend it.
 
-    What is computed with it are functions: `keras_kvcache.ops.products`.
+    Functions of it are in `keras_kvcache.ops.products`.
 
     Attributes:
         arrays: Coded keys and values, in the order of `layout.arrays(codec, …)`.
