@@ -13,6 +13,7 @@ from keras_kvcache import DecoderLM
 from keras_kvcache.caches import CacheSpec, Rolling, Static
 from keras_kvcache.layers import CachedMultiHeadAttention, DecoderBlock, decoder_block
 from keras_kvcache.models import DecoderConfig, LayerConfig, RopeConfig
+from keras_kvcache.models.encoder_decoder_config import EncoderDecoderConfig
 
 IDS = np.random.default_rng(5).integers(0, 101, (3, 19))
 
@@ -160,11 +161,43 @@ def test_layers_that_differ_are_saved(tmp_path):
         np.testing.assert_array_equal(logits(loaded), logits(lm))
 
 
+def test_sizes_of_numpy_are_saved(tmp_path):
+    sizes = dict(intermediate_dim=41, num_key_value_heads=3, head_dim=14)
+    lm = make_lm(**{name: np.int64(size) for name, size in sizes.items()})
+    lm.save_to_preset(tmp_path)
+    assert DecoderLM.from_preset(tmp_path).config == lm.config
+
+
+def test_what_follows_from_a_layers_option_is_the_layers():
+    first, second = make_lm(
+        num_layers=2,
+        layer_options=[{}, {"use_bias": True, "layer_norm_epsilon": 1e-3}],
+    ).config.layers
+    assert (first.attention_bias, first.query_key_norm_epsilon) == (False, 1e-5)
+    assert (second.attention_bias, second.query_key_norm_epsilon) == (True, 1e-3)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(num_query_heads=0), "`num_query_heads`.*Received: 0"),
+        (dict(hidden_dim=50), "multiple of `num_query_heads`.*=50.*=6"),
+        (dict(max_sequence_length=-3), "`max_sequence_length`.*Received: -3"),
+    ],
+)
+def test_bad_sizes_of_encoder_decoders_are_refused(options, message):
+    sizes = dict(vocabulary_size=101, num_layers=1, num_query_heads=6, hidden_dim=48)
+    with pytest.raises(ValueError, match=message):
+        EncoderDecoderConfig(**{**sizes, "intermediate_dim": 59, **options})
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         (dict(layer_options=[{}] * 2), "one dictionary a layer, 3. Received: 2"),
-        (dict(layer_options=[{}, {"swing": 1}, {}]), r"Received: \['swing'\]"),
+        (dict(layer_options=[{}, {"swing": 1}, {}]), "Received: {'swing': 1}"),
+        (dict(layer_options=[{}, {"rope": {"swing": 1}}, {}]), "`rope`.*{'swing': 1}"),
+        (dict(layer_options=[{}, {"rope": 3}, {}]), "`rope` must have.*Received: 3"),
         (dict(layer_options=[{}, {}, {"head_dim": 0}]), "`head_dim`.*Received: 0"),
         (dict(layer_options=[{"num_key_value_heads": 4}] * 3), "multiple of.*=6.*=4"),
         (dict(attention_kind="latent"), "`attention_kind`.*multi_head.*'latent'"),

@@ -35,7 +35,7 @@ INSTEAD = {
     "min_p": "sampler=samplers.make(min_p=",
     "do_sample": "samplers.top_p(0.9, temperature=0.7)",
     "num_beams": "beam search isn't there yet",
-    "repetition_penalty": "aren't there yet",
+    "repetition_penalty": "a sampler with a state",
     "logits_processor": "samplers.chain(",
     "stop": "`stop_token_ids=",
     "stop_strings": "`stop_token_ids=",

@@ -7,8 +7,10 @@ import keras
 import numpy as np
 import pytest
 from conftest import make_lm
+from program_cases import IN_PLACE, RESULT, written
 
 from keras_kvcache.caches import Rolling
+from keras_kvcache.generation.sizes import CHUNKS
 from keras_kvcache.ops import platform
 from keras_kvcache.ops.online_softmax import BLOCK
 
@@ -76,6 +78,18 @@ def test_decode_loop_holds_no_copy_of_a_cache(batch_size, num_key_value_heads, n
         and str(lm.vocabulary_size) not in shape.split(",")
     ]
     assert not sizes
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_decode_loop_writes_its_tokens_in_place(batch_size):
+    lm = make_lm(num_layers=2, max_sequence_length=S)
+    program = lm.generator.lower(lm.generator.init_cache(batch_size, S)).compile()
+    results = [RESULT.search(line) for line in written(program.as_text())]
+    shape = f"s32[{batch_size},{CHUNKS[-1]}]"
+    operations = {match[2] for match in results if match and shape in match[1]}
+    assert operations & {"dynamic-update-slice", "scatter"}, "a token is written"
+    # What a fusion writes is its root, which is among them.
+    assert operations <= {*IN_PLACE, "fusion"}
 
 
 @pytest.mark.parametrize("layout", ["head_major", "dense"])

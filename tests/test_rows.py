@@ -5,7 +5,9 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
+import jax
 import keras
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from keras_kvcache.caches import (
     insert_rows,
     join_rows,
     load_caches,
+    reset_rows,
     save_caches,
     take_rows,
 )
@@ -272,6 +275,8 @@ def test_a_sampler_with_state_sees_the_prompt_and_moves_with_its_row(tmp_path):
 class Beams:
     """Beam search over the rows of one prompt, which all have the same tokens."""
 
+    moves_rows = True
+
     def start(self, rows):
         count = rows.index.shape[0]
         return np.array([0.0] + [-1e9] * (count - 1), "float32")
@@ -300,20 +305,72 @@ def beams_by_rerunning(lm, prompt, beams, count):
     return [ids for _, ids in held]
 
 
-@pytest.mark.parametrize("name", ["static", "int8", "rolling"])
-def test_a_sampler_with_parents_reorders_rows(name):
+# The longer prompt runs in two chunks.
+@pytest.mark.parametrize(
+    "name, length", [("static", 5), ("static", 37), ("int8", 5), ("rolling", 5)]
+)
+def test_a_sampler_with_parents_reorders_rows(name, length):
     """All that a row has read goes with it: cache, tokens and index."""
     lm = make_lm(num_layers=1)
-    sampler, prompt = samplers.get(Beams()), [3, 1, 4, 1, 5]
+    sampler, prompt = samplers.get(Beams()), [3, 1, 4, 1, 5, *range(7, 39)][:length]
     cache = {"static": None, "int8": "int8", "rolling": Rolling(31)}[name]
     arguments = dict(max_new_tokens=13, sampler=sampler, cache=cache)
     rows = lm.generator.start([prompt] * 3, **arguments)
     rows, _ = lm.generator.decode(rows, 64, sampler)
     answers = written(rows)
     assert len({*map(tuple, answers)}) == 3
-    if name != "int8":
+    assert lm.generate([prompt] * 3, **arguments) == answers
+    with pytest.raises(ValueError, match="`sampler` must leave rows in their places"):
+        lm.stream([prompt] * 3, **arguments)
+    if name == "int8":
+        # What was read of these tokens alone; steps and chunks round alike.
+        ids = np.array(answers)[:, :-1]
+        _, _, expected = lm.call_with_cache(ids, lm.init_cache(3, 64, codec="int8"), 0)
+        pairs = zip(rows.cache, expected, strict=True)
+        for caches in pairs:
+            held, fresh = (
+                ops.convert_to_numpy(cache.to_dense())[:, :, : ids.shape[1]]
+                for cache in caches
+            )
+            np.testing.assert_allclose(held, fresh, rtol=0, atol=0.05)
+    else:
         assert answers == beams_by_rerunning(lm, prompt, 3, 13)
-        assert answers[0] != lm.generate(prompt, max_new_tokens=13)
+        # To search is worth it here.
+        if length == 5:
+            assert answers[0] != lm.generate(prompt, max_new_tokens=13)
+
+
+@pytest.mark.parametrize("state", [[], (), {}, {"a": [np.arange(2.0)]}], ids=str)
+def test_states_come_back_as_they_were(state, tmp_path):
+    rows = small_lm().generator.start([[3, 1], [4, 1]], max_new_tokens=5)
+    rows = replace(rows, sampler=state)
+    save_rows(tmp_path / "rows", rows)
+    loaded = load_rows(tmp_path / "rows").sampler
+    jax.tree_util.tree_map(np.testing.assert_array_equal, loaded, state)
+
+
+def test_states_that_files_can_not_hold_are_refused(tmp_path):
+    rows = small_lm().generator.start([[3, 1], [4, 1]], max_new_tokens=5)
+    rows = replace(rows, sampler={0: np.arange(2)})
+    with pytest.raises(TypeError, match=r"must be strings.*Received: \[0\]"):
+        save_rows(tmp_path / "rows", rows)
+    assert not (tmp_path / "rows").exists()
+
+
+def test_parents_are_announced():
+    class Undeclared(Beams):
+        moves_rows = False
+
+    with pytest.raises(ValueError, match="`moves_rows`.*3 values.*=False"):
+        small_lm().generate([[3, 1]] * 3, max_new_tokens=2, sampler=Undeclared())
+
+
+def test_a_row_that_was_emptied_is_over():
+    generator = small_lm().generator
+    rows = generator.start([[3, 1, 4], [1, 5]], **options("static", "random"))
+    rows, tokens = generator.decode(reset_rows(rows, [0]), 3, "random")
+    assert new_tokens(tokens)[0] == [] and len(new_tokens(tokens)[1]) == 3
+    assert np.asarray(rows.done).tolist() == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -49,11 +49,17 @@ def describe(caches, has_others=False):
     """
     if type(caches) in CONTAINERS.values():
         parts = [describe(part, has_others) for part in caches]
-        return {type(caches).__name__: parts} if parts else {"none": "tuple"}
+        name = type(caches).__name__
+        return {name: parts} if parts else {"none": name}
     if type(caches) in RECORDS.values():
         parts = [describe(part, True) for part in caches]
         return {"record": {"name": type(caches).__name__, "parts": parts}}
     if has_others and isinstance(caches, dict):
+        if not all(isinstance(key, str) for key in caches):
+            raise TypeError(
+                "Keys of dictionaries must be strings, as files hold no others. "
+                f"Received: {short(list(caches))}"
+            )
         return {"dict": {key: describe(part, True) for key, part in caches.items()}}
     if has_others and caches is None:
         return {"none": "none"}
@@ -98,7 +104,7 @@ def shapes_of(description, limit=math.inf):
         if what == "dict":
             return {name: build(part) for name, part in content.items()}
         if what == "none":
-            return {"none": None, "tuple": ()}[content]
+            return {"none": None, "tuple": (), "list": []}[content]
         if what == "cache":
             shapes = _read_spec(content).shapes()
         elif what == "tensor":

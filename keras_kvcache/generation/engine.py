@@ -134,6 +134,7 @@ class Engine:
         """Goes on with rows, as in `keras_kvcache.Generator`."""
         if not is_integer(steps) or steps < 1:
             raise ValueError(f"`steps` must be a positive integer. Received: {steps!r}")
+        self._build()
         columns = []
         channel = make_reader(rows.index.shape[0], streams=False).channel
         for first in range(0, steps, LONGEST_BURST):
@@ -187,8 +188,31 @@ class Engine:
         finally:
             reader.close()
 
+    def write(self, plan, capacities):
+        """Runs a `Plan` whose sampler moves rows to its end.
+
+        What such a sampler gave a row before may be another row's by now, so answers
+        are read from the rows at last.
+
+        Args:
+            plan, capacities: As in `start`.
+
+        Returns:
+            A list of new ids for each row.
+        """
+        rows, _, all_done = self.start(plan, capacities[-1:])
+        while not all_done:
+            rows, _ = self.decode(rows, LONGEST_BURST, plan.sampler)
+            all_done = ops.convert_to_numpy(rows.done).all()
+        tokens, index = map(ops.convert_to_numpy, (rows.tokens, rows.index))
+        return [
+            row[np.arange(len(prompt), last + 1) % len(row)].tolist()
+            for prompt, row, last in zip(plan.prompts, tokens, index, strict=True)
+        ]
+
     def lower(self, cache, chunk, sampler, sharding):
         """As in `keras_kvcache.Generator`."""
+        self._build()
         batch = batch_size(cache)
         prompts = np.zeros((batch, 1), "int32")
         width = CHUNKS[-1]

@@ -144,8 +144,9 @@ ADVICE = {
     ),
     **for_all(
         "past_key_values prompt_cache cache_update_index",
-        "a call begins with empty caches, as none is taken from an earlier one yet; by "
-        "hand, `call_with_cache` of the model goes on from a cache",
+        "a call begins with empty caches; `start` and `decode` of the model's "
+        "`generator` go on from rows that are kept, and `call_with_cache` of the model "
+        "from a cache",
     ),
     **for_all(
         "prefill prefill_step_size prefill_chunk_size n_batch",

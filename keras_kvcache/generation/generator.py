@@ -20,6 +20,7 @@ from keras_kvcache.generation.rows import NO_TOKEN, Rows
 from keras_kvcache.generation.sizes import capacity_for
 from keras_kvcache.generation.steps import StepFunctions
 from keras_kvcache.generation.stream import TextStream
+from keras_kvcache.samplers.stateful import moves_rows
 from keras_kvcache.unknown_arguments import explains_unknown
 
 
@@ -140,10 +141,7 @@ class Generator:
         if prompts.form == "arrays" and not is_bound:
             options = replace(options, max_length=prompts.width)
         plan = self._plan(prompts, options)
-        new_rows = [[] for _ in prompts.rows]
-        for tokens in self._engine.bursts(plan, self._capacities(plan)):
-            for row, burst in zip(new_rows, tokens, strict=True):
-                row.extend(burst[burst != NO_TOKEN].tolist())
+        new_rows = self._write(plan)
         texts = None
         if prompts.form == "text":
             rows = zip(prompts.rows, new_rows, prompts.texts, strict=True)
@@ -183,8 +181,23 @@ class Generator:
                 "`inputs` can't be a dictionary to stream from; give text or ids."
             )
         plan = self._plan(prompts, options)
+        if moves_rows(plan.sampler):
+            raise ValueError(
+                "`sampler` must leave rows in their places to stream: what one gave "
+                f"may be another's later. Received: {plan.sampler!r}"
+            )
         bursts = self._engine.bursts(plan, self._capacities(plan), streams=True)
         return TextStream(bursts, prompts, self.tokenizer)
+
+    def _write(self, plan):
+        """A list of new ids for each row of a `Plan`."""
+        if moves_rows(plan.sampler):
+            return self._engine.write(plan, self._capacities(plan))
+        new_rows = [[] for _ in plan.prompts]
+        for tokens in self._engine.bursts(plan, self._capacities(plan)):
+            for row, burst in zip(new_rows, tokens, strict=True):
+                row.extend(burst[burst != NO_TOKEN].tolist())
+        return new_rows
 
     def _read(self, inputs):
         # A model with inputs of its own has made prompts of them already.
@@ -252,6 +265,8 @@ class Generator:
         Returns:
             `(rows, tokens)`: the rows with what they have written since, and the new
             tokens, an int32 array `(B, steps)`, `NO_TOKEN` (-1) where there is none.
+            Of a sampler that moves rows they are those of places; `rows.tokens` has
+            what each row has written.
 
         Raises:
             TypeError, ValueError: `steps` isn't a positive integer, or the sampler is

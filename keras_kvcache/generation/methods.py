@@ -20,15 +20,23 @@ def as_method(method):
 
 
 def takes_options_of(method):
-    """Shows the signature of `method` on one that passes its `**options` to it.
+    """Gives one that passes its `**options` to `method` the signature of that.
 
     A line `{options}` of its docstring is replaced by what they mean.
     """
 
     def decorate(function):
-        function.__signature__ = inspect.signature(method)
-        names = list(function.__signature__.parameters)
-        function.__doc__ = documented(function.__doc__, names)
-        return function
+        signature = inspect.signature(method)
+        names = list(signature.parameters)
+
+        @functools.wraps(function)
+        def with_options(*arguments, **named):
+            given = signature.bind(*arguments, **named).arguments
+            own = [given.pop(name) for name in names[:2]]
+            return function(*own, **given)
+
+        with_options.__signature__ = signature
+        with_options.__doc__ = documented(function.__doc__, names)
+        return with_options
 
     return decorate

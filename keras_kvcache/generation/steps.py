@@ -89,19 +89,25 @@ def advance(rows, ids, state=(), parents=None, is_ready=None):
         rows: `Rows`, their cache as `extend` left it. A row that is done stands still.
         ids, state: As `choose` gives them.
         parents: As `choose` gives it: row `b` goes on from the cache, the tokens, the
-            index and the end of row `parents[b]`; budget, stop ids, seed and step stay.
+            index and `done` of row `parents[b]`; budget, stop ids, seed and step stay.
         is_ready: bool `(B,)`, which rows have a token at all; `None` for all.
 
     Returns:
         `(rows, emitted)`: the new `Rows`, and the new tokens, int32 `(B,)`, `NO_TOKEN`
         for rows that got none.
     """
-    goes_on = ops.logical_not(rows.done)
+    # A row without a budget, as `reset_rows` leaves one, is over before it begins.
+    is_over = ops.logical_or(rows.done, rows.index + 1 >= rows.end)
+    goes_on = ops.logical_not(is_over)
     if is_ready is not None:
         goes_on = ops.logical_and(goes_on, is_ready)
     if parents is None:
         state = _of_rows(goes_on, state, rows.sampler)
     else:
+        if is_ready is not None:
+            places = ops.arange(parents.shape[0], dtype="int32")
+            parents = ops.where(is_ready, parents, places)
+            state = _of_rows(is_ready, state, rows.sampler)
         moved = (rows.cache, rows.tokens, rows.index, rows.done)
         cache, tokens, index, done = take_rows(moved, parents)
         rows = replace(rows, cache=cache, tokens=tokens, index=index, done=done)
@@ -110,14 +116,14 @@ def advance(rows, ids, state=(), parents=None, is_ready=None):
     index, width = rows.index + moves, rows.tokens.shape[1]
     token = ops.where(goes_on[:, None], ids[:, None], rows.newest)
     stops = ops.any(ops.equal(token, rows.stop_token_ids), axis=1)
-    ends = ops.logical_or(stops, index + 1 >= rows.end)
+    ends = ops.logical_or(ops.logical_and(goes_on, stops), index + 1 >= rows.end)
     rows = replace(
         rows,
         tokens=splice(rows.tokens, token, ops.mod(index, width), axis=1),
         index=index,
         step=rows.step + moves,
         sampler=state,
-        done=ops.logical_or(rows.done, ops.logical_and(goes_on, ends)),
+        done=ops.logical_or(rows.done, ends),
     )
     return rows, ops.where(goes_on, ids, NO_TOKEN)
 

@@ -50,8 +50,8 @@ class BlockConfig:
             query_key_norm_epsilon=self.layer_norm_epsilon,
         )
         check_sizes(self, "num_query_heads", "intermediate_dim", "num_key_value_heads")
-        check_sizes(self, *_given(self, "head_dim", "num_experts"))
-        check_sizes(self, *_given(self, "num_experts_per_token"))
+        check_sizes(self, *given(self, "head_dim", "num_experts"))
+        check_sizes(self, *given(self, "num_experts_per_token"))
         if self.num_query_heads % self.num_key_value_heads:
             raise ValueError(
                 "`num_query_heads` must be a multiple of `num_key_value_heads`. "
@@ -99,6 +99,20 @@ def check_sizes(config, *names: str):
         object.__setattr__(config, name, int(value))
 
 
+def check_head_dim(config):
+    """Refuses a width that doesn't divide into heads, unless their size is given.
+
+    Raises:
+        ValueError: It doesn't.
+    """
+    if config.head_dim is None and config.hidden_dim % config.num_query_heads:
+        raise ValueError(
+            "`hidden_dim` must be a multiple of `num_query_heads` unless `head_dim` is "
+            f"given. Received: hidden_dim={config.hidden_dim}, "
+            f"num_query_heads={config.num_query_heads}"
+        )
+
+
 def check_choice(config, name: str, known):
     """Refuses a field that isn't one of the known names.
 
@@ -140,7 +154,8 @@ def check_needed(config, **needed: str):
             )
 
 
-def _given(config, *names):
+def given(config, *names: str) -> list[str]:
+    """Those of the names whose fields aren't `None`."""
     return [name for name in names if getattr(config, name) is not None]
 
 

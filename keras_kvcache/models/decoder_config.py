@@ -1,20 +1,28 @@
 """The config of a decoder, with one entry a layer."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from keras_kvcache.layers.block_config import (
     BlockConfig,
     check_choice,
+    check_head_dim,
     check_needed,
     check_positive,
     check_sizes,
     fill_in,
+    given,
     shared_fields,
 )
 
 POSITION_EMBEDDINGS = ("rotary", "learned")
+OPTIONAL_SIZES = (
+    "num_key_value_heads",
+    "head_dim",
+    "num_experts",
+    "num_experts_per_token",
+)
 
 
 @dataclass(frozen=True)
@@ -97,16 +105,14 @@ class DecoderConfig:
     def __post_init__(self):
         names = ("vocabulary_size", "num_layers", "num_query_heads", "hidden_dim")
         check_sizes(self, *names, "max_sequence_length")
-        if self.head_dim is None and self.hidden_dim % self.num_query_heads:
-            raise ValueError(
-                "`hidden_dim` must be a multiple of `num_query_heads` unless "
-                f"`head_dim` is given. Received: hidden_dim={self.hidden_dim}, "
-                f"num_query_heads={self.num_query_heads}"
-            )
+        check_sizes(self, "intermediate_dim", *given(self, *OPTIONAL_SIZES))
+        check_head_dim(self)
+        if self.head_dim is None:
+            fill_in(self, head_dim=self.hidden_dim // self.num_query_heads)
+        unfilled = shared_fields(self)
         fill_in(
             self,
             num_key_value_heads=self.num_query_heads,
-            head_dim=self.hidden_dim // self.num_query_heads,
             attention_bias=self.use_bias,
             query_key_norm_epsilon=self.layer_norm_epsilon,
             final_norm_epsilon=self.layer_norm_epsilon,
@@ -128,35 +134,44 @@ class DecoderConfig:
                 "`has_last_position` can't be false where positions are learned. "
                 f"Received: {self.has_last_position}"
             )
-        object.__setattr__(self, "layers", self._make_layers())
+        object.__setattr__(self, "layers", self._make_layers(unfilled))
 
     @property
     def _ends_by_nature(self):
         return self.position_embedding != "rotary"
 
-    def _make_layers(self):
-        layers = tuple(map(self._make_layer, range(self.num_layers)))
-        if self.layer_options is None:
-            return layers
-        if len(self.layer_options) != self.num_layers:
-            raise ValueError(
-                "`layer_options` must be one dictionary a layer, "
-                f"{self.num_layers}. Received: {len(self.layer_options)}"
-            )
-        own = tuple(map(dict, self.layer_options))
-        object.__setattr__(self, "layer_options", own)
-        return tuple(map(_changed, layers, own))
+    def _make_layers(self, unfilled):
+        own = [{}] * self.num_layers
+        if self.layer_options is not None:
+            if len(self.layer_options) != self.num_layers:
+                raise ValueError(
+                    "`layer_options` must be one dictionary a layer, "
+                    f"{self.num_layers}. Received: {len(self.layer_options)}"
+                )
+            own = tuple(map(dict, self.layer_options))
+            object.__setattr__(self, "layer_options", own)
+        return tuple(
+            self._make_layer(index, unfilled, options)
+            for index, options in enumerate(own)
+        )
 
-    def _make_layer(self, index):
+    def _make_layer(self, index, unfilled, options):
+        """A layer's config: what its own options don't say is the model's."""
         pattern = self.sliding_window_pattern
         slides = pattern is None or (index + 1) % pattern != 0
         window = self.sliding_window if slides else None
-        options = {**shared_fields(self), "sliding_window": window}
-        return LayerConfig(
-            **options,
+        usual = dict(
+            unfilled,
+            sliding_window=window,
             logit_soft_cap=self.attention_logit_soft_cap,
             rope=self._rope(is_local=window is not None),
         )
+        check_names("layer_options", options, LayerConfig)
+        options = dict(options)
+        if options.get("rope") is not None:
+            check_names("rope", options["rope"], RopeConfig)
+            options["rope"] = RopeConfig(**options["rope"])
+        return LayerConfig(**{**usual, **options})
 
     def _rope(self, is_local):
         if self.position_embedding != "rotary":
@@ -196,15 +211,15 @@ class DecoderConfig:
         return arguments
 
 
-def _changed(layer, options):
-    """A layer's config with other values for some fields."""
-    unknown = sorted(options.keys() - {each.name for each in fields(LayerConfig)})
-    if unknown:
+def check_names(argument, options, config):
+    """Refuses what is no dictionary of fields of a config.
+
+    Raises:
+        ValueError: It's something else.
+    """
+    names = [each.name for each in fields(config)]
+    if not isinstance(options, Mapping) or options.keys() - set(names):
         raise ValueError(
-            "`layer_options` must have names of the fields of `LayerConfig`. "
-            f"Received: {unknown}"
+            f"`{argument}` must have names of the fields of `{config.__name__}`, "
+            f"{names}. Received: {options!r}"
         )
-    options = dict(options)
-    if options.get("rope") is not None:
-        options["rope"] = RopeConfig(**options["rope"])
-    return replace(layer, **options)

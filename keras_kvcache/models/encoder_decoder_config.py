@@ -3,7 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
-from keras_kvcache.layers.block_config import BlockConfig, fill_in, shared_fields
+from keras_kvcache.layers.block_config import (
+    BlockConfig,
+    check_head_dim,
+    check_sizes,
+    fill_in,
+    given,
+    shared_fields,
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,12 @@ class EncoderDecoderConfig:
     has_last_position = True
 
     def __post_init__(self):
+        names = ("vocabulary_size", "num_layers", "num_query_heads", "hidden_dim")
+        check_sizes(self, *names, "intermediate_dim", "max_sequence_length")
+        optional = ("num_key_value_heads", "head_dim")
+        optional += ("max_encoder_length", "encoder_vocabulary_size")
+        check_sizes(self, *given(self, *optional))
+        check_head_dim(self)
         fill_in(
             self,
             num_key_value_heads=self.num_query_heads,

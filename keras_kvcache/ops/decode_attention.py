@@ -2,12 +2,12 @@
 
 XLA's CPU backend reads keys and values at memory speed only where these are
 head-major and float32 and each key/value head has one query, and it reads whole
-buffers. `decode_attention.cc` reads them so for a few queries of any number, head-major
-or dense, float32, bfloat16 or int8 with a scale for each slot, and only where something
-is attended. `triton_attention.py` does for any number of queries on NVIDIA's GPUs. To
-JAX they are one primitive: where a program is lowered for something else, for several
-devices or to be exported, or where it's differentiated, `attend_segments` stands in
-its place.
+buffers. `decode_attention.cc` reads them so for a few queries of any number, float32 or
+bfloat16, head-major or dense, or head-major int8 with its scales, and only where
+something is attended. `triton_attention.py` does for any number of queries on
+NVIDIA's GPUs. To JAX they are one primitive: where a program is lowered for something
+else, for several devices or to be exported, or where it's differentiated,
+`attend_segments` stands in its place.
 """
 
 import functools

@@ -6,8 +6,9 @@ A sampler with state is an object with two functions:
   axis 0 is the rows. `rows` is a `keras_kvcache.generation.Rows`, the prompts in it.
 - `(logits (B, V), state, key (B, 3)) -> (ids (B,), state)`: the next token of each
   row. A key holds a row's own seed and step; the draws of this package take it.
-  A sampler that searches gives `(ids, state, parents)`: row `b` goes on from what
-  row `parents[b]` has read, int32 `(B,)`, and `state` is in that order already.
+  A sampler that searches has `moves_rows = True` and gives `(ids, state, parents)`:
+  row `b` goes on from what row `parents[b]` has read, int32 `(B,)`, and `state` is in
+  that order already. It isn't told which rows have ended: search without stop ids.
 
 Any other sampler has the state `()`.
 """
@@ -43,6 +44,11 @@ class Constant:
 
     sampler: object
 
+    @property
+    def moves_rows(self):
+        """Whether the sampler gives parents."""
+        return moves_rows(self.sampler)
+
     def start(self, rows):
         """The state that rows begin with."""
         return self.sampler.start(rows)
@@ -55,6 +61,11 @@ class Constant:
 def has_state(sampler):
     """Whether a sampler takes and gives a state."""
     return callable(getattr(sampler, "start", None))
+
+
+def moves_rows(sampler):
+    """Whether a sampler searches: it gives the row that each row goes on from."""
+    return bool(getattr(sampler, "moves_rows", False))
 
 
 def start(sampler, rows):
@@ -76,12 +87,21 @@ def sample(sampler, logits, state, key):
         `None` where rows stay where they are.
 
     Raises:
-        ValueError: The sampler doesn't give one id a row.
+        ValueError: The sampler doesn't give one id a row, or parents unless it moves
+            rows.
     """
     parents = None
     if has_state(sampler):
-        ids, state, *rest = sampler(logits, state, key)
-        parents = rest[0] if rest else None
+        chosen = sampler(logits, state, key)
+        if len(chosen) != (3 if moves_rows(sampler) else 2):
+            raise ValueError(
+                "`sampler` must give (ids, state, parents) if its `moves_rows` is "
+                f"true, else (ids, state). Received: {len(chosen)} values, and "
+                f"moves_rows={moves_rows(sampler)}"
+            )
+        ids, state, *rest = chosen
+        if rest:
+            parents = ops.cast(rest[0], "int32")
     elif isinstance(sampler, Sampler) and sampler.draw in KEYED:
         ids = sampler(logits, key)
     elif isinstance(sampler, Sampler):

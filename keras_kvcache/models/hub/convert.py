@@ -25,7 +25,7 @@ METHODS = (
 # What keeps a family out that looks like one that is in.
 UNFIT = {
     "T5Backbone": ", whose relative positions are a bias added to attention scores, "
-    "for which the attention here has no place",
+    "which no option of the models here hands to their attention yet",
 }
 
 
