@@ -26,7 +26,9 @@ def spoilt(cache):
     return jax.tree_util.tree_map(spoil, cache)
 
 
-@pytest.mark.parametrize("ways", ["plain", "scores", "dropout"])
+@pytest.mark.parametrize(
+    "ways", ["plain", "scores", pytest.param("dropout", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("codec, layout", cases.stored(CODECS))
 def test_slots_that_nobody_wrote_hold_anything(codec, layout, ways):
     options = dict(dropout=1e-9) if ways == "dropout" else {}

@@ -143,7 +143,9 @@ def test_generating_within_fit_takes_the_weights_that_training_holds(when):
         assert is_last_only or callback.answers[0] != callback.answers[-1]
 
 
-@pytest.mark.parametrize("policy", ["float16", "mixed_float16"])
+@pytest.mark.parametrize(
+    "policy", ["float16", pytest.param("mixed_float16", marks=pytest.mark.slow)]
+)
 def test_float16_is_trained_and_decoded(policy):
     """Keras' own layers can't attend in it on a CPU under JAX."""
     lm = make_lm(dtype=policy)
@@ -218,12 +220,9 @@ def plain_answers():
 SWITCHES = [
     "jax_enable_x64=True",
     "jax_debug_nans=True",
-    "jax_debug_infs=True",
     "jax_disable_jit=True",
     "jax_default_matmul_precision=bfloat16",
     "jax_default_matmul_precision=highest",
-    "jax_check_tracer_leaks=True",
-    "jax_threefry_partitionable=False",
 ]
 
 
@@ -231,9 +230,4 @@ SWITCHES = [
 @pytest.mark.slow
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_the_main_paths_under_a_switch_of_jax(switch, plain_answers):
-    answers = answers_under(switch)
-    if "threefry" in switch:
-        # Keras draws other initial weights then.
-        assert len(answers) == len(plain_answers)
-    else:
-        assert answers == plain_answers
+    assert answers_under(switch) == plain_answers

@@ -144,7 +144,7 @@ def test_slots_outside_of_what_is_attended_are_not_read(layout):
 
 @pytest.mark.parametrize("soft_cap", [None, 1.5])
 @pytest.mark.parametrize("kernel", [True, False])
-@pytest.mark.parametrize("length", [1, 3, 29])
+@pytest.mark.parametrize("length", [1, pytest.param(3, marks=pytest.mark.slow), 29])
 @LAYOUTS
 def test_what_is_hidden_never_counts(layout, length, kernel, soft_cap, request):
     """Whatever it holds, be it hidden from all queries or from all but one."""

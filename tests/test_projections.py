@@ -43,7 +43,7 @@ def test_only_one_row_is_doubled(shape, feature_axes, rows, platform, request):
     "kind, options, prompts",
     [
         *((kind, {}, 1) for kind in ("llama", "gpt2", "windowed")),
-        *(("llama", {"cache": cache}, 1) for cache in ("int8", "int4", DENSE)),
+        *(("llama", {"cache": cache}, 1) for cache in ("int8", DENSE)),
         ("llama", {}, 3),
     ],
 )

@@ -118,9 +118,10 @@ def way(request):
     return request.param
 
 
-@pytest.mark.parametrize("length", [1, 5, 31])
+@pytest.mark.parametrize(
+    "name, length", [("table", 1), ("table", 5), ("table", 31), ("function", 5)]
+)
 @pytest.mark.parametrize("codec, layout", cases.stored(CODECS))
-@pytest.mark.parametrize("name", ["table", "function"])
 def test_every_layout_and_codec(name, codec, layout, length, way):
     cache = make_filled(codec, layout)
     bias, in_numpy = BIASES[name]
@@ -153,11 +154,16 @@ def test_each_alone(value_dim, name, sink, way):
 
 @pytest.mark.jax_only
 @pytest.mark.parametrize(
-    "name, sink",
-    [("table", SINK), ("table", None), ("one_entry", None), ("none", SINK)],
-    ids=["table-sink", "table", "one_entry", "sink"],
+    "name, sink, length",
+    [
+        ("table", SINK, 1),
+        ("table", SINK, 31),
+        ("table", None, 31),
+        ("one_entry", None, 31),
+        ("none", SINK, 31),
+    ],
+    ids=["table-sink-1", "table-sink", "table", "one_entry", "sink"],
 )
-@pytest.mark.parametrize("length", [1, 31])
 @pytest.mark.parametrize(
     "codec, layout", cases.stored(["float32", "bfloat16", "float16", "int8"])
 )
