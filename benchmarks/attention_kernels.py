@@ -5,8 +5,8 @@ values. The candidates are this package's own two layouts, which read what is fi
 the platform's kernel, the first of them by XLA alone, a plain product with all slots,
 and what JAX has for it: `jax.nn.dot_product_attention`
 with lengths, by XLA and by cuDNN, and the decode attention among its Pallas kernels
-for GPUs. The fastest belongs into `keras_kvcache.ops.decode_attention`, where the
-package chooses.
+for GPUs. The fastest belongs into `keras_kvcache.attention.kernels.decode_attention`,
+where the package chooses.
 
 One compiled call attends through several caches, one after the other, a few times
 over. Together they take more than any processor's cache holds. The fill is traced.
@@ -32,9 +32,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from keras_kvcache import ops
+from keras_kvcache.attention import Scoring, attend, view_masks
+from keras_kvcache.attention.codecs import AsGiven
 from keras_kvcache.caches import StaticCache
-from keras_kvcache.ops.codecs import AsGiven
 
 STEPS = 4  # how often a call goes through all caches
 # Calls timed together: on an accelerator the host runs ahead, as in real loops.
@@ -81,9 +81,9 @@ class HeadMajor(Candidate):
 
     def attend(self, query, stored, fill):
         view = self.view(stored, fill)
-        masks = ops.view_masks(view, fill[None, None] - 1)
+        masks = view_masks(view, fill[None, None] - 1)
         scale = query.shape[-1] ** -0.5
-        return ops.attend(query[:, None], view, masks, ops.Scoring(scale))[:, 0]
+        return attend(query[:, None], view, masks, Scoring(scale))[:, 0]
 
 
 class Dense(HeadMajor):

@@ -31,7 +31,7 @@ import numpy as np
 
 from keras_kvcache.caches import StaticCache
 from keras_kvcache.layers import CachedMultiHeadAttention, RotaryEmbedding
-from keras_kvcache.ops import compiler_options
+from keras_kvcache.runtime.platform import compiler_options
 
 STEPS = 4  # tokens that one call decodes
 # Calls timed together: on an accelerator the host runs ahead, as in real loops.

@@ -34,7 +34,7 @@ import jax
 import peers
 import subjects
 
-from keras_kvcache.ops.platform import is_accelerator
+from keras_kvcache.runtime.platform import is_accelerator
 
 
 class Case(NamedTuple):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from keras_kvcache.ops import compiler_options
+from keras_kvcache.runtime.platform import compiler_options
 
 # With the vectors that the package's programs have.
 jit = functools.partial(jax.jit, compiler_options=compiler_options())

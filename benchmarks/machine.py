@@ -14,7 +14,7 @@ import keras_kvcache  # noqa: F401  # isort: skip  # First: it chooses JAX.
 import jax
 import jax.numpy as jnp
 
-from keras_kvcache.ops.platform import has_triton
+from keras_kvcache.runtime.platform import has_triton
 
 
 def main():

@@ -20,8 +20,8 @@ import numpy as np
 import peer_models
 import subjects
 
+from keras_kvcache.generation.buckets import CHUNKS
 from keras_kvcache.generation.program import make_program
-from keras_kvcache.generation.sizes import CHUNKS
 
 CAPACITIES, QUICK_CAPACITIES = (256, 512, 1024, 2048, 4096, 8192), (256, 512)
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from keras_kvcache.ops import preferred_dtype
+from keras_kvcache.runtime.platform import preferred_dtype
 
 PROMPT = 128
 TINY = dict(LLAMA_1B, vocabulary_size=211, num_layers=2, intermediate_dim=64)

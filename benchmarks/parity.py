@@ -30,9 +30,9 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from keras_kvcache import ops
+from keras_kvcache.attention import Scoring, attend, view_masks
 from keras_kvcache.caches import CacheSpec, Rolling
-from keras_kvcache.ops.platform import has_triton
+from keras_kvcache.runtime.platform import has_triton
 
 CODES = ("int8", "int4")  # which have no dense layout
 CODECS = ("float32", "bfloat16", "float16", *CODES)
@@ -87,7 +87,7 @@ def attention_rows(report, quick):
             row |= dict(queries=length)
             expected = expect(query, key, value, kinds[kind])
             for by_kernel in (True, False):
-                attend = jax.jit(functools.partial(attend_cache, by_kernel))
+                attend = jax.jit(functools.partial(cached_attention, by_kernel))
                 first = np.zeros(rows, "int32")
                 arguments = spec.allocate(), query, key, value, first
                 cases.append(
@@ -158,7 +158,7 @@ def compare_one(report, case, program, has_kernel):
     return []
 
 
-def attend_cache(by_kernel, cache, query, key, value, first):
+def cached_attention(by_kernel, cache, query, key, value, first):
     """The last queries over a cache that keys and values were written to."""
     filled, length = key.shape[1], query.shape[1]
     cache, _ = cache.update(key[:, :-length], value[:, :-length], first)
@@ -171,8 +171,8 @@ def attend_cache(by_kernel, cache, query, key, value, first):
         )
         view = view._replace(segments=tuple(segments))
     positions = index[:, None] + jnp.arange(length)
-    masks = ops.view_masks(view, positions, causal=True)
-    return ops.attend(query, view, masks, ops.Scoring(query.shape[-1] ** -0.5))
+    masks = view_masks(view, positions, causal=True)
+    return attend(query, view, masks, Scoring(query.shape[-1] ** -0.5))
 
 
 def unread(codec):

@@ -6,7 +6,7 @@ import keras_kvcache  # noqa: F401  # isort: skip  # First: it chooses JAX.
 import keras
 import numpy as np
 
-from keras_kvcache.ops.platform import is_accelerator
+from keras_kvcache.runtime.platform import is_accelerator
 
 # What keras-hub calls the parts of a block that it names otherwise.
 HUB_LLAMA_NAMES = {

@@ -14,7 +14,7 @@ import os
 
 import numpy as np
 
-from keras_kvcache.generation.sizes import capacity_for
+from keras_kvcache.generation.buckets import capacity_for
 
 CORES = len(os.sched_getaffinity(0))
 

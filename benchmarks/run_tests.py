@@ -12,7 +12,7 @@ from pathlib import Path
 import harness
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
-FILES = {"kernel": "test_ops_triton_attention.py", "programs": "test_gpu_programs.py"}
+FILES = {"kernel": "test_kernels_gpu.py", "programs": "test_gpu_programs.py"}
 QUICK = {
     "kernel": "unlike_forms or nan or NVIDIA or (numpy and heads1 and 64)",
     "programs": "prefill or (decode_loop and 1-2 and int8)",

@@ -7,9 +7,9 @@ import keras_kvcache  # isort: skip  # First: it chooses JAX.
 import keras
 import numpy as np
 
-from keras_kvcache.generation.sizes import capacity_for
+from keras_kvcache.generation.buckets import capacity_for
 from keras_kvcache.loaders import fetch
-from keras_kvcache.ops import preferred_dtype
+from keras_kvcache.runtime.platform import preferred_dtype
 
 SMOLLM2 = "smollm2_135m_instruct"
 GPT2 = dict(vocabulary_size=50257, num_layers=12, num_query_heads=12, hidden_dim=768)

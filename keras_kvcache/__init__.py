@@ -21,9 +21,9 @@ if "keras" not in _sys.modules:
 if _TYPE_CHECKING:
     from keras_kvcache import caches, generation, layers, models, samplers
     from keras_kvcache.generation import Generator
+    from keras_kvcache.hub import from_keras_hub
+    from keras_kvcache.hub.accelerate import accelerate
     from keras_kvcache.models import DecoderLM, EncoderDecoderLM
-    from keras_kvcache.models.accelerate import accelerate
-    from keras_kvcache.models.hub import from_keras_hub
 
 __version__ = "0.1.0"
 
@@ -41,13 +41,23 @@ __all__ = [
 ]
 
 # Imported when first used: subpackages, and names by the module that they come from.
-_FOLDERS = ("caches", "generation", "layers", "loaders", "models", "ops", "samplers")
+_FOLDERS = (
+    "attention",
+    "caches",
+    "generation",
+    "hub",
+    "layers",
+    "loaders",
+    "models",
+    "samplers",
+    "tokenizers",
+)
 _HOMES = {
     "DecoderLM": "models",
     "EncoderDecoderLM": "models",
     "Generator": "generation",
-    "accelerate": "models.accelerate",
-    "from_keras_hub": "models.hub",
+    "accelerate": "hub.accelerate",
+    "from_keras_hub": "hub",
 }
 
 

@@ -11,7 +11,7 @@ import sys
 from importlib.abc import MetaPathFinder
 
 # These, and the modules that they import, register all classes and loaders of presets.
-MODULES = ("models", "models.accelerate", "models.hub")
+MODULES = ("models", "hub", "hub.accelerate")
 
 
 def register_with_keras(folders):

@@ -27,7 +27,7 @@ import pytest
 
 from keras_kvcache import DecoderLM
 from keras_kvcache.loaders import DownloadError, fetch
-from keras_kvcache.ops.platform import has_triton
+from keras_kvcache.runtime.platform import has_triton
 
 
 def pytest_collection_modifyitems(items):
@@ -63,7 +63,7 @@ def without_compiler():
             jax.clear_caches()  # Attention that was traced stays as it was.
 
         jax.clear_caches()
-        target = "keras_kvcache.ops.native._register"
+        target = "keras_kvcache.runtime.native._register"
         patch.setattr(target, lambda *_: None)
         yield undo
         undo()

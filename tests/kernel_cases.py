@@ -5,11 +5,11 @@ import jax
 import numpy as np
 import reference
 
-from keras_kvcache.ops import Scoring, Segment, View
-from keras_kvcache.ops.codecs import Exact
-from keras_kvcache.ops.layouts import DENSE, HEAD_MAJOR
-from keras_kvcache.ops.platform import has_triton
-from keras_kvcache.ops.triton_attention import attend_by_triton
+from keras_kvcache.attention import Scoring, Segment, View
+from keras_kvcache.attention.codecs import Exact
+from keras_kvcache.attention.kernels.triton_attention import attend_by_triton
+from keras_kvcache.attention.layouts import DENSE, HEAD_MAJOR
+from keras_kvcache.runtime.platform import has_triton
 
 SCALE = 0.3
 # Without a GPU of NVIDIA's JAX interprets the kernel for them.

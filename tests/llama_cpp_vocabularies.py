@@ -12,7 +12,7 @@ import tarfile
 
 import filelock
 
-from keras_kvcache.cache_folder import cache_folder
+from keras_kvcache.runtime.cache_folder import cache_folder
 
 DISTRIBUTION, VERSION = "llama_cpp_python", "0.3.36"
 BEGINNING = f"{DISTRIBUTION}-{VERSION}/vendor/llama.cpp/models/ggml-vocab-"

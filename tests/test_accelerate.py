@@ -14,7 +14,7 @@ from hub_cases import (
 from keras import ops
 
 from keras_kvcache import accelerate
-from keras_kvcache.models.accelerate import stepwise_sampler
+from keras_kvcache.hub.accelerate import stepwise_sampler
 
 # Each way of sampling has programs of keras-hub's and of ours to compile.
 pytestmark = pytest.mark.slow

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_kvcache.ops import native
+from keras_kvcache.runtime import native
 
 pytestmark = pytest.mark.jax_only
 
@@ -154,7 +154,7 @@ def count_traces(layers, updates=True, known_index=None):
     caches = [cases.make_cache(layer, 2, 31, "head_major") for layer in layers]
     arguments = (cases.noise(2, 1, cases.D), caches, cases.int32(5))
     text = jax.jit(model).lower(*arguments).as_text()
-    return text.count("func.func private @_attend_cache")
+    return text.count("func.func private @_cached_attention")
 
 
 def test_each_kind_of_attention_is_traced_once():

@@ -7,7 +7,7 @@ from conftest import make_lm, shared_lm
 from keras import ops
 
 from keras_kvcache.layers.block_programs import BlockPrograms, run_block
-from keras_kvcache.ops import can_trace, trace
+from keras_kvcache.runtime.tracing import can_trace, trace
 
 IDS = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 CACHES = [

@@ -6,9 +6,9 @@ import keras
 import numpy as np
 import pytest
 
+from keras_kvcache.attention import Scoring, attend, token_positions, view_masks
 from keras_kvcache.caches import CacheSpec, Rolling
 from keras_kvcache.caches.bits import as_bits
-from keras_kvcache.ops import Scoring, attend, token_positions, view_masks
 
 pytestmark = pytest.mark.jax_only
 

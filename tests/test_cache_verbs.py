@@ -14,6 +14,13 @@ import pytest
 import reference_cache
 import reference_codecs
 
+from keras_kvcache.attention import (
+    Scoring,
+    attend,
+    rotation,
+    token_positions,
+    view_masks,
+)
 from keras_kvcache.caches import (
     CacheSpec,
     Rolling,
@@ -29,7 +36,6 @@ from keras_kvcache.caches import (
     take_rows,
     with_end,
 )
-from keras_kvcache.ops import Scoring, attend, rotation, token_positions, view_masks
 
 B, S, K, H = 5, 41, 2, 7
 KINDS = {"static": "static", "rolling": Rolling(13), "sinks": Rolling(13, sinks=3)}

@@ -11,6 +11,8 @@ import pytest
 import reference_cache
 import reference_codecs
 
+from keras_kvcache.attention import Scoring, attend, token_positions, view_masks
+from keras_kvcache.attention.products import mix, scores_of
 from keras_kvcache.caches import (
     Cache,
     CacheSpec,
@@ -21,9 +23,7 @@ from keras_kvcache.caches import (
     StaticCache,
     get_codec,
 )
-from keras_kvcache.caches.sizes import ring_slots, segment_sizes, whole_groups
-from keras_kvcache.ops import Scoring, attend, token_positions, view_masks
-from keras_kvcache.ops.products import mix, scores_of
+from keras_kvcache.caches.segmentation import ring_slots, segment_sizes, whole_groups
 
 B, K, H = 3, 2, 7
 CAPACITIES = (1, 256, 257, 1033)
@@ -163,7 +163,7 @@ def test_values_may_have_another_size(layout):
         (dict(layout="sparse"), ["`layout`", "'sparse'", "dense", "head_major"]),
         (dict(layout="dense", codec="int8"), ["`layout`", "head_major", "'int8'"]),
         (dict(layout="dense", codec="int4"), ["`layout`", "head_major", "'int4'"]),
-        (dict(layout="dense", codec=get_codec("int4").ungrouped), ["`layout`"]),
+        (dict(layout="dense", codec=get_codec("int4").residual_codec), ["`layout`"]),
         (dict(kind="ring"), ["`kind`", "'ring'", "static", "Rolling"]),
         (dict(kind="rolling"), ["`kind`", "'rolling'", "Rolling(window"]),
         (dict(kind=None), ["`kind`", "None"]),
@@ -411,11 +411,11 @@ def test_keys_are_exact_until_their_group_is_full(kind):
     entries = make_entries(37)
     cache = make_spec(kind, "int4", "head_major").allocate()
     cache = update(cache, entries[:, :, :31], cases.int32(0))
-    newest, _ = map(cases.numpy, cache.newest.storage.decode())
+    newest, _ = map(cases.numpy, cache.residual.storage.decode())
     np.testing.assert_array_equal(newest[:, :31], entries[0, :, :31])
     cache = update(cache, entries[:, :, 31:], cases.int32(31))
-    assert cases.numpy(cache.newest.start).tolist() == [32] * B
-    newest, _ = map(cases.numpy, cache.newest.storage.decode())
+    assert cases.numpy(cache.residual.start).tolist() == [32] * B
+    newest, _ = map(cases.numpy, cache.residual.storage.decode())
     np.testing.assert_array_equal(newest[:, :5], entries[0, :, 32:])
     coded, _ = map(cases.numpy, cache.storage.decode())
     group = np.float64(entries[0, :, :32])

@@ -29,6 +29,13 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from keras_kvcache.attention import (
+    Scoring,
+    attend,
+    rotation,
+    token_positions,
+    view_masks,
+)
 from keras_kvcache.caches import (
     CacheSpec,
     Int4,
@@ -40,11 +47,10 @@ from keras_kvcache.caches import (
     reset_rows,
     resize,
     resize_window,
-    sizes,
+    segmentation,
     split_rows,
     take_rows,
 )
-from keras_kvcache.ops import Scoring, attend, rotation, token_positions, view_masks
 
 pytestmark = pytest.mark.jax_only
 
@@ -473,7 +479,7 @@ class CacheMachine(RuleBasedStateMachine):
 def short_segments():
     """Short caches of several segments."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sizes, "FIRST_SEGMENT", 10)
+        patch.setattr(segmentation, "FIRST_SEGMENT", 10)
         yield
 
 

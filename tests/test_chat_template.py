@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from keras_kvcache.loaders import chat_template
-from keras_kvcache.loaders.chat_template import render_chat_template
+from keras_kvcache.tokenizers import chat_template
+from keras_kvcache.tokenizers.chat_template import render_chat_template
 
 TURNS = [
     {"role": "system", "content": "Be brief."},

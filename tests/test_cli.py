@@ -411,7 +411,7 @@ def test_an_interrupt_that_is_ignored_stays_ignored():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with interrupt.interrupt_raises(), interrupt.Interrupt(is_noted=True) as noted:
         signal.raise_signal(signal.SIGINT)
-    assert not noted.came
+    assert not noted.was_received
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
@@ -421,7 +421,7 @@ def test_interrupt_handlers_are_put_back():
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt), interrupt.interrupt_raises():
             signal.raise_signal(signal.SIGINT)
-        assert noted.came
+        assert noted.was_received
     assert signal.getsignal(signal.SIGINT) is before
 
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_kvcache.attention import quantize_int4, quantize_int4_groups, rotation
+from keras_kvcache.attention.codecs import CodedArray, Int4Residual, Operand
 from keras_kvcache.caches import CacheSpec, Int4
 from keras_kvcache.generation import make_program
-from keras_kvcache.ops import quantize_int4, quantize_int4_groups, rotation
-from keras_kvcache.ops.codecs import ExactKeys, Operand, Part
 
 LENGTH, CHUNK = 4096, 512
 
@@ -22,9 +22,9 @@ MOST = {"int8": 0.005, "int4": 0.03}
 class _ByToken:
     """Values with a range for each token, as they are."""
 
-    def value_parts(self, head_dim):
-        of_token = Part(1, 1, "bfloat16")
-        return Part(head_dim, 1, "uint8"), of_token, of_token
+    def value_arrays(self, head_dim):
+        of_token = CodedArray(1, 1, "bfloat16")
+        return CodedArray(head_dim, 1, "uint8"), of_token, of_token
 
     def encode_values(self, values, axis, slots):
         return quantize_int4_groups(values, axis, values.shape[axis])
@@ -41,12 +41,12 @@ class PlainValues(_ByToken, Int4):
     name = "int4, values as they are"
 
     @property
-    def ungrouped(self):
+    def residual_codec(self):
         return _PlainUngrouped(self.dtype)
 
 
 @dataclass(frozen=True)
-class _PlainUngrouped(_ByToken, ExactKeys):
+class _PlainUngrouped(_ByToken, Int4Residual):
     pass
 
 
@@ -58,11 +58,11 @@ class TurnedKeys(Int4):
     group = 1
 
     @property
-    def ungrouped(self):
+    def residual_codec(self):
         return self
 
-    def key_parts(self, head_dim):
-        return Part(head_dim, 1, "uint8"), Part(1, 1, "bfloat16")
+    def key_arrays(self, head_dim):
+        return CodedArray(head_dim, 1, "uint8"), CodedArray(1, 1, "bfloat16")
 
     def encode_keys(self, keys, axis, slots):
         turned = _matmul_on(keys, rotation(keys.shape[axis]), axis)

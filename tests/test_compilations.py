@@ -8,7 +8,7 @@ import pytest
 from conftest import make_lm
 
 from keras_kvcache import samplers
-from keras_kvcache.generation.sizes import CHUNKS, capacity_for, chunk_sizes
+from keras_kvcache.generation.buckets import CHUNKS, capacity_for, chunk_sizes
 
 pytestmark = pytest.mark.jax_only
 

@@ -16,14 +16,10 @@ from tokenizers import AddedToken, Regex, decoders, models
 from vocabularies import alphabet, byte_level, sentence_piece
 
 from keras_kvcache import DecoderLM
-from keras_kvcache.generation.detokenizer import (
-    Detokenizer,
-    WindowedStream,
-    new_text,
-)
-from keras_kvcache.loaders import Tokenizer
 from keras_kvcache.loaders.gguf_header import read_header
 from keras_kvcache.loaders.gguf_tokenizer import build_tokenizer
+from keras_kvcache.tokenizers import Tokenizer
+from keras_kvcache.tokenizers.detokenizer import Detokenizer, WindowedStream, new_text
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 WORDS = ["hello", "world", "##ing", ".", "##.", "do", "not", "n't", ",", "#", "##", "é"]

@@ -18,7 +18,6 @@ from types import SimpleNamespace
 import pytest
 import tqdm
 
-from keras_kvcache.cache_folder import cache_folder
 from keras_kvcache.loaders import (
     PRESETS,
     DownloadError,
@@ -28,6 +27,7 @@ from keras_kvcache.loaders import (
     known_presets,
     read_gguf,
 )
+from keras_kvcache.runtime.cache_folder import cache_folder
 
 CONTENT = b"GGUF" + bytes(range(256)) * 977
 PRESET = Preset(

@@ -9,10 +9,10 @@ import pytest
 from conftest import make_lm
 from program_cases import IN_PLACE, RESULT, written
 
+from keras_kvcache.attention.online_softmax import BLOCK
 from keras_kvcache.caches import Rolling
-from keras_kvcache.generation.sizes import CHUNKS
-from keras_kvcache.ops import platform
-from keras_kvcache.ops.online_softmax import BLOCK
+from keras_kvcache.generation.buckets import CHUNKS
+from keras_kvcache.runtime import platform
 
 pytestmark = pytest.mark.jax_only
 
@@ -24,8 +24,8 @@ def test_layers_that_are_alike_are_traced_once():
     lm = make_lm(num_layers=3)
     cache = lm.generator.init_cache(2, 61)
     program = lm.generator.lower(cache).as_text()
-    assert program.count("func.func private @_attend_cache") == 1
-    assert program.count("call @_attend_cache") == 3
+    assert program.count("func.func private @_cached_attention") == 1
+    assert program.count("call @_cached_attention") == 3
 
 
 # For each cache the most temporaries, as a part of what a layer's takes, and the most

@@ -15,9 +15,9 @@ from keras import ops
 
 from keras_kvcache import DecoderLM, accelerate, from_keras_hub
 from keras_kvcache.caches import Rolling
+from keras_kvcache.hub import sharing
+from keras_kvcache.hub.families import FAMILIES
 from keras_kvcache.models import own_copy
-from keras_kvcache.models.hub import convert
-from keras_kvcache.models.hub.families import FAMILIES
 
 # Each family has programs of keras-hub's and of ours to compile.
 pytestmark = pytest.mark.slow
@@ -262,7 +262,7 @@ def test_a_config_of_quantized_layers_makes_plain_ones():
 def test_other_quantizations_are_refused(monkeypatch):
     """One that isn't refused stands for those that take data to quantize by."""
     lm = make_hub_lm("gpt2", num_layers=1)
-    monkeypatch.setattr(convert, "QUANTIZATIONS", (None, "int4", "float8"))
+    monkeypatch.setattr(sharing, "QUANTIZATIONS", (None, "int4", "float8"))
     with accelerate(lm):
         lm.quantize("int8")
         message = "than int4, float8. Received: .*='int8' of token_embedding"

@@ -10,7 +10,7 @@ import safetensors
 
 from keras_kvcache import DecoderLM, cli
 from keras_kvcache.loaders import hugging_face_files, read_hugging_face
-from keras_kvcache.ops import preferred_dtype
+from keras_kvcache.runtime.platform import preferred_dtype
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -7,8 +7,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 from vocabularies import MERGES, alphabet
 
-from keras_kvcache.loaders import Tokenizer, read_hugging_face
+from keras_kvcache.loaders import read_hugging_face
 from keras_kvcache.loaders.hugging_face_tokenizer import read_tokenizer
+from keras_kvcache.tokenizers import Tokenizer
 
 SPECIAL = ["<|start|>", "<|im_end|>", "<|eot|>"]
 START, END, TURN = range(264, 267)

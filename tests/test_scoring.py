@@ -10,19 +10,19 @@ import pytest
 import reference
 from kernel_cases import attend_by_kernel
 
-from keras_kvcache.caches import CacheSpec, Rolling
-from keras_kvcache.caches.bits import as_floats
-from keras_kvcache.layers import CachedMultiHeadAttention
-from keras_kvcache.ops import (
+from keras_kvcache.attention import (
     Scoring,
     attend,
     attend_with_scores,
-    native,
     token_positions,
     view_masks,
 )
-from keras_kvcache.ops.decode_attention import NAME
-from keras_kvcache.ops.triton_attention import attend_by_triton
+from keras_kvcache.attention.kernels.decode_attention import NAME
+from keras_kvcache.attention.kernels.triton_attention import attend_by_triton
+from keras_kvcache.caches import CacheSpec, Rolling
+from keras_kvcache.caches.bits import as_floats
+from keras_kvcache.layers import CachedMultiHeadAttention
+from keras_kvcache.runtime import native
 
 B, N, K, H = 2, 6, 2, 13
 S, FILLS = 83, (64, 61)  # whole groups of int4, or a part of one

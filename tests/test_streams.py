@@ -6,16 +6,11 @@ import numpy as np
 import pytest
 from conftest import make_lm, shared_lm
 
-from keras_kvcache.generation import bursts
+from keras_kvcache.generation import multi_step
 from keras_kvcache.generation.rows import NO_TOKEN
-from keras_kvcache.ops import (
-    NO_CHANNEL,
-    Channel,
-    announce,
-    can_announce,
-    current_platform,
-    native,
-)
+from keras_kvcache.runtime import native
+from keras_kvcache.runtime.channel import NO_CHANNEL, Channel, announce, can_announce
+from keras_kvcache.runtime.platform import current_platform
 
 PROMPTS = [[2, 3, 5, 7], [11], [13, 17, 19]]
 
@@ -42,7 +37,7 @@ def channels(monkeypatch):
         opened.append(Channel())
         return opened[-1]
 
-    monkeypatch.setattr(bursts, "Channel", open_channel)
+    monkeypatch.setattr(multi_step, "Channel", open_channel)
     return opened
 
 
@@ -248,7 +243,7 @@ class Ended:
 @needs_channels
 @pytest.mark.parametrize("error", [None, MemoryError("of the program")])
 def test_a_program_that_ends_before_its_time_is_told_about(error):
-    listener = bursts.Listener(batch_size=2)
+    listener = multi_step.Listener(batch_size=2)
     say = jax.jit(announce)
     say(np.array([3, NO_TOKEN, 0], "int32"), listener.channel)
     say(np.array([5, 7, 0], "int32"), listener.channel)
@@ -263,7 +258,7 @@ def test_a_program_that_ends_before_its_time_is_told_about(error):
 
 @needs_channels
 def test_a_listener_reads_no_further_once_all_rows_are_done():
-    listener = bursts.Listener(batch_size=2)
+    listener = multi_step.Listener(batch_size=2)
     jax.jit(announce)(np.array([5, 7, 1], "int32"), listener.channel)
     assert len(list(listener.read(jax.numpy.zeros((2, 64))))) == 1
     assert list(listener.read(None)) == []

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from vocabularies import BOS, byte_level, sentence_piece
 
-from keras_kvcache.loaders import Tokenizer, read_gguf
+from keras_kvcache.loaders import read_gguf
 from keras_kvcache.loaders.gguf_tokenizer import build_tokenizer
+from keras_kvcache.tokenizers import Tokenizer
 
 
 @pytest.mark.parametrize("text", [None, 5, b"hello", ["hello"]])

@@ -11,8 +11,8 @@ from conftest import make_lm
 from vocabularies import EOS, byte_level, sentence_piece
 
 from keras_kvcache import DecoderLM, EncoderDecoderLM
-from keras_kvcache.loaders import Tokenizer, UnreadTokenizer
 from keras_kvcache.loaders.gguf_tokenizer import build_tokenizer
+from keras_kvcache.tokenizers import Tokenizer, UnreadTokenizer
 
 PROMPT = "hello 1234"
 

@@ -14,7 +14,7 @@ import pytest
 from conftest import make_lm
 from program_cases import IN_PLACE, WIDTHS, compile_for, written_arrays
 
-from keras_kvcache.caches.sizes import segment_sizes
+from keras_kvcache.caches.segmentation import segment_sizes
 
 pytestmark = [
     pytest.mark.jax_only,

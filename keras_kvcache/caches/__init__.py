@@ -1,35 +1,25 @@
 """Key/value caches behind one verb: `cache.update(key, value, index)`."""
 
+from keras_kvcache.attention.codecs import CODECS, Codec, Exact, Int4, Int8, get_codec
 from keras_kvcache.cache_names import DTYPES
-from keras_kvcache.caches.base import Cache
+from keras_kvcache.caches.cache import Cache
 from keras_kvcache.caches.exporting import register as _register
 from keras_kvcache.caches.files import load_caches, save_caches
 from keras_kvcache.caches.kinds import Rolling, Static
 from keras_kvcache.caches.options import choose_kind, read_options
+from keras_kvcache.caches.resizing import crop, resize, resize_window, with_end
 from keras_kvcache.caches.rolling import RollingCache
-from keras_kvcache.caches.spec import CacheSpec
-from keras_kvcache.caches.static import StaticCache
-from keras_kvcache.caches.verbs import (
-    batch_size,
-    crop,
+from keras_kvcache.caches.rows import (
     insert_rows,
     join_rows,
     repeat_rows,
     reset_rows,
-    resize,
-    resize_window,
     split_rows,
     take_rows,
-    with_end,
 )
-from keras_kvcache.ops.codecs import (
-    CODECS,
-    Codec,
-    Exact,
-    Int4,
-    Int8,
-    get_codec,
-)
+from keras_kvcache.caches.spec import CacheSpec
+from keras_kvcache.caches.static import StaticCache
+from keras_kvcache.caches.trees import batch_size
 
 _register()
 

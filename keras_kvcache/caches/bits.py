@@ -5,9 +5,9 @@ from dataclasses import replace
 import jax
 from keras import ops
 
+from keras_kvcache.attention.codecs import BITS, Bits, Exact
 from keras_kvcache.caches.storage import Storage
-from keras_kvcache.ops import current_platform
-from keras_kvcache.ops.codecs import BITS, Bits, Exact
+from keras_kvcache.runtime.platform import current_platform
 
 NARROW = ("bfloat16", "float16")
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 import jax
 from keras import ops
 
-from keras_kvcache.caches.sizes import segment_sizes
+from keras_kvcache.attention import keys_of, slots_of, values_of
+from keras_kvcache.attention.layouts import DENSE, DENSE_PAIR
+from keras_kvcache.caches.segmentation import segment_sizes
 from keras_kvcache.caches.storage import Storage
-from keras_kvcache.ops import keys_of, slots_of, values_of
-from keras_kvcache.ops.layouts import DENSE, DENSE_PAIR
 
 
 @jax.tree_util.register_dataclass
@@ -40,7 +40,7 @@ class DenseStorage(Storage):
         return _layout(self.head_dim, self.value_dim)
 
     def encode(self, key, value, codec=None):
-        if self.layout.is_shared:
+        if self.layout.is_one_tensor:
             both = ops.stack([key, value], axis=1)
             arrays = self.codec.encode_keys(both, *DENSE.keys)
         else:
@@ -51,7 +51,7 @@ class DenseStorage(Storage):
     @property
     def spans(self):
         first, spans = 0, []
-        kernels_read = self.layout.is_shared and self.codec.kernels_read
+        kernels_read = self.layout.is_one_tensor and self.codec.kernels_read
         for size in segment_sizes(self.slots, kernels_read):
             spans.append((first, size))
             first += size

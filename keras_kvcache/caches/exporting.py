@@ -5,18 +5,18 @@ import json
 
 from jax import export
 
+from keras_kvcache.attention import codecs
+from keras_kvcache.attention.codecs import Bits
 from keras_kvcache.caches.dense import DenseStorage
 from keras_kvcache.caches.head_major import HeadMajorStorage
-from keras_kvcache.caches.newest import Newest
+from keras_kvcache.caches.residual import Residual
 from keras_kvcache.caches.rolling import RollingCache
 from keras_kvcache.caches.static import StaticCache
-from keras_kvcache.ops import codecs
-from keras_kvcache.ops.codecs import Bits
 
-NODES = (StaticCache, RollingCache, DenseStorage, HeadMajorStorage, Newest)
+NODES = (StaticCache, RollingCache, DenseStorage, HeadMajorStorage, Residual)
 CODECS = {
     codec.__name__: codec
-    for codec in (codecs.Exact, codecs.Int8, codecs.Int4, codecs.ExactKeys, Bits)
+    for codec in (codecs.Exact, codecs.Int8, codecs.Int4, codecs.Int4Residual, Bits)
 }
 
 

@@ -13,14 +13,18 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_kvcache.caches.base import NO_END, Cache
 from keras_kvcache.caches.bits import as_bits, as_floats
-from keras_kvcache.caches.layout import batch_size, distributed, map_caches
-from keras_kvcache.caches.spec import Shape
+from keras_kvcache.caches.cache import NO_END, Cache
+from keras_kvcache.caches.descriptions import (
+    describe,
+    named_arrays,
+    shape_of,
+    shapes_of,
+)
 from keras_kvcache.caches.static import StaticCache
-from keras_kvcache.caches.trees import describe, named_arrays, shape_of, shapes_of
-from keras_kvcache.ops import is_integer, known_integers
+from keras_kvcache.caches.trees import batch_size, distributed, map_caches
 from keras_kvcache.quotes import quoted, shortened
+from keras_kvcache.runtime.concrete import concrete_integers, is_integer
 
 # Of the file's metadata: the key that makes it ours, with the version of the format,
 # the description as JSON, and what tells that a byte of that changed.
@@ -278,8 +282,12 @@ def _read_description(metadata):
 
 def _shape_in(file, name):
     held = file.get_slice(name)
-    dtype = held.get_dtype()
-    return Shape(tuple(held.get_shape()), DTYPE_NAMES.get(dtype, dtype))
+    if held.get_dtype() not in DTYPE_NAMES:
+        raise ValueError(
+            f"{name} must have one of the dtypes {sorted(DTYPE_NAMES.values())}. "
+            f"Received: {held.get_dtype()}"
+        )
+    return jax.ShapeDtypeStruct(tuple(held.get_shape()), DTYPE_NAMES[held.get_dtype()])
 
 
 def _check_arrays(expected, held):
@@ -306,7 +314,7 @@ def _check_arrays(expected, held):
 
 def _read_fill(fill, caches):
     """The fill as an int or a list of them, if the caches can be so full."""
-    known = known_integers("fill", fill, batch_size(caches))
+    known = concrete_integers("fill", fill, batch_size(caches))
     if known is None:
         raise ValueError(
             f"`fill` must be known and no tracer. Received: {quoted(fill)}"

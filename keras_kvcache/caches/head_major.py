@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 import jax
 from keras import ops
 
-from keras_kvcache.caches.sizes import segment_sizes
+from keras_kvcache.attention import keys_of, slots_of, values_of
+from keras_kvcache.attention.layouts import HEAD_MAJOR
+from keras_kvcache.caches.segmentation import segment_sizes
 from keras_kvcache.caches.storage import Storage
-from keras_kvcache.ops import keys_of, slots_of, values_of
-from keras_kvcache.ops.layouts import HEAD_MAJOR
 
 
 @jax.tree_util.register_dataclass
@@ -43,12 +43,12 @@ class HeadMajorStorage(Storage):
         )
         return replace(self, segments=(arrays,), codec=codec)
 
-    def regroup(self, codec):
+    def recode_keys(self, codec):
         """The same slots with another codec for keys, and the same one for values."""
         segments = []
         for (first, size), arrays in zip(self.spans, self.segments, strict=True):
             keys = keys_of(self.segment(first, size, None), 0, size).matrix
-            values = arrays[len(self.codec.key_parts(self.head_dim)) :]
+            values = arrays[len(self.codec.key_arrays(self.head_dim)) :]
             segments.append((*codec.encode_keys(keys, *HEAD_MAJOR.keys), *values))
         return replace(self, segments=tuple(segments), codec=codec)
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from keras_kvcache.ops import is_integer
+from keras_kvcache.runtime.concrete import is_integer
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The `cache` argument of `generate`: kind, codec and layout."""
 
+from keras_kvcache.attention.codecs import Codec
 from keras_kvcache.cache_names import CODED, FLOATS, KINDS
 from keras_kvcache.caches.kinds import Rolling, Static
-from keras_kvcache.ops.codecs import Codec
 
 OPTIONS = ("kind", "codec", "layout")
 

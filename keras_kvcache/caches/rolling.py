@@ -6,11 +6,13 @@ import jax
 import numpy as np
 from keras import ops
 
-from keras_kvcache.caches.base import Cache, first_positions
+from keras_kvcache.attention import View, ring_positions
+from keras_kvcache.attention.positions import first_positions
+from keras_kvcache.caches.cache import Cache
 from keras_kvcache.caches.kinds import Rolling
-from keras_kvcache.caches.sizes import ring_slots, whole_groups
+from keras_kvcache.caches.segmentation import ring_slots, whole_groups
 from keras_kvcache.caches.storage import Storage
-from keras_kvcache.ops import View, known_value, ring_positions
+from keras_kvcache.runtime.concrete import concrete_value
 
 
 @jax.tree_util.register_dataclass
@@ -54,24 +56,24 @@ class RollingCache(Cache):
         if length == 0:
             return self, self.view(index)
         fill = self._fill(index, length)
-        sinks, newest = self.sinks, self.newest
+        sinks, residual = self.sinks, self.residual
         if sinks is not None:
             end = ops.minimum(fill, self.sink_count)
             sinks = sinks.write_ring(sinks.encode(key, value), index, end)
-        entries = self.storage.encode(key, value, self.codec.ungrouped)
-        if newest is None:
+        entries = self.storage.encode(key, value, self.codec.residual_codec)
+        if residual is None:
             coded, start, end = entries, index, fill
         else:
-            newest, entries, start = newest.advance(
+            residual, entries, start = residual.advance(
                 lambda slot: self.storage.part(slot % self._ring, self.codec.group),
                 entries,
                 index,
                 fill,
             )
-            coded = entries.regroup(self.codec)
+            coded = entries.recode_keys(self.codec)
             end = _groups_end(start, index, fill, self.codec.group)
         cache = replace(
-            self, storage=self._write(coded, start, end), newest=newest, sinks=sinks
+            self, storage=self._write(coded, start, end), residual=residual, sinks=sinks
         )
         if length == 1:
             # What a token evicts is out of its own sight.
@@ -91,10 +93,10 @@ class RollingCache(Cache):
         are seen: this is how a short sequence is read that was written whole.
         """
         known = ops.full((1,), self.window, "int32") if fill is None else fill
-        held = known if self.newest is None else self.newest.start
+        held = known if self.residual is None else self.residual.start
         segments = (*self._sink_segments(), *self._ring_segments(held))
-        if self.newest is not None:
-            segments += self._segments_of(self.newest.storage, self.newest.start)
+        if self.residual is not None:
+            segments += self._segments_of(self.residual.storage, self.residual.start)
         view = self._view(segments, known)
         return view._replace(window=None) if fill is None else view
 
@@ -119,7 +121,7 @@ class RollingCache(Cache):
     def resize_window(self, window, fill):
         """The cache with another window; see `keras_kvcache.caches.resize_window`."""
         Rolling(window, self.sink_count)
-        known, group = known_value(fill), self.codec.group
+        known, group = concrete_value(fill), self.codec.group
         if known is not None and window > self.window:
             gone = whole_groups(known, group) > self._ring
             if gone.any():
@@ -129,9 +131,9 @@ class RollingCache(Cache):
                     f"fill={known.tolist()}, window={window} for {self.window}"
                 )
         held = first_positions(fill)
-        if self.newest is not None:
-            # The group of the newest is coded too once the cache was rolled back.
-            held = ops.minimum(self.newest.start, whole_groups(held, group))
+        if self.residual is not None:
+            # The group of the residual is coded too once the cache was rolled back.
+            held = ops.minimum(self.residual.start, whole_groups(held, group))
         storage = self.storage.reroll(ring_slots(window, group), held)
         return replace(self, storage=storage, window=window)
 

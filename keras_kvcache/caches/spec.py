@@ -2,31 +2,25 @@
 
 from dataclasses import dataclass, field
 
+import jax
 import keras
 from keras import ops
 
+from keras_kvcache.attention.codecs import Codec, Exact, get_codec
 from keras_kvcache.cache_names import FLOATS
-from keras_kvcache.caches.base import NO_END, itemsize, nbytes
 from keras_kvcache.caches.bits import as_bits
+from keras_kvcache.caches.cache import NO_END, nbytes
 from keras_kvcache.caches.dense import DenseStorage
 from keras_kvcache.caches.head_major import HeadMajorStorage
 from keras_kvcache.caches.kinds import Rolling, Static
-from keras_kvcache.caches.newest import Newest
+from keras_kvcache.caches.residual import Residual
 from keras_kvcache.caches.rolling import RollingCache
-from keras_kvcache.caches.sizes import ring_slots, whole_groups
+from keras_kvcache.caches.segmentation import ring_slots, whole_groups
 from keras_kvcache.caches.static import StaticCache
-from keras_kvcache.ops import distribute, is_integer
-from keras_kvcache.ops.codecs import Codec, Exact, get_codec
+from keras_kvcache.runtime.concrete import is_integer
+from keras_kvcache.runtime.sharding import distribute
 
 LAYOUTS = {"head_major": HeadMajorStorage, "dense": DenseStorage}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """An array that isn't made."""
-
-    shape: tuple
-    dtype: str
 
 
 @dataclass(frozen=True)
@@ -91,10 +85,13 @@ class CacheSpec:
     def bytes_per_token(self):
         """Bytes of one token of one row, with its share of what a group shares."""
         parts = [
-            *self.codec.key_parts(self.head_dim),
-            *self.codec.value_parts(self.value_dim or self.head_dim),
+            *self.codec.key_arrays(self.head_dim),
+            *self.codec.value_arrays(self.value_dim or self.head_dim),
         ]
-        each = (part.width * itemsize(part.dtype) / part.tokens for part in parts)
+        each = (
+            part.width * jax.numpy.dtype(part.dtype).itemsize / part.tokens
+            for part in parts
+        )
         return self.num_key_value_heads * sum(each)
 
     @property
@@ -108,8 +105,8 @@ class CacheSpec:
         return nbytes(self.shapes())
 
     def shapes(self):
-        """The cache with a `Shape` in the place of each array."""
-        return self._make(Shape)
+        """The cache with a `jax.ShapeDtypeStruct` in the place of each array."""
+        return self._make(jax.ShapeDtypeStruct)
 
     def allocate(self):
         """An empty cache of this shape, on the devices of `keras.distribution`.
@@ -143,18 +140,18 @@ class CacheSpec:
             slots = whole_groups(self.capacity, codec.group)
         else:
             slots = ring_slots(kind.window, codec.group)
-        newest = end = None
+        residual = end = None
         if codec.group > 1:
-            group = layout.allocate(self, codec.group, codec.ungrouped, make)
-            newest = Newest(group, make((self.batch_size,), "int32"))
+            group = layout.allocate(self, codec.group, codec.residual_codec, make)
+            residual = Residual(group, make((self.batch_size,), "int32"))
         if codec.group > 1 or not is_static:
             end = make((self.batch_size,), "int32")
-            end = end if isinstance(end, Shape) else end + NO_END
+            end = end if isinstance(end, jax.ShapeDtypeStruct) else end + NO_END
         storage = layout.allocate(self, slots, codec, make)
         if is_static:
             length = None if slots == self.capacity else self.capacity
-            return StaticCache(storage, newest, end, length)
+            return StaticCache(storage, residual, end, length)
         sinks = None
         if kind.sinks:
             sinks = layout.allocate(self, kind.sinks, Exact(codec.dtype), make)
-        return RollingCache(storage, newest, end, sinks, kind.window)
+        return RollingCache(storage, residual, end, sinks, kind.window)

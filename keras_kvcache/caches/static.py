@@ -6,12 +6,14 @@ import jax
 import keras
 from keras import ops
 
-from keras_kvcache.caches.base import Cache, first_positions
+from keras_kvcache.attention import View, token_positions, write_slot
+from keras_kvcache.attention.codecs import Exact
+from keras_kvcache.attention.positions import first_positions
+from keras_kvcache.caches.cache import Cache
 from keras_kvcache.caches.dense import DenseStorage
 from keras_kvcache.caches.head_major import HeadMajorStorage
-from keras_kvcache.caches.sizes import whole_groups
-from keras_kvcache.ops import View, known_value, token_positions, write_slot
-from keras_kvcache.ops.codecs import Exact
+from keras_kvcache.caches.segmentation import whole_groups
+from keras_kvcache.runtime.concrete import concrete_value
 
 
 @jax.tree_util.register_dataclass
@@ -91,7 +93,7 @@ class StaticCache(Cache):
             return self, self.view(token_positions(index, 1)[:, 0])
         slots = self.storage.slots
         slot = write_slot(index, slots)
-        if self.newest is None:
+        if self.residual is None:
             storage = self.storage.write(self.storage.encode(key, value), slot)
             fill = token_positions(index, 1)[:, 0] + ops.shape(key)[1]
             cache = StaticCache(storage)
@@ -99,16 +101,16 @@ class StaticCache(Cache):
 
         index = first_positions(slot)
         fill = self._fill(index, key.shape[1])
-        newest, ahead, start = self.newest.advance(
+        residual, ahead, start = self.residual.advance(
             lambda slot: self.storage.part(slot, self.codec.group),
-            self.storage.encode(key, value, self.codec.ungrouped),
+            self.storage.encode(key, value, self.codec.residual_codec),
             index,
             fill,
         )
         # A row that brings nothing would code padding into a group that is full.
         start = ops.where(fill > index, start, slots)
-        storage = self.storage.write(ahead.regroup(self.codec), start)
-        cache = replace(self, storage=storage, newest=newest)
+        storage = self.storage.write(ahead.recode_keys(self.codec), start)
+        cache = replace(self, storage=storage, residual=residual)
         return cache, cache.view(fill)
 
     def view(self, fill=None):
@@ -118,12 +120,12 @@ class StaticCache(Cache):
         for first, size in self.storage.spans:
             positions = first + ops.arange(size, dtype="int32")[None]
             known = first
-            if self.newest is not None:
-                coded = positions < self.newest.start[:, None]
+            if self.residual is not None:
+                coded = positions < self.residual.start[:, None]
                 positions, known = ops.where(coded, positions, -1), None
             segments.append(self.storage.segment(first, size, positions, known))
-        if self.newest is not None:
-            segments.append(self.newest.segment())
+        if self.residual is not None:
+            segments.append(self.residual.segment())
         storage = self.storage
         return View(tuple(segments), storage.heads, storage.value_dim, fill)
 
@@ -132,7 +134,7 @@ class StaticCache(Cache):
 
     def resize(self, capacity, fill):
         """The cache with another number of slots; see `keras_kvcache.caches.resize`."""
-        self._check_fill(known_value(fill), capacity)
+        self._check_fill(concrete_value(fill), capacity)
         slots = whole_groups(capacity, self.codec.group)
         length = None if slots == capacity else capacity
         return replace(self, storage=self.storage.resize(slots), length=length)

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_kvcache.ops import Segment, distribute, ring_positions, splice, write_ring
-from keras_kvcache.ops.codecs import Codec
+from keras_kvcache.attention import Segment, ring_positions, splice, write_ring
+from keras_kvcache.attention.codecs import Codec
+from keras_kvcache.runtime.sharding import distribute
 
 
 class SlotAxis(NamedTuple):
@@ -93,7 +94,7 @@ class Storage(abc.ABC):
         """
 
     def segment(self, first, size, positions, first_position=None):
-        """Some slots for attention, a `keras_kvcache.ops.Segment`.
+        """Some slots for attention, a `keras_kvcache.attention.Segment`.
 
         Args:
             first, size: One of the pairs that `spans` gives.

@@ -7,7 +7,6 @@ import sys
 import keras
 
 from keras_kvcache import loaders, samplers
-from keras_kvcache.cache_folder import HOW_TO_MOVE, cache_folder
 from keras_kvcache.caches import CODECS, DTYPES, Rolling, Static, read_options
 from keras_kvcache.cli.interrupt import Interrupt, interrupt_raises
 from keras_kvcache.cli.talk import drop_oldest_turns
@@ -16,7 +15,8 @@ from keras_kvcache.cli.timing import AnswerClock
 from keras_kvcache.loaders import DownloadError, fetch, known_presets
 from keras_kvcache.models import DecoderLM
 from keras_kvcache.models.preset_kinds import is_of_keras_hub
-from keras_kvcache.ops import preferred_dtype
+from keras_kvcache.runtime.cache_folder import HOW_TO_MOVE, cache_folder
+from keras_kvcache.runtime.platform import preferred_dtype
 
 
 def run(name, **options):
@@ -266,7 +266,7 @@ class _Answerer:
                 clock.piece()
                 pieces.append(piece)
                 print(piece, end="", flush=True)
-                if interrupt.came:
+                if interrupt.was_received:
                     break
             clock.end()
             print(flush=True)

@@ -55,12 +55,12 @@ class Interrupt:
     The first one is noted, or ends the process at once; a second one does.
 
     Args:
-        is_noted: Whether the first one is noted, in the attribute `came`.
+        is_noted: Whether the first one is noted, in the attribute `was_received`.
     """
 
     def __init__(self, is_noted):
         self._is_noted = is_noted
-        self.came = False
+        self.was_received = False
 
     def __enter__(self):
         self._before = set_handler(self._handle)
@@ -70,6 +70,6 @@ class Interrupt:
         set_handler(self._before)
 
     def _handle(self, *_):
-        if self.came or not self._is_noted:
+        if self.was_received or not self._is_noted:
             end_process()
-        self.came = True
+        self.was_received = True

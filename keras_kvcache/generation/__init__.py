@@ -14,6 +14,7 @@ from keras_kvcache.generation.steps import (
     prefill,
 )
 from keras_kvcache.generation.stream import TextStream
+from keras_kvcache.runtime.platform import compiler_options
 
 __all__ = [
     "NO_TOKEN",
@@ -24,6 +25,7 @@ __all__ = [
     "TextStream",
     "advance",
     "choose",
+    "compiler_options",
     "decode",
     "extend",
     "load_rows",

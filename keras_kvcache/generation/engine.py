@@ -9,14 +9,14 @@ import numpy as np
 from keras import ops
 
 from keras_kvcache.caches import batch_size
-from keras_kvcache.generation.bursts import LONGEST_BURST, make_reader
+from keras_kvcache.generation.buckets import CHUNKS, SMALLEST_CAPACITY
 from keras_kvcache.generation.growth import Growth
+from keras_kvcache.generation.multi_step import LONGEST_BURST, make_reader
 from keras_kvcache.generation.program import make_program
 from keras_kvcache.generation.prompts import padded_chunks
 from keras_kvcache.generation.rows import NO_TOKEN, start_rows
-from keras_kvcache.generation.sizes import CHUNKS, SMALLEST_CAPACITY
 from keras_kvcache.generation.steps import decode, prefill
-from keras_kvcache.ops import is_integer
+from keras_kvcache.runtime.concrete import is_integer
 
 # The most columns that `Rows.tokens` begins with: 4 MB a row.
 MOST_TOKENS = 2**20

@@ -8,19 +8,19 @@ import numpy as np
 
 from keras_kvcache import samplers
 from keras_kvcache.caches import read_options
-from keras_kvcache.generation.bursts import LONGEST_BURST
-from keras_kvcache.generation.detokenizer import new_text
+from keras_kvcache.generation.buckets import capacity_for
 from keras_kvcache.generation.engine import Engine, Plan
 from keras_kvcache.generation.foreign_arguments import ADVICE
 from keras_kvcache.generation.growth import growing_capacities
 from keras_kvcache.generation.limits import read_stop_token_ids, row_ends
+from keras_kvcache.generation.multi_step import LONGEST_BURST
 from keras_kvcache.generation.options import GenerateOptions, takes_options
 from keras_kvcache.generation.prompts import Prompts, read_prompts, write_answers
 from keras_kvcache.generation.rows import NO_TOKEN, Rows
-from keras_kvcache.generation.sizes import capacity_for
 from keras_kvcache.generation.steps import StepFunctions
 from keras_kvcache.generation.stream import TextStream
 from keras_kvcache.samplers.stateful import moves_rows
+from keras_kvcache.tokenizers.detokenizer import new_text
 from keras_kvcache.unknown_arguments import explains_unknown
 
 

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 from keras import ops
 
-from keras_kvcache.caches.sizes import segment_sizes
+from keras_kvcache.caches.segmentation import segment_sizes
+from keras_kvcache.generation.buckets import capacity_for
 from keras_kvcache.generation.rows import NO_TOKEN
-from keras_kvcache.generation.sizes import capacity_for
 
 # Up to this many new tokens have slots from the start.
 MOST_AT_ONCE = 1024

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from keras_kvcache.ops import is_integer
+from keras_kvcache.runtime.concrete import is_integer
 
 # Ends and ids are int32.
 MOST = int(np.iinfo("int32").max)

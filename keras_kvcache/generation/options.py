@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from keras_kvcache.caches import Codec, Rolling, Static
-from keras_kvcache.ops import is_integer
+from keras_kvcache.runtime.concrete import is_integer
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import jax
 import keras
 import numpy as np
 
-from keras_kvcache.ops import compiler_options
+from keras_kvcache.runtime.platform import compiler_options
 
 
 def make_program(function, model, donate=(), static=()):

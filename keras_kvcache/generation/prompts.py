@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_kvcache.generation.sizes import CHUNKS, chunk_sizes
+from keras_kvcache.generation.buckets import CHUNKS, chunk_sizes
 from keras_kvcache.quotes import quoted
 
 

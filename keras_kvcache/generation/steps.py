@@ -18,9 +18,10 @@ import jax
 import keras
 from keras import ops
 
+from keras_kvcache.attention import splice
 from keras_kvcache.caches import take_rows, with_end
 from keras_kvcache.generation.rows import NO_TOKEN
-from keras_kvcache.ops import announce, splice
+from keras_kvcache.runtime.channel import announce
 from keras_kvcache.samplers import stateful
 
 

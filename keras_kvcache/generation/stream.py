@@ -1,7 +1,7 @@
 """New tokens as they appear."""
 
-from keras_kvcache.generation.detokenizer import Detokenizer
 from keras_kvcache.generation.rows import NO_TOKEN
+from keras_kvcache.tokenizers.detokenizer import Detokenizer
 
 
 class TextStream:

@@ -2,9 +2,10 @@
 
 import keras
 
+from keras_kvcache.attention import check_mask_shape, normalize_index
 from keras_kvcache.caches import Cache, StaticCache
 from keras_kvcache.layers.scoring import asked_of_scores, check_scoring_arguments
-from keras_kvcache.ops import check_index, check_mask_shape, is_integer
+from keras_kvcache.runtime.concrete import is_integer
 
 # Constructor arguments that are layers.
 LAYER_ARGUMENTS = ("rotary_embedding", "query_norm", "key_norm")
@@ -35,7 +36,7 @@ def check_constructor(layer):
     check_scoring_arguments(layer)
 
 
-def check_left_to_keras(layer, cache, cache_update_index):
+def check_multi_axis_call(layer, cache, cache_update_index):
     """Refuses cache arguments where attention runs over other axes than axis 1.
 
     Raises:
@@ -58,7 +59,7 @@ def check_left_to_keras(layer, cache, cache_update_index):
         )
 
 
-def check_call(
+def read_call(
     layer,
     query,
     value,
@@ -99,19 +100,21 @@ def check_call(
     reads_only = cache is not None and cache_update_index is None
     if not reads_only:
         _check_entries(batch, value=value, key=value if key is None else key)
-    holder, index, entries = None, 0, None if reads_only else value.shape[1]
+    cache_object, index, entries = None, 0, None if reads_only else value.shape[1]
     slots = entries
     if cache is not None:
-        holder = as_cache(cache)
-        holder.check(batch, layer.num_key_value_heads, layer.key_dim, layer.value_dim)
-        slots = holder.max_length
+        cache_object = as_cache(cache)
+        cache_object.check(
+            batch, layer.num_key_value_heads, layer.key_dim, layer.value_dim
+        )
+        slots = cache_object.max_length
     if cache_update_index is not None:
         if cache is None:
             raise ValueError(
                 "`cache_update_index` needs a `cache`. Received: cache=None, "
                 f"cache_update_index={cache_update_index}"
             )
-        index = check_index(cache_update_index, batch, entries, slots)
+        index = normalize_index(cache_update_index, batch, entries, slots)
 
     if attention_mask is not None:
         check_mask_shape(attention_mask, (batch, layer.num_heads, length, slots))
@@ -119,7 +122,7 @@ def check_call(
     if not reads_only:
         _check_entry_mask("value_mask", value_mask, batch, entries)
         _check_entry_mask("key_mask", key_mask, batch, entries)
-    return holder, index
+    return cache_object, index
 
 
 def as_cache(cache):

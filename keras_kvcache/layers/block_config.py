@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 from keras_kvcache.layers.normalization import NORMALIZATIONS
-from keras_kvcache.ops import is_integer
+from keras_kvcache.runtime.concrete import is_integer
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import jax
 import keras
 from keras import ops
 
-from keras_kvcache.ops import can_trace, trace
+from keras_kvcache.runtime.tracing import can_trace, trace
 
 
 def run_block(block, x, **arguments):

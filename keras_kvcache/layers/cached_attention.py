@@ -4,7 +4,7 @@ import jax
 import keras
 from keras import ops
 
-from keras_kvcache.ops import (
+from keras_kvcache.attention import (
     attend,
     attend_fused,
     sequence_view,
@@ -13,7 +13,7 @@ from keras_kvcache.ops import (
 )
 
 
-def write_and_view(cache, query, entries, index, *, masks, causal, sliding_window):
+def update_and_mask(cache, query, entries, index, *, masks, causal, sliding_window):
     """Writes what there is to write, and shows what a call may attend to.
 
     The three modes: without a cache the entries are attended, without entries what the
@@ -26,7 +26,7 @@ def write_and_view(cache, query, entries, index, *, masks, causal, sliding_windo
         index: An int, or an integer tensor of shape `()` or `(B,)`: position of the
             first entry and of the first query.
         masks: Dictionary of `attention_mask`, `query_mask` and `entry_masks`, as in
-            `keras_kvcache.ops.view_masks`.
+            `keras_kvcache.attention.view_masks`.
         causal, sliding_window: As there.
 
     Returns:
@@ -67,16 +67,16 @@ def attend_sequence(
         values: Tensor `(B, T', K, H)`.
         scale: Factor of the scores.
         flash_attention: As in `keras.ops.dot_product_attention`.
-        masks, causal, sliding_window: As in `write_and_view`.
+        masks, causal, sliding_window: As in `update_and_mask`.
 
     Returns:
-        A tensor `(B, T, N, H)`, as of `keras_kvcache.ops.attend_fused`.
+        A tensor `(B, T, N, H)`, as of `keras_kvcache.attention.attend_fused`.
     """
     # Kernels are fastest where they make the causal mask themselves.
     is_causal = causal and sliding_window is None and not any_mask(masks)
     mask = None
     if not is_causal:
-        _, _, (mask,) = write_and_view(
+        _, _, (mask,) = update_and_mask(
             None,
             query,
             (keys, values),
@@ -89,21 +89,21 @@ def attend_sequence(
 
 
 def any_mask(masks):
-    """Whether the caller gave a mask, of `masks` as in `write_and_view`."""
+    """Whether the caller gave a mask, of `masks` as in `update_and_mask`."""
     *of_queries, entry_masks = masks.values()
     return bool(entry_masks) or any(mask is not None for mask in of_queries)
 
 
-def attend_cache(cache, query, entries, index, scoring, **hiding):
+def cached_attention(cache, query, entries, index, scoring, **hiding):
     """Writes what there is to write, and attends.
 
     In a program whose index is an argument, layers that are alike are traced once: this
     is most of what there is to trace in a model.
 
     Args:
-        cache, query, entries, index: As in `write_and_view`.
-        scoring: A `keras_kvcache.ops.Scoring`.
-        **hiding: The other arguments of `write_and_view`.
+        cache, query, entries, index: As in `update_and_mask`.
+        scoring: A `keras_kvcache.attention.Scoring`.
+        **hiding: The other arguments of `update_and_mask`.
 
     Returns:
         A tensor `(B, T, N, Hv)`, as of `attend`, and the cache as it is now.
@@ -117,18 +117,18 @@ def attend_cache(cache, query, entries, index, scoring, **hiding):
         and keras.distribution.distribution() is None
         and scoring.function is None
     )
-    run = _attend_cache_once if is_traced_once else _attend_cache
+    run = _cached_attention_traced_once if is_traced_once else _cached_attention
     output, updated = run(cache, query, entries, index, scoring, **hiding)
     return output, cache if entries is None else updated
 
 
-def _attend_cache(cache, query, entries, index, scoring, **hiding):
-    cache, view, hidden = write_and_view(cache, query, entries, index, **hiding)
+def _cached_attention(cache, query, entries, index, scoring, **hiding):
+    cache, view, hidden = update_and_mask(cache, query, entries, index, **hiding)
     positions = query_positions(query, index, scoring)
     output = attend(query, view, hidden, scoring, positions)
     return output, cache
 
 
-_attend_cache_once = jax.jit(
-    _attend_cache, static_argnames=("causal", "sliding_window")
+_cached_attention_traced_once = jax.jit(
+    _cached_attention, static_argnames=("causal", "sliding_window")
 )

@@ -5,15 +5,16 @@ import functools
 import keras
 from keras import ops
 
+from keras_kvcache.attention import align_mask, attend_with_scores, token_positions
 from keras_kvcache.caches import Cache
 from keras_kvcache.layers import attention_checks as checks
 from keras_kvcache.layers.adoption import AdoptsParts
 from keras_kvcache.layers.attention_cache_spec import attention_cache_spec
 from keras_kvcache.layers.cached_attention import (
-    attend_cache,
     attend_sequence,
+    cached_attention,
     query_positions,
-    write_and_view,
+    update_and_mask,
 )
 from keras_kvcache.layers.foreign_arguments import ExplainsForeignArguments
 from keras_kvcache.layers.foreign_files import ExplainsForeignFiles
@@ -24,7 +25,6 @@ from keras_kvcache.layers.projections import (
     project,
 )
 from keras_kvcache.layers.scoring import asked_of_scores, build_scoring, scoring_of
-from keras_kvcache.ops import align_mask, attend_with_scores, token_positions
 
 
 @keras.saving.register_keras_serializable(package="keras_kvcache")
@@ -77,7 +77,7 @@ class CachedMultiHeadAttention(
         score_bias: An integer for a weight `score_bias_table (N, score_bias)`, zeros at
             first, whose entry `d` is added to the score of a slot `d` positions back,
             the last entry farther back: ALiBi, or T5's decoder. Or a serializable
-            function or layer, called as `keras_kvcache.ops.Scoring` has it, which
+            function or layer, called as `keras_kvcache.attention.Scoring` has it, which
             kernels don't take.
         use_sink_logits: Whether heads have weights `sink_logits (N,)`, zeros at first,
             which share in the softmax and add no value, as in gpt-oss.
@@ -233,7 +233,7 @@ class CachedMultiHeadAttention(
             key_mask=key_mask,
         )
         if not self._attends_one_axis(query):
-            checks.check_left_to_keras(self, cache, cache_update_index)
+            checks.check_multi_axis_call(self, cache, cache_update_index)
             return super().call(
                 query,
                 value,
@@ -243,7 +243,7 @@ class CachedMultiHeadAttention(
                 use_causal_mask=use_causal_mask,
                 **masks,
             )
-        holder, index = checks.check_call(
+        cache_object, index = checks.read_call(
             self,
             query,
             value,
@@ -281,21 +281,22 @@ class CachedMultiHeadAttention(
         )
         scoring, scores = scoring_of(self), None
         if return_attention_scores or (self._dropout > 0 and training):
-            holder, view, hidden = write_and_view(holder, *inputs, **hiding)
+            cache_object, view, hidden = update_and_mask(
+                cache_object, *inputs, **hiding
+            )
+            positions = query_positions(queries, index, scoring)
+            dropout = functools.partial(self._dropout_layer, training=training)
             output, scores = attend_with_scores(
-                queries,
-                view,
-                hidden,
-                scoring,
-                query_positions(queries, index, scoring),
-                dropout=lambda weights: self._dropout_layer(weights, training=training),
+                queries, view, hidden, scoring, positions, dropout
             )
         elif cache is None and self._has_kernel():
             output = attend_sequence(
                 queries, *entries, scoring.scale, self._flash_attention, **hiding
             )
         else:
-            output, holder = attend_cache(holder, *inputs, scoring, **hiding)
+            output, cache_object = cached_attention(
+                cache_object, *inputs, scoring, **hiding
+            )
 
         output = ops.cast(output, self.compute_dtype)
         if self._use_gate:
@@ -304,7 +305,9 @@ class CachedMultiHeadAttention(
         if return_attention_scores:
             returned += (ops.cast(scores, self.compute_dtype),)
         if cache is not None:
-            returned += (holder if isinstance(cache, Cache) else holder.to_dense(),)
+            returned += (
+                cache_object if isinstance(cache, Cache) else cache_object.to_dense(),
+            )
         return returned if len(returned) > 1 else returned[0]
 
     def _project_query(self, query, index):
@@ -353,11 +356,11 @@ class CachedMultiHeadAttention(
     ):
         """Shapes and dtypes of what a call returns."""
         if not self._attends_one_axis(query):
-            checks.check_left_to_keras(self, cache, cache_update_index)
+            checks.check_multi_axis_call(self, cache, cache_update_index)
             return super().compute_output_spec(
                 query, value, key, return_attention_scores=return_attention_scores
             )
-        checks.check_call(
+        checks.read_call(
             self,
             query,
             value,

@@ -6,7 +6,7 @@ from keras import ops
 from keras_kvcache.layers.activations import get_activation
 from keras_kvcache.layers.adoption import AdoptsParts
 from keras_kvcache.layers.initializers import clone_initializer
-from keras_kvcache.ops import is_integer
+from keras_kvcache.runtime.concrete import is_integer
 
 
 @keras.saving.register_keras_serializable(package="keras_kvcache")

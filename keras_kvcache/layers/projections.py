@@ -6,7 +6,8 @@ import re
 import keras
 from keras import ops
 
-from keras_kvcache.ops import can_trace, current_platform
+from keras_kvcache.runtime.platform import current_platform
+from keras_kvcache.runtime.tracing import can_trace
 
 
 def project(layer, inputs, feature_axes=1):

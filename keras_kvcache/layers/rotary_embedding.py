@@ -1,12 +1,10 @@
 """Rotary position embedding as a layer, to be given to an attention layer."""
 
-import math
 import numbers
 
 import keras
-import numpy as np
 
-from keras_kvcache.ops import inverse_frequencies, rotate
+from keras_kvcache.attention import inverse_frequencies, rotate
 
 
 @keras.saving.register_keras_serializable(package="keras_kvcache")
@@ -105,35 +103,3 @@ class RotaryEmbedding(keras.layers.Layer):
             "rotary_dim": self.rotary_dim,
             "frequency_factors": self.frequency_factors,
         }
-
-
-def llama3_frequency_factors(
-    rotary_dim,
-    max_wavelength,
-    adjustment_factor,
-    low_freq_factor,
-    high_freq_factor,
-    pretraining_sequence_length,
-):
-    """Divisors of the rotary frequencies, as Llama 3.1 and later have them.
-
-    Pairs that turn often within the pretraining length stay as they are, those that
-    turn seldom are slowed down, and between the two it's interpolated (Dubey et al.,
-    2024, https://arxiv.org/abs/2407.21783).
-
-    Args:
-        rotary_dim: How many components are rotated; even.
-        max_wavelength: Base of the frequencies.
-        adjustment_factor: What the slow pairs are divided by.
-        low_freq_factor: Pairs of fewer turns are slow.
-        high_freq_factor: Pairs of more turns stay.
-        pretraining_sequence_length: The length within which turns are counted.
-
-    Returns:
-        A list of `rotary_dim // 2` floats.
-    """
-    frequencies = inverse_frequencies(rotary_dim, max_wavelength)
-    turns = pretraining_sequence_length * frequencies / (2 * math.pi)
-    keep = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
-    keep = np.clip(keep, 0.0, 1.0)
-    return (1.0 / (keep + (1.0 - keep) / adjustment_factor)).tolist()

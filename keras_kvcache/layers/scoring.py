@@ -5,7 +5,8 @@ import numbers
 import keras
 from keras import ops
 
-from keras_kvcache.ops import Scoring, is_integer
+from keras_kvcache.attention import Scoring
+from keras_kvcache.runtime.concrete import is_integer
 
 # Constructor arguments, with the values by which products only are scaled.
 ARGUMENTS = {"logit_soft_cap": None, "score_bias": None, "use_sink_logits": False}

@@ -1,24 +1,18 @@
 """Models from files and by name, as plain data."""
 
 from keras_kvcache.known_models import PRESETS, Preset, get_preset, known_presets
-from keras_kvcache.loaders.chat_template import render_chat_template
 from keras_kvcache.loaders.checkpoint import Checkpoint
 from keras_kvcache.loaders.download import DownloadError, fetch
 from keras_kvcache.loaders.gguf import read_gguf
 from keras_kvcache.loaders.hugging_face import read_hugging_face
 from keras_kvcache.loaders.json_file import read_json
 from keras_kvcache.loaders.progress import progress_bar
-from keras_kvcache.loaders.tokenizer import TOKENIZER_FILES, Tokenizer
-from keras_kvcache.loaders.unread_tokenizer import UnreadTokenizer
 
 __all__ = [
     "PRESETS",
-    "TOKENIZER_FILES",
     "Checkpoint",
     "DownloadError",
     "Preset",
-    "Tokenizer",
-    "UnreadTokenizer",
     "fetch",
     "get_preset",
     "known_presets",
@@ -26,5 +20,4 @@ __all__ = [
     "read_gguf",
     "read_hugging_face",
     "read_json",
-    "render_chat_template",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_kvcache.loaders.tokenizer import Tokenizer
+from keras_kvcache.tokenizers.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

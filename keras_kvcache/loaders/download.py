@@ -13,8 +13,8 @@ import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
-from keras_kvcache.cache_folder import HOW_TO_MOVE, cache_folder, explain
 from keras_kvcache.known_models import Preset, get_preset
+from keras_kvcache.runtime.cache_folder import HOW_TO_MOVE, cache_folder, explain
 
 _CHUNK_BYTES = 1 << 20
 _POLL_SECONDS = 0.2

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from keras_kvcache.loaders.byte_level import WHOLE_WORDS, byte_level_backend
 from keras_kvcache.loaders.gguf_header import REQUIRED, get_value
-from keras_kvcache.loaders.sentence_piece import sentence_piece_backend
-from keras_kvcache.loaders.tokenizer import Tokenizer
 from keras_kvcache.quotes import quoted
+from keras_kvcache.tokenizers.byte_level import WHOLE_WORDS, byte_level_backend
+from keras_kvcache.tokenizers.sentence_piece import sentence_piece_backend
+from keras_kvcache.tokenizers.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import tokenizers

@@ -7,7 +7,7 @@ import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from keras_kvcache.layers.rotary_embedding import llama3_frequency_factors
+from keras_kvcache.attention.rotary import llama3_frequency_factors
 from keras_kvcache.quotes import quoted
 
 _REQUIRED = object()

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keras_kvcache.loaders.json_file import read_json
-from keras_kvcache.loaders.tokenizer import Tokenizer, vocabulary_size_of
-from keras_kvcache.loaders.unread_tokenizer import UnreadTokenizer, find_older_files
 from keras_kvcache.quotes import quoted, shortened
+from keras_kvcache.tokenizers.tokenizer import Tokenizer, vocabulary_size_of
+from keras_kvcache.tokenizers.unread_tokenizer import UnreadTokenizer, find_older_files
 
 if TYPE_CHECKING:
     import tokenizers

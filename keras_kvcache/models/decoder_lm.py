@@ -5,6 +5,7 @@ import functools
 import keras
 from keras import ops
 
+from keras_kvcache.attention import token_positions
 from keras_kvcache.layers import DecoderBlock, RotaryEmbedding
 from keras_kvcache.layers.config_arguments import read_config, shows_fields_of
 from keras_kvcache.layers.initializers import get_initializer
@@ -15,7 +16,6 @@ from keras_kvcache.models.language_model import LanguageModel
 from keras_kvcache.models.own_copy import own_copy
 from keras_kvcache.models.preset_kinds import load_preset
 from keras_kvcache.models.presets import save_preset
-from keras_kvcache.ops import token_positions
 
 
 @keras.saving.register_keras_serializable(package="keras_kvcache")

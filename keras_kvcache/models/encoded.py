@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from keras_kvcache.caches.trees import is_container
+from keras_kvcache.caches.descriptions import is_container
 from keras_kvcache.layers import DecoderBlock
 
 

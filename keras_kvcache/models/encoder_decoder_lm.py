@@ -6,6 +6,7 @@ from dataclasses import replace
 import keras
 from keras import ops
 
+from keras_kvcache.attention import token_positions
 from keras_kvcache.generation import Generator, Rows, TextStream, make_program
 from keras_kvcache.generation.foreign_arguments import ADVICE
 from keras_kvcache.generation.methods import takes_options_of
@@ -25,7 +26,6 @@ from keras_kvcache.models.encoder_decoder_inputs import (
 )
 from keras_kvcache.models.exporting import token_ids_input
 from keras_kvcache.models.language_model import LanguageModel
-from keras_kvcache.ops import token_positions
 from keras_kvcache.unknown_arguments import explains_unknown
 
 

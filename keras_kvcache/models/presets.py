@@ -17,8 +17,8 @@ from keras_kvcache.models.tokenizer_files import (
     move_tokenizer,
     save_tokenizer,
 )
-from keras_kvcache.ops import preferred_dtype
 from keras_kvcache.quotes import quoted, shortened
+from keras_kvcache.runtime.platform import preferred_dtype
 
 WEIGHTS_FILE = "model.weights.h5"
 # Raised when a folder of this version can't be read by older code.

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import keras
 
-from keras_kvcache import loaders
+from keras_kvcache import loaders, tokenizers
 from keras_kvcache.quotes import quoted, shortened
 
 # Here, as loaders know nothing of Keras.
-keras.saving.register_keras_serializable("keras_kvcache")(loaders.UnreadTokenizer)
+keras.saving.register_keras_serializable("keras_kvcache")(tokenizers.UnreadTokenizer)
 
 # A tokenizer that Keras can write as an object: its config, and a folder of its files.
 OBJECT_FILE, OBJECT_FOLDER = "tokenizer_object.json", "tokenizer_object"
 # All that `save_tokenizer` may write.
-TOKENIZER_FILES = (*loaders.TOKENIZER_FILES, OBJECT_FILE, OBJECT_FOLDER)
+TOKENIZER_FILES = (*tokenizers.TOKENIZER_FILES, OBJECT_FILE, OBJECT_FOLDER)
 # Set while a model is pickled: its tokenizer goes beside the model's file, not into it.
 _goes_beside = contextvars.ContextVar("goes_beside", default=False)
 
@@ -73,7 +73,7 @@ def save_tokenizer(tokenizer, directory):
             (directory / OBJECT_FOLDER).mkdir(exist_ok=True)
             tokenizer.save_assets(str(directory / OBJECT_FOLDER))
         (directory / OBJECT_FILE).write_text(text, encoding="utf-8")
-    elif isinstance(tokenizer, loaders.Tokenizer):
+    elif isinstance(tokenizer, tokenizers.Tokenizer):
         tokenizer.save(directory)
     else:
         warnings.warn(
@@ -92,8 +92,8 @@ def load_tokenizer(directory):
         ValueError: A file is damaged.
     """
     directory = Path(directory)
-    if (directory / loaders.TOKENIZER_FILES[0]).exists():
-        return loaders.Tokenizer.load(directory)
+    if (directory / tokenizers.TOKENIZER_FILES[0]).exists():
+        return tokenizers.Tokenizer.load(directory)
     if not (directory / OBJECT_FILE).exists():
         return None
     described = loaders.read_json(directory / OBJECT_FILE)

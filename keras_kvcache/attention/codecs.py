@@ -1,0 +1,335 @@
+"""Codecs: what a slot holds of a key or a value."""
+
+import abc
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import keras
+from keras import ops
+
+from keras_kvcache.attention.quantize import (
+    dequantize_int4_groups,
+    pack_int4,
+    quantize_int4,
+    quantize_int4_groups,
+    quantize_int8,
+    rotation,
+    unpack_int4,
+)
+from keras_kvcache.cache_names import CODED, FLOATS
+from keras_kvcache.runtime.platform import current_platform
+
+# bfloat16 numbers that belong to codes are stored as whole numbers of their bits: on a
+# CPU, XLA would widen an array of them for every slot it writes (see `Bits`).
+BITS = "int16"
+
+# Slots of head-major storage that are brought back to floats at a time, in a
+# processor's cache.
+CODED_BLOCK = 512
+
+
+class Operand(NamedTuple):
+    """Some slots of keys or values, ready for a product.
+
+    Attributes:
+        matrix: Their numbers, still to be multiplied with the scale.
+        scale: One factor a slot and head, 1 in the place of the head size; `None`
+            for none. It's folded into scores and weights.
+        rotation: Orthogonal matrix `(Hv, Hv)` that values were multiplied with;
+            `None` for none. Their sums are turned back, not they themselves.
+    """
+
+    matrix: Any
+    scale: Any = None
+    rotation: Any = None
+
+    def decoded(self):
+        """The entries that it stands for, with the head size on the last axis."""
+        entries = self.matrix
+        if self.scale is not None:
+            # What is rotated still may be larger than a narrow dtype can tell.
+            entries = ops.cast(entries, "float32") * ops.cast(self.scale, "float32")
+        return turn_back(entries, self.rotation)
+
+
+def turn_back(values, rotation):
+    """Values `(…, Hv)` as they were before a rotation."""
+    if rotation is None:
+        return values
+    return ops.matmul(values, ops.cast(rotation.T, values.dtype))
+
+
+class CodedArray(NamedTuple):
+    """One of the arrays that coded keys or values consist of.
+
+    Attributes:
+        width: Numbers a head has in it, in the place of the head size.
+        tokens: How many tokens share them; 1 for an entry of their own.
+        dtype: Dtype of the numbers.
+    """
+
+    width: int
+    tokens: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Codec(abc.ABC):
+    """How keys and values are kept.
+
+    Arrays come in the order of a layout: `axis` tells where the head size is and
+    `slots` where the slots are, both positive.
+
+    Attributes:
+        dtype: Dtype of what is kept exactly.
+
+    Raises:
+        ValueError: The dtype is unknown.
+    """
+
+    dtype: str = "float32"
+
+    # Tokens whose keys are coded together; until they are all there, they're kept
+    # exactly.
+    group = 1
+    # The most slots that few queries are multiplied with at a time; `None` for all.
+    block = CODED_BLOCK
+    # Whether kernels read the arrays of a segment.
+    kernels_read = False
+    # Whether keys and values are kept as they are, one number each.
+    is_exact = False
+
+    def __post_init__(self):
+        if self.dtype not in FLOATS:
+            raise ValueError(
+                f"`dtype` must be one of {list(FLOATS)}. Received: {self.dtype!r}"
+            )
+
+    @property
+    @abc.abstractmethod
+    def name(self):
+        """The name by which users choose it."""
+
+    @property
+    def residual_codec(self):
+        """The codec of keys and values whose group isn't full yet."""
+        return self
+
+    @abc.abstractmethod
+    def key_arrays(self, head_dim):
+        """The `CodedArray`s of keys of a head size."""
+
+    @abc.abstractmethod
+    def value_arrays(self, head_dim):
+        """The `CodedArray`s of values of a head size."""
+
+    @abc.abstractmethod
+    def encode_keys(self, keys, axis, slots):
+        """The arrays of keys, one a part."""
+
+    @abc.abstractmethod
+    def encode_values(self, values, axis, slots):
+        """The arrays of values, one a part."""
+
+    @abc.abstractmethod
+    def read_keys(self, parts, head_dim, axis, slots):
+        """Keys from their arrays, as an `Operand`."""
+
+    @abc.abstractmethod
+    def read_values(self, parts, head_dim, axis, slots):
+        """Values from their arrays, as an `Operand`."""
+
+
+@dataclass(frozen=True)
+class Exact(Codec):
+    """Entries as they are, but for the dtype."""
+
+    is_exact = True
+
+    @property
+    def name(self):
+        return self.dtype
+
+    @property
+    def block(self):
+        """All slots where nothing need be widened for a product, as on a CPU."""
+        is_wide = self.dtype in ("float32", "float64")
+        return None if is_wide or current_platform().multiplies_narrow else CODED_BLOCK
+
+    @property
+    def kernels_read(self):
+        """Whether kernels read its dtype; float16 on GPUs alone."""
+        return self.dtype in ("float32", "bfloat16") or (
+            self.dtype == "float16" and current_platform().kernel == "gpu"
+        )
+
+    def key_arrays(self, head_dim):
+        return (CodedArray(head_dim, 1, self.dtype),)
+
+    def encode_keys(self, keys, axis, slots):
+        return (ops.cast(keys, self.dtype),)
+
+    def read_keys(self, parts, head_dim, axis, slots):
+        (entries,) = parts
+        if self.block is not None:
+            # A CPU's products of narrow numbers are slower than this.
+            entries = ops.cast(entries, "float32")
+        return Operand(entries)
+
+    value_arrays, encode_values, read_values = key_arrays, encode_keys, read_keys
+
+
+@dataclass(frozen=True)
+class Bits(Exact):
+    """Entries as they are, their 16 bits taken for a whole number's.
+
+    XLA has no narrow floats on a CPU: to write or read a part of an array it widens all
+    of it and narrows it again, token by token. Whole numbers it leaves alone, so that
+    only the slots that are read are made floats of.
+    """
+
+    @property
+    def name(self):
+        return f"{self.dtype} as bits"
+
+    def key_arrays(self, head_dim):
+        return (CodedArray(head_dim, 1, BITS),)
+
+    def encode_keys(self, keys, axis, slots):
+        return tuple(
+            ops.view(part, BITS) for part in super().encode_keys(keys, axis, slots)
+        )
+
+    def read_keys(self, parts, head_dim, axis, slots):
+        floats = tuple(ops.view(part, self.dtype) for part in parts)
+        return super().read_keys(floats, head_dim, axis, slots)
+
+    value_arrays, encode_values, read_values = key_arrays, encode_keys, read_keys
+
+
+@dataclass(frozen=True)
+class AsGiven(Exact):
+    """Entries that were never cached: products take them as they are."""
+
+    block = None
+    kernels_read = False
+
+
+@dataclass(frozen=True)
+class Int8(Codec):
+    """8 bits a number, one scale for each token and head."""
+
+    name = "int8"
+    kernels_read = True
+
+    def key_arrays(self, head_dim):
+        return CodedArray(head_dim, 1, "int8"), CodedArray(1, 1, "float32")
+
+    def encode_keys(self, keys, axis, slots):
+        return quantize_int8(keys, axis)
+
+    def read_keys(self, parts, head_dim, axis, slots):
+        codes, scale = parts
+        return Operand(ops.cast(codes, self.dtype), scale)
+
+    value_arrays, encode_values, read_values = key_arrays, encode_keys, read_keys
+
+
+class _Int4Values(Codec):
+    """4 bits a number of a rotated value, one scale for each token and head."""
+
+    def value_arrays(self, head_dim):
+        return CodedArray(-(-head_dim // 2), 1, "uint8"), CodedArray(1, 1, BITS)
+
+    def encode_values(self, values, axis, slots):
+        # The head size is the last axis of values in every layout. Rotated ones may be
+        # larger than float16 can tell.
+        values = ops.cast(values, "float32")
+        turned = ops.matmul(values, rotation(values.shape[axis]))
+        codes, scale = quantize_int4(turned, axis)
+        return pack_int4(codes, axis), ops.view(scale, BITS)
+
+    def read_values(self, parts, head_dim, axis, slots):
+        packed, scale = parts
+        scale = ops.view(scale, "bfloat16")
+        codes = ops.cast(unpack_int4(packed, axis, head_dim), self.dtype)
+        # Both are exact; weights take in the scale, and float16 might have no room
+        # for all of it.
+        return Operand(16.0 * codes - 120.0, scale / 16.0, rotation(head_dim))
+
+
+@dataclass(frozen=True)
+class Int4(_Int4Values):
+    """4 bits a number; of keys, a range for each channel over 32 tokens.
+
+    Of a value vector about a tenth of its length is lost, whichever way it points: a
+    constant one comes back uneven, too.
+
+    Methods: KIVI (Liu et al., 2024, https://arxiv.org/abs/2402.02750), with values
+    rotated as in QuaRot (Ashkboos et al., 2024, https://arxiv.org/abs/2404.00456).
+    """
+
+    name = "int4"
+    group = 32
+
+    @property
+    def residual_codec(self):
+        return Int4Residual(self.dtype)
+
+    def key_arrays(self, head_dim):
+        of_group = CodedArray(head_dim, self.group, BITS)
+        return CodedArray(-(-head_dim // 2), 1, "uint8"), of_group, of_group
+
+    def encode_keys(self, keys, axis, slots):
+        codes, *of_groups = quantize_int4_groups(keys, slots, self.group)
+        bits = (ops.view(numbers, BITS) for numbers in of_groups)
+        return pack_int4(codes, axis), *bits
+
+    def read_keys(self, parts, head_dim, axis, slots):
+        packed, *of_groups = parts
+        scale, lowest = (ops.view(bits, "bfloat16") for bits in of_groups)
+        codes = unpack_int4(packed, axis, head_dim)
+        group, dtype = self.group, self.dtype
+        keys = dequantize_int4_groups(codes, scale, lowest, slots, group, dtype)
+        return Operand(keys)
+
+
+@dataclass(frozen=True)
+class Int4Residual(_Int4Values, Exact):
+    """Keys whose group of `Int4` isn't full yet, as they are."""
+
+    name = "int4 residual"
+    kernels_read = is_exact = False
+
+
+CODECS = dict(zip(CODED, (Int8, Int4), strict=True))
+
+
+def get_codec(identifier, dtype="float32"):
+    """A codec by name.
+
+    Args:
+        identifier: `"float32"`, `"float16"`, `"bfloat16"`, `"float64"`, `"int8"`,
+            `"int4"`, a `Codec`, or `None` for entries of `dtype` as they are.
+        dtype: Dtype of what a codec by name keeps exactly. float64 becomes float32
+            where the backend has no float64.
+
+    Returns:
+        A `Codec`.
+
+    Raises:
+        ValueError: The name is unknown.
+    """
+    if isinstance(identifier, Codec):
+        return identifier
+    dtype = keras.backend.standardize_dtype(dtype)
+    if dtype == "float64" and not current_platform().has_float64:
+        dtype = "float32"
+    name = dtype if identifier is None else identifier
+    if isinstance(name, str) and name in CODECS:
+        return CODECS[name](dtype)
+    if isinstance(name, str) and name in FLOATS:
+        return Exact(name)
+    raise ValueError(
+        f"`codec` must be one of {[*FLOATS, *CODECS]} or a Codec. Received: {name!r}"
+    )

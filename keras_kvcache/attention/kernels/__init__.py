@@ -1,0 +1,1 @@
+"""Kernels for attention through caches: C++ for CPUs, Triton for GPUs."""

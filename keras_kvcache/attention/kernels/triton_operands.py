@@ -1,0 +1,125 @@
+"""Operands of the kernel for GPUs: what a program loads of each."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from keras_kvcache.attention.kernels.triton_tiles import divide, load
+from keras_kvcache.attention.layouts import Layout
+
+
+class Sizes(NamedTuple):
+    """Sizes of the operands that the kernel is compiled for."""
+
+    rows: int  # R
+    head_dim: int  # H
+    value_dim: int  # Hv
+    length: int  # T
+
+
+class Queries(NamedTuple):
+    """The queries of a program."""
+
+    row: jax.Array
+    head: jax.Array  # of keys and values
+    numbers: jax.Array  # among the head's rows, its group's heads times the tokens
+
+    def heads_and_tokens(self, sizes):
+        """The query head and the token of each query."""
+        of_group, token = divide(self.numbers, sizes.length)
+        return self.head * (sizes.rows // sizes.length) + of_group, token
+
+
+class Bias(NamedTuple):
+    """The bias of the scores of one row and head."""
+
+    table: Any  # (N, distances)
+    query_positions: Any  # (1 | B, T)
+    slot_positions: Any  # (1 | B, n)
+    queries: Queries
+
+    def of(self, slots, sizes):
+        """For some slots: `(queries, slots)`."""
+        head, token = self.queries.heads_and_tokens(sizes)
+        rows, _ = self.query_positions.shape
+        row = own(self.queries.row, rows)
+        query = load(self.query_positions, (row, token), token >= 0)
+        rows, count = self.slot_positions.shape
+        row, is_there = own(self.queries.row, rows), slots < count
+        slot = load(self.slot_positions, (row, slots), is_there)
+        farthest = self.table.shape[1] - 1
+        distance = jnp.maximum(query[:, None] - slot[None, :], 0)
+        distance = jnp.minimum(distance, farthest)
+        return load(self.table, (head[:, None], distance), is_there[None, :])
+
+
+class Mask(NamedTuple):
+    """Which slots the queries of one row and head attend."""
+
+    ref: Any  # (1 | B, 1 | N, 1 | T, n)
+    queries: Queries
+
+    @property
+    def is_one_mask(self):
+        """Whether all queries attend the same slots."""
+        return self.ref.shape[1] == self.ref.shape[2] == 1
+
+    def of(self, slots, sizes):
+        """For some slots: `(1 | queries, slots)`."""
+        batch, heads, length, count = self.ref.shape
+        queries = self.queries
+        if self.is_one_mask:
+            queries = queries._replace(numbers=jnp.zeros(1, jnp.int32))
+        head, token = queries.heads_and_tokens(sizes)
+        place = (
+            own(queries.row, batch),
+            own(head[:, None], heads),
+            own(token[:, None], length),
+            slots[None, :],
+        )
+        return load(self.ref, place, (slots < count)[None, :])
+
+
+class Slots(NamedTuple):
+    """The slots of one row and head of a `Segment`."""
+
+    refs: list  # of its arrays
+    row: jax.Array
+    head: jax.Array
+    layout: Layout
+    offset: int  # the segment's first slot in the arrays
+    count: int
+
+    @property
+    def has_scales(self):
+        """Whether keys and values are each followed by a scale for each slot."""
+        return len(self.refs) == 4
+
+    def keys(self, slots, features, size):
+        """Keys `(H, tile)`; zeros past the sizes."""
+        is_there = (features < size)[:, None] & (slots < self.count)[None, :]
+        return self._load(0, slots[None, :], features[:, None], is_there)
+
+    def values(self, slots, features, size, is_read):
+        """Values `(tile, Hv)`; zeros past the size and where none is read."""
+        is_there = is_read[:, None] & (features < size)[None, :]
+        return self._load(1, slots[:, None], features[None, :], is_there)
+
+    def scales(self, half, slots, is_read):
+        """The scales `(tile,)` of keys or of values; zeros where none is read."""
+        return self._load(half, slots, jnp.zeros_like(slots), is_read, scales=True)
+
+    def _load(self, half, slots, features, is_there, scales=False):
+        """Numbers of keys (`half` 0) or values (1), zeros where they aren't there."""
+        if self.layout.is_one_tensor:
+            place = (self.row, half, self.offset + slots, self.head, features)
+            return load(self.refs[0], place, is_there)
+        ref = self.refs[half * len(self.refs) // 2 + scales]
+        order = (features, slots) if half == 0 else (slots, features)
+        return load(ref, (self.row, self.head, *order), is_there)
+
+
+def own(number, count):
+    """The number, or 0 where there is one for all."""
+    return number if count > 1 else number * 0

@@ -1,0 +1,74 @@
+"""How the entries of slots lie in memory."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Axes(NamedTuple):
+    """Where an array has its numbers, from the front.
+
+    Attributes:
+        size: Axis of the head size.
+        slots: Axis of the slots.
+    """
+
+    size: int
+    slots: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The order of the axes of coded keys and values; rows are on axis 0.
+
+    Attributes:
+        name: What it's called.
+        heads: Axis of the heads; of a dense layout from the end.
+        keys, values: `Axes` of the arrays of keys and of values.
+        is_one_tensor: Whether one tensor has keys and values, at 0 and 1 of axis 1.
+    """
+
+    name: str
+    heads: int
+    keys: Axes
+    values: Axes
+    is_one_tensor: bool = False
+
+    def arrays(self, codec, head_dim, value_dim):
+        """Lists the arrays, those of keys before those of values.
+
+        Args:
+            codec: A `Codec`.
+            head_dim: `H`.
+            value_dim: `Hv`.
+
+        Returns:
+            A list of pairs of a `CodedArray` of the codec and its `Axes`.
+        """
+        keys = [(part, self.keys) for part in codec.key_arrays(head_dim)]
+        if self.is_one_tensor:
+            return keys
+        return keys + [(part, self.values) for part in codec.value_arrays(value_dim)]
+
+    def shape(self, part, axes, rows, heads, slots):
+        """Shape of the array of a part.
+
+        Args:
+            part, axes: As of `arrays`.
+            rows: `B`.
+            heads: `K`.
+            slots: How many slots; a multiple of the part's tokens.
+        """
+        # Of a tensor of both, axis 1 has keys and values.
+        shape = [rows, *[2] * (4 if self.is_one_tensor else 3)]
+        shape[axes.size], shape[axes.slots] = part.width, slots // part.tokens
+        shape[self.heads] = heads
+        return tuple(shape)
+
+
+# Keys `(B, K, H, n)` and values `(B, K, n, Hv)`: a product of a few rows with either is
+# one with a long matrix that is read row by row.
+HEAD_MAJOR = Layout("head_major", 1, Axes(2, 3), Axes(3, 2))
+# The tensor `(B, 2, S, K, H)` that users hold in their hands.
+DENSE = Layout("dense", -2, Axes(4, 2), Axes(4, 2), is_one_tensor=True)
+# Keys `(B, S, K, H)` and values `(B, S, K, Hv)`, where these are of unlike sizes.
+DENSE_PAIR = Layout("dense pair", -2, Axes(3, 1), Axes(3, 1))

@@ -1,0 +1,118 @@
+"""How the products of queries and keys become scores."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from keras import ops
+
+from keras_kvcache.attention.trigonometry import tanh
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclass(frozen=True, eq=False)
+class Scoring:
+    """How scores are made of the products of queries and keys.
+
+    `score = cap(scale · product) + bias`, and a sink is one more score in the softmax.
+
+    Attributes:
+        scale: Factor of the products, usually `H ** -0.5`.
+        soft_cap: If given, `cap(x) = soft_cap · tanh(x / soft_cap)` (Gemma 2,
+            https://arxiv.org/abs/2408.00118).
+        bias: Table `(N, distances)`: entry `d` of a head is added where a slot stands
+            `d` positions before the query, the last entry where it stands farther, the
+            first where it stands after it. That is ALiBi (Press et al., 2021,
+            https://arxiv.org/abs/2108.12409) and the buckets of T5 (Raffel et al.,
+            2019, https://arxiv.org/abs/1910.10683) in a decoder. Or a function of int32
+            positions of queries `(1 | B, 1, T, 1)` and of slots `(1 | B, 1, 1, n)`
+            whose result broadcasts to `(B, N, T, n)`; kernels don't take it. `None`
+            for no bias.
+        sink: Logits `(N,)`, a score of each head that takes its share of the weights
+            and has no value (gpt-oss, https://arxiv.org/abs/2508.10925). `None` for
+            none.
+    """
+
+    scale: float
+    soft_cap: float | None = None
+    bias: Any = None
+    sink: Any = None
+
+    @property
+    def table(self):
+        """The table of the bias, or `None`."""
+        return None if callable(self.bias) else self.bias
+
+    @property
+    def function(self):
+        """The function that is the bias, or `None`."""
+        return self.bias if callable(self.bias) else None
+
+    def tree_flatten(self):
+        """The arrays, and what is static."""
+        return (self.table, self.sink), (self.scale, self.soft_cap, self.function)
+
+    @classmethod
+    def tree_unflatten(cls, static, arrays):
+        """The scoring of these."""
+        (table, sink), (scale, soft_cap, function) = arrays, static
+        return cls(scale, soft_cap, table if function is None else function, sink)
+
+    def cap(self, products):
+        """Scaled products with the soft cap."""
+        if self.soft_cap is None:
+            return products
+        return self.soft_cap * tanh(products / self.soft_cap)
+
+    def bias_of(self, query_positions, slot_positions, dtype):
+        """The bias that is added to scores.
+
+        Args:
+            query_positions: int32 `(1 | B, T)`.
+            slot_positions: int32 `(1 | B, n)`.
+            dtype: Dtype of the scores.
+
+        Returns:
+            A tensor `(1 | B, 1 | N, 1 | T, n)`; `None` for no bias.
+        """
+        if self.bias is None:
+            return None
+        query = query_positions[:, None, :, None]
+        slot = slot_positions[:, None, None, :]
+        if self.function is not None:
+            bias = ops.convert_to_tensor(self.function(query, slot))
+            bias = ops.reshape(bias, [1] * (4 - len(bias.shape)) + list(bias.shape))
+            # All slots, as masks have them.
+            return ops.cast(bias, dtype) + ops.zeros(ops.shape(slot), dtype)
+        distance = ops.clip(query - slot, 0, self.table.shape[1] - 1)
+        bias = ops.take(ops.cast(self.table, dtype), distance[:, 0], axis=1)
+        return ops.transpose(bias, (1, 0, 2, 3))
+
+
+def check_scoring(scoring, heads, positions):
+    """Refuses a scoring that doesn't fit.
+
+    Args:
+        scoring: A `Scoring`.
+        heads: `N`.
+        positions: Positions of the queries, or `None`.
+
+    Raises:
+        ValueError: `bias` isn't a table of `N` rows or a function, `sink` isn't of
+            shape `(N,)`, or there is a bias and no positions.
+    """
+    table, sink = scoring.table, scoring.sink
+    if table is not None and (len(table.shape) != 2 or table.shape[0] != heads):
+        raise ValueError(
+            f"`bias` must be a function or a table (N, distances), N = {heads}. "
+            f"Received: bias.shape={tuple(table.shape)}"
+        )
+    if sink is not None and tuple(sink.shape) != (heads,):
+        raise ValueError(
+            f"`sink` must have one logit a head, shape ({heads},). Received: "
+            f"sink.shape={tuple(sink.shape)}"
+        )
+    if scoring.bias is not None and positions is None:
+        raise ValueError(
+            "`positions` of the queries must be given with a bias. Received: None"
+        )

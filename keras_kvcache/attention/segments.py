@@ -1,0 +1,83 @@
+"""Segments and views: the slots that one call may attend."""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+from keras import ops
+
+from keras_kvcache.attention.codecs import Codec
+from keras_kvcache.attention.layouts import Layout
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False, repr=False)
+class Segment:
+    """A run of cache slots that isn't read if no query may attend it.
+
+    Functions of it are in `keras_kvcache.attention.products`.
+
+    Attributes:
+        arrays: Coded keys and values, in the order of `layout.arrays(codec, …)`.
+        positions: Absolute position of each slot, int32 `(1, n)` or `(B, n)`; -1 where
+            a slot has none.
+        layout: The `Layout` of the arrays.
+        codec: Their `Codec`.
+        head_dim: `H`.
+        value_dim: `Hv`.
+        offset: Slot of the arrays that is the segment's first; they may have more slots
+            than the segment only where codes have no groups.
+        first: Position of the first slot if the others follow it one by one, so
+            that masks over positions can be cut instead of looked up; else `None`.
+    """
+
+    arrays: tuple[Any, ...]
+    positions: Any
+    layout: Layout = field(metadata={"static": True})
+    codec: Codec = field(metadata={"static": True})
+    head_dim: int = field(metadata={"static": True})
+    value_dim: int = field(metadata={"static": True})
+    offset: int = field(default=0, metadata={"static": True})
+    first: int | None = field(default=None, metadata={"static": True})
+
+
+class View(NamedTuple):
+    """The slots that one call may attend to.
+
+    Attributes:
+        segments: Tuple of `Segment`.
+        heads: `K`.
+        value_dim: `Hv`.
+        fill: Entries at or past this position aren't there: int32 `(1,)` or
+            `(B,)`, or `None` if every slot holds one.
+        window: `W`: a query sees positions less than `W` away from its own, and
+            the sinks. `None` for no window.
+        sinks: How many of the first positions no window hides (Xiao et al., 2023,
+            https://arxiv.org/abs/2309.17453).
+    """
+
+    segments: tuple[Segment, ...]
+    heads: int
+    value_dim: int
+    fill: Any = None
+    window: int | None = None
+    sinks: int = 0
+
+
+def slots_of(tensor, first, count, axis):
+    """`count` slots on an axis; the tensor itself if these are all."""
+    if tensor.shape[axis] in (None, count):
+        return tensor
+    start, shape = [0] * len(tensor.shape), list(ops.shape(tensor))
+    start[axis], shape[axis] = first, count
+    return ops.slice(tensor, start_of_slice(start), shape)
+
+
+def start_of_slice(numbers):
+    """Where a slice begins on each axis, all int32 if one of them is a tensor.
+
+    JAX wants one dtype, and with `jax_enable_x64` takes a Python integer for an int64.
+    """
+    if all(isinstance(number, int) for number in numbers):
+        return numbers
+    return [ops.cast(number, "int32") for number in numbers]

@@ -1,0 +1,168 @@
+"""The interface of every cache."""
+
+import abc
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import keras
+from keras import ops
+
+from keras_kvcache.attention import as_int32
+from keras_kvcache.caches.residual import Residual
+from keras_kvcache.caches.storage import Storage
+
+# The `end` of rows that may go on.
+NO_END = 2**30
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Cache(abc.ABC):
+    """Keys and values of one layer, seen through one verb.
+
+    A cache is immutable: `update` gives a new one, which a compiled program that
+    donates the old one writes in place. It is a JAX pytree of arrays, in all of
+    which axis 0 is `B`. It doesn't know how much of it is filled: the index belongs
+    to the caller, all layers share one, and rolling a cache back is passing a
+    smaller index.
+
+    Attributes:
+        storage: The slots; how they lie and are coded is their affair.
+        residual: `Residual`, entries whose group isn't full, if the codec has groups.
+        end: int32 `(B,)`: entries at or past this position are dropped. `None` for
+            a cache in which padding does no harm; see `with_end`.
+    """
+
+    storage: Storage
+    residual: Residual | None = None
+    end: Any = None
+
+    @property
+    @abc.abstractmethod
+    def capacity(self):
+        """`S`, the number of slots."""
+
+    @property
+    @abc.abstractmethod
+    def max_length(self):
+        """The first position past the end; `None` if the cache never ends."""
+
+    @property
+    def codec(self):
+        """The codec of the slots."""
+        return self.storage.codec
+
+    @property
+    def nbytes(self):
+        """Bytes of all arrays."""
+        return nbytes(self)
+
+    def __repr__(self):
+        # Arrays are long, and Keras puts the arguments of a call in its errors.
+        return (
+            f"{type(self).__name__}(capacity={self.capacity}, codec={self.codec.name})"
+        )
+
+    def check(self, batch_size, heads, key_dim, value_dim):
+        """Raises unless the cache fits attention of these sizes.
+
+        Args:
+            batch_size: `B`, or `None` if unknown.
+            heads: `K`.
+            key_dim: `H`.
+            value_dim: `Hv`.
+
+        Raises:
+            ValueError: A size differs.
+        """
+        arrays = self.storage.segments[0]
+        for what, held, wanted in (
+            ("batch size B", arrays[0].shape[0], batch_size),
+            ("key/value heads K", self.storage.heads, heads),
+            ("key head size H", self.storage.head_dim, key_dim),
+            ("value head size", self.storage.value_dim, value_dim),
+        ):
+            if None not in (held, wanted) and held != wanted:
+                shapes = [tuple(array.shape) for array in arrays]
+                raise ValueError(
+                    f"`cache` must have {what} = {wanted}. Received: {held}, in arrays "
+                    f"of shape {', '.join(map(str, shapes))}"
+                )
+
+    @abc.abstractmethod
+    def update(self, key, value, index):
+        """Writes new entries and shows what may now be attended.
+
+        It's up to the caller to `check` sizes and to check a known index
+        (`keras_kvcache.attention.normalize_index`), as `CachedMultiHeadAttention` does.
+
+        Args:
+            key: Tensor `(B, T, K, H)`.
+            value: Tensor `(B, T, K, Hv)`.
+            index: An int, or an integer tensor of shape `()` or `(B,)`: position
+                of the first entry. What doesn't fit is dropped, and every entry
+                already stored stays as it was.
+
+        Returns:
+            The pair `(cache, view)`: the new cache and a `keras_kvcache.attention.View`
+            of what this very call may attend to.
+        """
+
+    @abc.abstractmethod
+    def view(self, fill=None):
+        """The `View` for a call that only reads.
+
+        Args:
+            fill: int32 `(1,)` or `(B,)`: entries at or past this position are
+                not there. `None` if every slot holds one.
+        """
+
+    @abc.abstractmethod
+    def check_crop(self, fill, length):
+        """Raises unless the cache can go back from `fill` to `length`, as `crop`.
+
+        Args:
+            fill, length: Integer NumPy arrays `()` or `(B,)`.
+        """
+
+    def with_end(self, end):
+        """The cache with entries at or past a position dropped when they're written.
+
+        Prompts of unequal lengths are padded on the right. Where a slot is its
+        position's alone what padding leaves there is overwritten before anything
+        attends it. In a ring it would take the place of what is still attended, and
+        in a group it would spoil its range.
+
+        Args:
+            end: int32 `(B,)`, or `None` for no end.
+        """
+        if self.end is None:
+            return self
+        no_end = ops.full_like(self.end, NO_END)
+        return replace(self, end=no_end if end is None else as_int32(end))
+
+    def _fill(self, index, length):
+        """Positions below which entries are there once `length` came at `index`.
+
+        Args:
+            index: int32 `(1 | B,)`.
+            length: `T`.
+
+        Returns:
+            int32 `(1 | B,)`; the index itself where nothing of it is to be kept.
+        """
+        end = self.end
+        if self.max_length is not None:
+            end = ops.minimum(end, self.max_length)
+        fill = ops.maximum(ops.minimum(index + length, end), index)
+        return ops.where(index < 0, index, fill)
+
+
+def nbytes(tree):
+    """Bytes that arrays take in memory: one, a cache, or a tree of these."""
+    total = 0
+    for array in jax.tree_util.tree_leaves(tree):
+        dtype = jax.numpy.dtype(keras.backend.standardize_dtype(array.dtype))
+        total += math.prod(array.shape) * dtype.itemsize
+    return total

@@ -1,0 +1,88 @@
+"""The residual entries of a cache whose codec codes keys in groups."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+from keras import ops
+
+from keras_kvcache.caches.storage import Storage, select_rows
+from keras_kvcache.runtime.sharding import distribute
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False, repr=False)
+class Residual:
+    """The group that isn't full yet: its keys are exact until it is.
+
+    Attributes:
+        storage: `Storage` of one group.
+        start: int32 `(B,)`, position of the group's first entry.
+    """
+
+    storage: Storage
+    start: Any
+
+    def advance(self, coded, entries, index, fill):
+        """Takes new entries in and codes what they make full.
+
+        Args:
+            coded: Function of a position `(1 | B,)` that starts a group: the group
+                as it was coded, a `Storage`. It's needed where a cache was rolled
+                back into a group that was full.
+            entries: `Storage` of the `T` new entries, keys exact.
+            index: int32 `(1 | B,)`, position of the first.
+            fill: int32 `(1 | B,)`; of the entries only those below are there.
+
+        Returns:
+            `(residual, ahead, start)`: the new `Residual`; the entries with those of
+            their group before them, a `Storage` of whole groups, keys exact; the
+            position of the first one, int32 `(1 | B,)`.
+        """
+        storage, held_start = self.storage.distributed(), distribute(self.start)
+        group = storage.slots
+        start = index // group * group
+        held = _either_rows(
+            ops.logical_or(held_start == start, index == start),
+            storage,
+            lambda: coded(start).recode_keys(storage.codec),
+        )
+        length = entries.slots
+        groups = (group + length - 2) // group + 1
+
+        def lengthen(array, axis, first, size):
+            widths = [[0, 0] for _ in array.shape]
+            widths[axis.slots][1] = (groups - 1) * group
+            return ops.pad(array, widths)
+
+        ahead = held.map(lengthen).write(entries, index - start)
+        newest_start = fill // group * group
+        number = ops.clip((newest_start - start) // group, 0, groups - 1)
+        residual = ahead.part(number * group, group)
+        # Rows that brought nothing stay as they were.
+        brought = fill > index
+        arrays = select_rows(brought, residual.segments[0], storage.segments[0])
+        residual = replace(residual, segments=(arrays,))
+        newest_start = ops.where(brought, newest_start, held_start)
+        return Residual(residual, newest_start).distributed(), ahead, start
+
+    def distributed(self):
+        """The group laid out over devices as `keras.distribution` has it."""
+        return Residual(self.storage.distributed(), distribute(self.start))
+
+    def segment(self):
+        """The group for attention."""
+        size = self.storage.slots
+        positions = self.start[:, None] + ops.arange(size, dtype="int32")[None, :]
+        return self.storage.segment(0, size, positions)
+
+
+def _either_rows(predicate, storage, other):
+    """`storage` in rows where a predicate holds, else `other()`, made if need be."""
+
+    def select():
+        arrays = select_rows(predicate, storage.segments[0], other().segments[0])
+        return list(arrays)
+
+    arrays = ops.cond(ops.all(predicate), lambda: list(storage.segments[0]), select)
+    return replace(storage, segments=(tuple(arrays),))

@@ -1,0 +1,50 @@
+"""How many slots a segment has."""
+
+from keras_kvcache.runtime.platform import current_platform
+
+# Slots of the first segment: small enough that a short text costs little to
+# read, large enough that a long one has few segments to merge and compile.
+FIRST_SEGMENT = 256
+
+
+def segment_sizes(capacity, kernels_read):
+    """How `capacity` slots are cut: 256, 768, 1024, 2048, …, the last cut short.
+
+    From the third on each doubles what was there, so past 1024 a text is read at most
+    twice as far as it reaches, in a number of segments that grows with the logarithm;
+    a kernel stops even before. The second quadruples it: XLA's CPU backend gives
+    products with 512 slots of 64 numbers or fewer to one core, which reads half as
+    fast as two.
+
+    A GPU takes longer to begin a write than to make it, and its kernel reads no further
+    than a text reaches; so what it reads is one segment.
+
+    Args:
+        capacity: How many slots there are.
+        kernels_read: Whether they are held in a form that kernels read.
+
+    Returns:
+        A tuple of integers.
+    """
+    if kernels_read and current_platform().kernel == "gpu":
+        return (capacity,)
+    sizes, total, end = [], 0, FIRST_SEGMENT
+    while total < capacity:
+        sizes.append(min(end, capacity) - total)
+        total += sizes[-1]
+        end *= 4 if end == FIRST_SEGMENT else 2
+    return tuple(sizes)
+
+
+def whole_groups(slots, group):
+    """The least multiple of `group` that isn't below `slots`."""
+    return -(-slots // group) * group
+
+
+def ring_slots(window, group):
+    """Slots of a ring in which a window of tokens stays readable.
+
+    A group of tokens that begins takes the place of a whole one, which must be out
+    of sight of all later queries.
+    """
+    return whole_groups(window + group - 1, group)

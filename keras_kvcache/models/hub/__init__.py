@@ -1,6 +1,0 @@
-"""keras-hub's models as models of this package, with their own weights."""
-
-from keras_kvcache.models.hub import presets as _  # noqa: F401
-from keras_kvcache.models.hub.convert import check_quantization, from_keras_hub, share
-
-__all__ = ["check_quantization", "from_keras_hub", "share"]

@@ -1,0 +1,1 @@
+"""Where programs run: platforms, tracing, native code, sharding, the cache folder."""
