@@ -48,7 +48,7 @@ def test_importing_the_package_alone_imports_neither_keras_nor_jax():
 import sys
 import keras_kvcache
 assert not {"keras", "jax", "numpy"} & set(sys.modules)
-assert {*keras_kvcache.__all__, "loaders", "ops"} <= set(dir(keras_kvcache))
+assert {*keras_kvcache.__all__, "loaders", "attention"} <= set(dir(keras_kvcache))
 assert keras_kvcache.caches.CacheSpec and "jax" in sys.modules
 assert all(getattr(keras_kvcache, name) for name in keras_kvcache.__all__)
 try:
