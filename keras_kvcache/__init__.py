@@ -49,6 +49,7 @@ _FOLDERS = (
     "layers",
     "loaders",
     "models",
+    "runtime",
     "samplers",
     "tokenizers",
 )

@@ -3,8 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
-import tempfile
 import zlib
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from keras_kvcache.caches.descriptions import (
 from keras_kvcache.caches.static import StaticCache
 from keras_kvcache.caches.trees import batch_size, distributed, map_caches
 from keras_kvcache.quotes import quoted, shortened
+from keras_kvcache.runtime import atomic
 from keras_kvcache.runtime.concrete import concrete_integers, is_integer
 
 # Of the file's metadata: the key that makes it ours, with the version of the format,
@@ -54,8 +53,8 @@ DTYPE_NAMES = {
 def save_caches(path, caches, fill, model=None):
     """Writes caches and how far they are filled into one file.
 
-    The file is of the safetensors format. It's written beside the target first and
-    moved there when it is complete, so that an error leaves an earlier file as it was.
+    The file is of the safetensors format. It appears whole or not at all: an error
+    leaves an earlier file as it was.
 
     Args:
         path: The file; its folder is made if need be.
@@ -114,11 +113,8 @@ def write_tree(path, caches, model=None, holds=CACHES, fill=None):
         DESCRIPTION: description,
         CHECKSUM: _checksum([description.encode()]),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".caches.") as staging:
-        staged = Path(staging) / path.name
+    with atomic.writing(path) as staged:
         save_file(arrays, staged, metadata)
-        os.replace(staged, path)
 
 
 def load_caches(path, model=None):

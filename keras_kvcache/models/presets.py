@@ -3,8 +3,6 @@
 import contextlib
 import json
 import math
-import os
-import tempfile
 from pathlib import Path
 
 import keras
@@ -18,6 +16,7 @@ from keras_kvcache.models.tokenizer_files import (
     save_tokenizer,
 )
 from keras_kvcache.quotes import quoted, shortened
+from keras_kvcache.runtime import atomic
 from keras_kvcache.runtime.platform import preferred_dtype
 
 WEIGHTS_FILE = "model.weights.h5"
@@ -62,17 +61,14 @@ def save_preset(model, directory):
     described = {"format_version": FORMAT_VERSION, "config": config}
     text = json.dumps(described, indent=2)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        dir=directory.parent, prefix=f".{directory.name}."
-    ) as staging:
-        staging = Path(staging)
+    with atomic.staging_folder(directory) as staging:
         save_tokenizer(model.tokenizer, staging)
         model.save_weights(staging / WEIGHTS_FILE)
         (staging / CONFIG_FILE).write_text(text, encoding="utf-8")
         directory.mkdir(exist_ok=True)
         move_tokenizer(staging, directory)
         for name in (WEIGHTS_FILE, CONFIG_FILE):
-            os.replace(staging / name, directory / name)
+            atomic.replace(staging / name, directory / name)
 
 
 def assign_weights(model, weights):

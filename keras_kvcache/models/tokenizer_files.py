@@ -2,7 +2,6 @@
 
 import contextvars
 import json
-import os
 import shutil
 import warnings
 from pathlib import Path
@@ -11,6 +10,7 @@ import keras
 
 from keras_kvcache import loaders, tokenizers
 from keras_kvcache.quotes import quoted, shortened
+from keras_kvcache.runtime import atomic
 
 # Here, as loaders know nothing of Keras.
 keras.saving.register_keras_serializable("keras_kvcache")(tokenizers.UnreadTokenizer)
@@ -119,7 +119,7 @@ def move_tokenizer(source, directory):
         if old.is_dir():
             shutil.rmtree(old)
         if new.exists():
-            os.replace(new, old)
+            atomic.replace(new, old)
         else:
             old.unlink(missing_ok=True)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import jax
 import jaxlib
 
+from keras_kvcache.runtime import atomic
 from keras_kvcache.runtime.cache_folder import cache_folder, explain
 from keras_kvcache.runtime.platform import cpu_features
 
@@ -108,7 +109,8 @@ def _load(compiler, source):
         _compile(compiler, source, made)
         library = folder / f"{name}-{_digest(made.read_bytes())}.so"
         try:
-            _keep(made, library)
+            with atomic.writing(library) as staged:
+                shutil.copy(made, staged)
             return ctypes.CDLL(str(library))
         except OSError as error:
             loaded = ctypes.CDLL(str(made))
@@ -144,35 +146,6 @@ def _compile(compiler, source, library):
     # For those who time what is compiled, as the command line does.
     seconds = time.perf_counter() - begin
     jax.monitoring.record_event_duration_secs("/keras_kvcache/compile/library", seconds)
-
-
-def _keep(made, library):
-    """Copies a library to its place, where it's whole or not at all.
-
-    Also if the power fails: the bytes are on the disk before the name is.
-    """
-    library.parent.mkdir(parents=True, exist_ok=True)
-    # A name that no other thread or process has, on whatever machine.
-    handle, copy = tempfile.mkstemp(dir=library.parent)
-    os.close(handle)
-    try:
-        shutil.copy(made, copy)
-        _write_out(copy, os.O_RDWR)
-        os.replace(copy, library)
-        _write_out(library.parent, os.O_RDONLY)
-    except OSError:
-        with contextlib.suppress(FileNotFoundError):  # moved to its place already
-            os.unlink(copy)
-        raise
-
-
-def _write_out(path, mode):
-    """Waits until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, mode)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _first_error(output):

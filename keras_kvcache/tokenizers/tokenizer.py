@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from keras_kvcache.quotes import quoted, shortened
+from keras_kvcache.runtime import atomic
 from keras_kvcache.tokenizers.chat_template import render_chat_template, without_nulls
 from keras_kvcache.tokenizers.decode_stream import DecodeStream, read_steps
 
@@ -257,7 +258,6 @@ class Tokenizer:
         Each of the two files appears whole or not at all.
         """
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
         config = {
             "bos_token_id": self.bos_token_id,
             "eos_token_id": self.eos_token_id,
@@ -267,8 +267,12 @@ class Tokenizer:
             "chat_template": self.chat_template,
             "special_tokens": self.special_tokens,
         }
-        _write(directory / _VOCABULARY_FILE, self._backend.to_str())
-        _write(directory / _CONFIG_FILE, json.dumps(config, indent=2))
+        for name, text in (
+            (_VOCABULARY_FILE, self._backend.to_str()),
+            (_CONFIG_FILE, json.dumps(config, indent=2)),
+        ):
+            with atomic.writing(directory / name) as staged:
+                staged.write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, directory: str | os.PathLike) -> Tokenizer:
@@ -309,13 +313,3 @@ class Tokenizer:
 def vocabulary_size_of(backend: tokenizers.Tokenizer) -> int:
     """The largest id plus one: a vocabulary may have gaps."""
     return max(backend.get_vocab().values(), default=-1) + 1
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes beside the file and moves into place."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
