@@ -63,8 +63,8 @@ def without_compiler():
             jax.clear_caches()  # Attention that was traced stays as it was.
 
         jax.clear_caches()
-        target = "keras_kvcache.runtime.native._register"
-        patch.setattr(target, lambda *_: None)
+        for user in ("runtime.channel", "attention.kernels.decode_attention"):
+            patch.setattr(f"keras_kvcache.{user}.load_handler", lambda *_: None)
         yield undo
         undo()
 

@@ -1,16 +1,44 @@
-"""What the tests of programs for machines that aren't there share."""
+"""What the tests share that look at compiled programs."""
 
 import contextlib
 import re
 
 import jax
+import numpy as np
 
+from keras_kvcache.attention.kernels.decode_attention import NAME
+
+SHAPED = re.compile(r"= \w+\[([\d,]+)\]\S* ([\w-]+)\(")
+# What writes entries of a cache to another place.
+COPIES = ("copy", "transpose", "concatenate", "broadcast", "slice", "gather", "convert")
 RESULT = re.compile(r" = (.+?[\])}]) ([a-z][\w-]*)\(")
 ARRAY = re.compile(r"(bf16|f16|f32|s8)\[([\d,]+)\]")
 # What writes nothing, or only some slots.
 IN_PLACE = """parameter tuple get-tuple-element while bitcast
     dynamic-update-slice scatter""".split()
 WIDTHS = {"bf16": 2, "f16": 2, "f32": 4, "s8": 1}
+
+
+def made(program, operations, at_least):
+    """The operations and shapes of the arrays that a compiled program makes.
+
+    Args:
+        program: A `jax.stages.Compiled`.
+        operations: Names of XLA's operations.
+        at_least: The fewest elements of an array that is listed.
+    """
+    found = []
+    for shape, operation in SHAPED.findall(program.as_text()):
+        size = int(np.prod([int(axis) for axis in shape.split(",")]))
+        if operation in operations and size >= at_least:
+            found.append((operation, shape))
+    return found
+
+
+def count_attentions(program):
+    """How often a lowered program computes attention: by the kernel, or a softmax."""
+    text = program.as_text()
+    return text.count(f"@{NAME}(") + text.count("stablehlo.exponential")
 
 
 def compile_for(device, lm, cache, chunk=None):

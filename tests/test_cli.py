@@ -56,7 +56,7 @@ def test_generate_answers_on_standard_output(model):
     )
 
 
-def test_generate_reads_standard_input_and_repeats_with_a_seed(model, capsys):
+def test_generate_reads_standard_input_and_repeats_with_a_seed(model):
     options = ["--model", model, "--max-new-tokens", "12", "--temperature", "1.5"]
     options += ["--top-k", "20", "--top-p", "0.95", "--min-p", "0.01"]
     answers = []

@@ -54,7 +54,7 @@ def test_rows_of_a_ragged_batch_equal_each_alone(sliding):
     assert together == alone
 
 
-def test_sinks_stay(sliding):
+def test_sinks_stay():
     """A full-attention model with a window and sinks keeps to what they span."""
     lm = conftest.shared_lm("llama")
     prompt = np.random.default_rng(2).integers(0, 101, 23).tolist()

@@ -3,11 +3,10 @@
 import re
 from pathlib import Path
 
-import keras
 import numpy as np
 import pytest
 from conftest import make_lm
-from program_cases import IN_PLACE, RESULT, written
+from program_cases import IN_PLACE, RESULT, count_attentions, made, written
 
 from keras_kvcache.attention.online_softmax import BLOCK
 from keras_kvcache.caches import Rolling
@@ -17,15 +16,20 @@ from keras_kvcache.runtime import platform
 pytestmark = pytest.mark.jax_only
 
 S = 4099
-SHAPED = re.compile(r"= \w+\[([\d,]+)\]\S* (copy|transpose|concatenate|broadcast)\(")
+COPIES = ("copy", "transpose", "concatenate", "broadcast")
 
 
 def test_layers_that_are_alike_are_traced_once():
-    lm = make_lm(num_layers=3)
-    cache = lm.generator.init_cache(2, 61)
-    program = lm.generator.lower(cache).as_text()
-    assert program.count("func.func private @_cached_attention") == 1
-    assert program.count("call @_cached_attention") == 3
+    def count(**options):
+        lm = make_lm("windowed", **options)
+        cache = lm.generator.init_cache(2, 61, kind="static")
+        return count_attentions(lm.generator.lower(cache))
+
+    one = count(num_layers=1)
+    assert one > 0 and count(num_layers=3) == one
+    # Every other layer sees all: two kinds are more than one, however many layers.
+    both = count(num_layers=2, sliding_window_pattern=2)
+    assert one < both == count(num_layers=4, sliding_window_pattern=2)
 
 
 # For each cache the most temporaries, as a part of what a layer's takes, and the most
@@ -66,17 +70,15 @@ def test_decode_loop_holds_no_copy_of_a_cache(batch_size, num_key_value_heads, n
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes >= 2 * cache[0].nbytes
     assert memory.temp_size_in_bytes < temporaries * cache[0].nbytes
-    large = batch_size * num_key_value_heads * slots * lm.head_dim
-    found = SHAPED.findall(program.as_text())
-    assert found, "there is always a small one"
-    sizes = [
-        (operation, shape)
-        for shape, operation in found
-        if np.prod([int(axis) for axis in shape.split(",")]) > large
-        # The embedding's transpose is a view within the product with it.
-        and str(lm.vocabulary_size) not in shape.split(",")
+    assert made(program, COPIES, 1), "there is always a small one"
+    large = batch_size * num_key_value_heads * slots * lm.head_dim + 1
+    vocabulary = str(lm.vocabulary_size)
+    # The embedding's transpose is a view within the product with it.
+    assert not [
+        shape
+        for _, shape in made(program, COPIES, large)
+        if vocabulary not in shape.split(",")
     ]
-    assert not sizes
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -114,38 +116,54 @@ def test_prefill_scores_a_block_and_speaks_of_the_last_position(batch_size, layo
     assert not any(vocabulary in shape and chunk in shape for shape in shapes)
 
 
-@pytest.mark.parametrize("features", [["sse2", "avx2"], ["avx2", "avx512f"], []])
-def test_programs_use_the_widest_vectors_there_are(features, monkeypatch):
-    """They are told so, as a word that XLA doesn't know comes back as an error."""
-    monkeypatch.setattr(platform, "cpu_features", lambda: frozenset(features))
-    options = platform.compiler_options()
-    assert bool(options) == ("avx512f" in features)
-    unknown = {f"{name}_unheard_of": width for name, width in (options or {}).items()}
-    target = "keras_kvcache.generation.program.compiler_options"
-    monkeypatch.setattr(target, lambda: unknown)
-    if not options:
-        make_lm().generate([1, 2, 3], max_new_tokens=3)
-        return
-    with pytest.raises(RuntimeError, match="xla_cpu_prefer_vector_width_unheard_of"):
-        make_lm().generate([1, 2, 3], max_new_tokens=3)
-
-
 @pytest.mark.parametrize(
-    "policy, there_is_one, expected",
+    "features, options",
     [
-        ("float32", True, "bfloat16"),
-        ("float32", False, "float32"),
-        ("float16", True, "float16"),
-        ("mixed_bfloat16", True, "mixed_bfloat16"),
+        (["sse2", "avx2"], None),
+        (["avx2", "avx512f"], {"xla_cpu_prefer_vector_width": 512}),
+        ([], None),
     ],
 )
-def test_accelerators_prefer_bfloat16(policy, there_is_one, expected, monkeypatch):
-    monkeypatch.setattr(platform, "is_accelerator", lambda: there_is_one)
-    monkeypatch.setattr(keras.config, "dtype_policy", lambda: keras.DTypePolicy(policy))
-    assert platform.preferred_dtype() == expected
+def test_wide_vectors_are_asked_for_where_there_are_such(
+    features, options, monkeypatch
+):
+    monkeypatch.setattr(platform, "cpu_features", lambda: frozenset(features))
+    assert platform.compiler_options() == options
 
 
-def test_what_a_processor_has_is_read_where_the_system_tells():
-    features = platform.cpu_features()
-    assert bool(features) == Path("/proc/cpuinfo").exists()
-    assert all(re.fullmatch(r"[\w.]+", feature) for feature in features)
+def test_generation_hands_its_options_to_xla(monkeypatch):
+    """A word that XLA doesn't know comes back as an error."""
+    target = "keras_kvcache.generation.program.compiler_options"
+    monkeypatch.setattr(target, lambda: {"xla_cpu_unheard_of": 512})
+    with pytest.raises(RuntimeError, match="xla_cpu_unheard_of"):
+        make_lm(num_layers=1).generate([1, 2, 3], max_new_tokens=3)
+
+
+# Of an x86 and of an ARM processor, as Linux prints them.
+CPUINFO = {
+    "processor\t: 0\nvendor_id\t: AuthenticAMD\nflags\t\t: fpu sse2 avx2 sha_ni\n"
+    "bugs\t\t: sysret_ss_attrs\n\nprocessor\t: 1\nflags\t\t: fpu\n": {
+        "fpu",
+        "sse2",
+        "avx2",
+        "sha_ni",
+    },
+    "processor\t: 0\nBogoMIPS\t: 243.75\nFeatures\t: fp asimd sve\n": {
+        "fp",
+        "asimd",
+        "sve",
+    },
+    "processor\t: 0\nhart\t: 1\nisa\t: rv64imafdc\n": set(),
+    None: set(),
+}
+
+
+@pytest.mark.parametrize("text, features", CPUINFO.items(), ids=["x86", "arm", "?", ""])
+def test_features_of_a_processor_are_read_from_the_system(
+    text, features, tmp_path, monkeypatch
+):
+    path = tmp_path / "cpuinfo"
+    if text is not None:
+        path.write_text(text)
+    monkeypatch.setattr(platform, "Path", lambda _: Path(path))
+    assert platform.cpu_features() == features

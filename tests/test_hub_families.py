@@ -121,7 +121,7 @@ def test_a_step_rearranges_no_kernel(case):
     lm = from_keras_hub(make_hub_lm(case, num_layers=1))
     program = lm.generator.lower(lm.generator.init_cache(1, 32)).compile()
     attention = lm.blocks[0].attention
-    kernels = (attention._query_dense, attention._key_dense, attention._output_dense)
+    kernels = (attention.query_dense, attention.key_dense, attention.output_dense)
     smallest = min(int(np.prod(layer.weights[0].shape)) for layer in kernels)
     copied = re.findall(
         r"= \w+\[([\d,]+)\]\S* (?:copy|transpose|concatenate)\(", program.as_text()

@@ -10,7 +10,6 @@ import safetensors
 
 from keras_kvcache import DecoderLM, cli
 from keras_kvcache.loaders import hugging_face_files, read_hugging_face
-from keras_kvcache.runtime.platform import preferred_dtype
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -212,6 +211,31 @@ def test_a_family_gives_the_logits_and_tokens_of_transformers(case, tmp_path):
     assert_greedy(model, answer, 5)
 
 
+@pytest.mark.jax_only
+@pytest.mark.parametrize(
+    "platform, policy, expected",
+    [
+        ("cpu", "float32", "float32"),
+        ("tpu", "float32", "bfloat16"),
+        ("tpu", "float16", "float16"),
+        ("tpu", "mixed_bfloat16", "mixed_bfloat16"),
+    ],
+)
+def test_the_dtype_suits_the_platform(
+    platform, policy, expected, tmp_path, monkeypatch
+):
+    """Unless Keras was told of another, whatever the file's is."""
+    save(make_model("llama"), tmp_path)
+    monkeypatch.setattr("jax.default_backend", lambda: platform)
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        lm = DecoderLM.from_preset(tmp_path, load_weights=False)
+    finally:
+        keras.config.set_dtype_policy(before)
+    assert lm.dtype_policy.name == expected
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_shards_of_half_precision(dtype, tmp_path):
     model = make_model("llama").to(getattr(torch, dtype))
@@ -220,8 +244,6 @@ def test_shards_of_half_precision(dtype, tmp_path):
     lm = DecoderLM.from_preset(tmp_path, dtype="float32")
     model = type(model).from_pretrained(tmp_path, dtype=torch.float32)
     assert_same_logits(lm, model)
-    # Else it is as for other files: by the accelerator, not by how it is stored.
-    assert DecoderLM.from_preset(tmp_path).compute_dtype == preferred_dtype()
 
 
 def rewrite(folder, change):

@@ -37,7 +37,7 @@ def test_a_library_is_compiled_once(source, tmp_path, monkeypatch):
     assert native.load_library(source).Answer() == 42
     libraries = kept(tmp_path)
     assert len(libraries) == 1
-    monkeypatch.setattr(native, "_compile", None)  # what would fail if called
+    monkeypatch.setattr(native.subprocess, "run", None)  # which would fail if called
     assert native.load_library(source).Answer() == 42
     assert kept(tmp_path) == libraries
 
@@ -51,7 +51,7 @@ def test_a_changed_source_is_compiled_anew(source, tmp_path):
 
 def test_another_processor_has_a_library_of_its_own(source, tmp_path, monkeypatch):
     native.load_library(source)
-    monkeypatch.setattr(native, "_processor", lambda: ("another",))
+    monkeypatch.setattr(native, "cpu_features", lambda: frozenset({"another"}))
     native.load_library(source)
     assert len(kept(tmp_path)) == 2
 
@@ -64,26 +64,37 @@ def zeroed(data, size):
     return data[:size] + bytes(len(data) - size)
 
 
-@pytest.mark.parametrize("damage", [cut, zeroed])
-@pytest.mark.parametrize("size", [0, 61, 1009, 8009])
-def test_a_damaged_library_is_made_anew(source, tmp_path, damage, size):
-    # In a process of its own, as one that loads such a library is killed.
+ANSWERS = """
+import os, pathlib, sys
+from keras_kvcache.runtime import native
+for home in sys.argv[2:]:
+    os.environ["KERAS_KVCACHE_HOME"] = home
+    print(native.load_library(pathlib.Path(sys.argv[1])).Answer(), flush=True)
+"""
+
+
+def test_a_damaged_library_is_made_anew(source, tmp_path):
     native.load_library(source)
     (name,) = kept(tmp_path)
-    library = tmp_path / "home" / "kernels" / name
-    whole = library.read_bytes()
-    library.unlink()  # This process has it mapped.
-    library.write_bytes(damage(whole, size))
-    program = (
-        "import pathlib, sys; from keras_kvcache.runtime import native; "
-        "print(native.load_library(pathlib.Path(sys.argv[1])).Answer())"
-    )
+    whole = (tmp_path / "home" / "kernels" / name).read_bytes()
+    libraries = []
+    for damage in (cut, zeroed):
+        for size in (0, 61, 1009, 8009):
+            kernels = tmp_path / f"{damage.__name__}-{size}" / "kernels"
+            kernels.mkdir(parents=True)
+            libraries.append(kernels / name)
+            libraries[-1].write_bytes(damage(whole, size))
+    homes = [str(library.parent.parent) for library in libraries]
+    # In a process of its own, as one that loads such a library is killed.
     run = subprocess.run(
-        [sys.executable, "-c", program, str(source)], capture_output=True, text=True
+        [sys.executable, "-c", ANSWERS, str(source), *homes],
+        capture_output=True,
+        text=True,
     )
-    assert (run.returncode, run.stdout) == (0, "42\n"), run.stderr
-    assert kept(tmp_path) == [name]
-    assert library.read_bytes() == whole
+    assert (run.returncode, run.stdout) == (0, "42\n" * len(homes)), run.stderr
+    for library in libraries:
+        assert list(library.parent.iterdir()) == [library]
+        assert library.read_bytes() == whole
 
 
 def test_a_library_is_on_the_disk_before_its_name_is(source, tmp_path, monkeypatch):

@@ -115,7 +115,7 @@ def test_a_preset_in_another_dtype(tmp_path):
     lm.save_to_preset(tmp_path)
     loaded = DecoderLM.from_preset(tmp_path, dtype="mixed_bfloat16")
     assert loaded.compute_dtype == "bfloat16"
-    assert loaded.blocks[0].attention._query_dense._kernel.dtype == "int8"
+    assert loaded.blocks[0].attention.query_dense._kernel.dtype == "int8"
     other = make(dtype="mixed_bfloat16")
     other.quantize("int8")
     np.testing.assert_array_equal(answer(loaded), answer(other))
@@ -126,7 +126,7 @@ def test_lora_and_frozen_parts(tmp_path):
     lm = make()
     lm.quantize("int8")
     lm.blocks[0].trainable = False
-    lm.blocks[1].attention._query_dense.enable_lora(3)
+    lm.blocks[1].attention.query_dense.enable_lora(3)
     expected = answer(lm)
     for way in (by_keras, by_preset, by_weights):
         # What LoRA added is merged in, and quantized anew.
