@@ -1,7 +1,6 @@
 """Errors for arguments that a function doesn't have: they say what to write instead."""
 
 import difflib
-import functools
 import inspect
 
 from keras_kvcache.quotes import quoted
@@ -10,27 +9,6 @@ from keras_kvcache.quotes import quoted
 def for_all(names, advice):
     """The same advice on several names, which spaces part."""
     return dict.fromkeys(names.split(), advice)
-
-
-def explains_unknown(advice):
-    """Decorates a method that users may call with argument names of other packages.
-
-    Args:
-        advice: As in `refuse_unknown`.
-
-    Returns:
-        A decorator. The method keeps its signature.
-    """
-
-    def decorate(method):
-        @functools.wraps(method)
-        def checked(self, *arguments, **options):
-            refuse_unknown(type(self), method, options, advice)
-            return method(self, *arguments, **options)
-
-        return checked
-
-    return decorate
 
 
 def refuse_unknown(owner, method, options, advice, leaves_rest=False):

@@ -7,8 +7,8 @@ from conftest import make_lm, shared_lm
 
 from keras_kvcache import DecoderLM, EncoderDecoderLM, Generator, caches, samplers
 from keras_kvcache.caches import Rolling, RollingCache, StaticCache
-from keras_kvcache.generation import growth
-from keras_kvcache.generation.growth import growing_capacities
+from keras_kvcache.generation import buckets
+from keras_kvcache.generation.buckets import growing_capacities
 
 PROMPT = [3, 1, 4, 1, 5]
 
@@ -16,23 +16,23 @@ PROMPT = [3, 1, 4, 1, 5]
 @pytest.fixture
 def grown(monkeypatch):
     """Has caches of 613 slots begin with 256; gives the capacities they grow to."""
-    monkeypatch.setattr(growth, "MOST_AT_ONCE", 200)
+    monkeypatch.setattr(buckets, "MOST_AT_ONCE", 200)
     seen = []
-    grow = growth.Growth.grow
+    grow = buckets.Growth.grow
 
     def spy(self, cache):
         cache = grow(self, cache)
         seen.append(self._capacity)
         return cache
 
-    monkeypatch.setattr(growth.Growth, "grow", spy)
+    monkeypatch.setattr(buckets.Growth, "grow", spy)
     return seen
 
 
 def whole(monkeypatch, function):
     """What a function gives where caches are made whole."""
     with monkeypatch.context() as patch:
-        patch.setattr(growth, "MOST_AT_ONCE", 10**9)
+        patch.setattr(buckets, "MOST_AT_ONCE", 10**9)
         return function()
 
 

@@ -1,4 +1,14 @@
-"""The few sizes that programs are compiled for."""
+"""The few sizes that programs are compiled for, and caches that grow through them."""
+
+import itertools
+from dataclasses import replace
+
+import jax
+import numpy as np
+from keras import ops
+
+from keras_kvcache.caches.segmentation import segment_sizes
+from keras_kvcache.generation.rows import NO_TOKEN
 
 # A prompt is run in chunks of these sizes, so that prompts of all lengths need
 # three programs.
@@ -8,6 +18,13 @@ CHUNKS = (32, 128, 512)
 # and, filled, time; small ones are worth no more programs.
 SMALLEST_CAPACITY = 256
 LARGEST_DOUBLED = 2048
+
+# Up to this many new tokens have slots from the start.
+MOST_AT_ONCE = 1024
+# If there may be more, caches begin with slots for at least this many, as most answers
+# are short: slots take time to allocate, and programs that read many segments take time
+# to compile.
+FEWEST_AT_FIRST = 128
 
 
 def capacity_for(length, limit=None):
@@ -39,3 +56,64 @@ def chunk_sizes(length):
         sizes.append(size)
         rest -= size
     return sizes
+
+
+def growing_capacities(length, end, limit=None):
+    """The capacities that caches have, one after the other.
+
+    Each is where a segment ends (256, 1024, 2048, 4096, …), so that growing adds
+    segments and copies nothing.
+
+    Args:
+        length: Tokens of the longest prompt.
+        end: The position past the last possible token of all rows.
+        limit: The most slots, or `None`.
+
+    Returns:
+        A tuple of increasing integers; the last is enough for `end`.
+    """
+    last = capacity_for(end, limit)
+    if end - length <= MOST_AT_ONCE:
+        return (last,)
+    ends = itertools.accumulate(segment_sizes(last, kernels_read=False))
+    at_first = length + FEWEST_AT_FIRST
+    return tuple(slots for slots in ends if slots >= at_first or slots == last)
+
+
+class Growth:
+    """Gives caches more slots before a burst that would not fit.
+
+    Args:
+        resize: `(cache, capacity, fill) -> cache`.
+        capacities: How many slots the caches have now, and will have.
+        fill: Slots that hold tokens, of the fullest row.
+    """
+
+    def __init__(self, resize, capacities, fill):
+        self._resize = resize
+        self._capacity, *self._larger = capacities
+        self._fill = fill
+
+    def has_room(self, steps):
+        """Whether so many steps fit without growing."""
+        return not self._larger or self._fill + steps <= self._capacity
+
+    def grow(self, rows):
+        """`Rows` with the next number of slots, and a column for each token."""
+        self._capacity = self._larger.pop(0)
+        cache = self._resize(rows.cache, self._capacity, self._fill)
+        if _shapes(cache) == _shapes(rows.cache):
+            # All of it rolls: the newest tokens are enough.
+            return replace(rows, cache=cache)
+        tokens = ops.convert_to_numpy(rows.tokens)
+        added = max(0, self._capacity - tokens.shape[1])
+        tokens = np.pad(tokens, [(0, 0), (0, added)], constant_values=NO_TOKEN)
+        return replace(rows, cache=cache, tokens=tokens)
+
+    def advance(self, steps):
+        """Counts steps that were made; rows may have stopped before."""
+        self._fill += steps
+
+
+def _shapes(tree):
+    return [array.shape for array in jax.tree_util.tree_leaves(tree)]

@@ -9,8 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_kvcache.caches import batch_size
-from keras_kvcache.generation.buckets import CHUNKS, SMALLEST_CAPACITY
-from keras_kvcache.generation.growth import Growth
+from keras_kvcache.generation.buckets import CHUNKS, SMALLEST_CAPACITY, Growth
 from keras_kvcache.generation.multi_step import LONGEST_BURST, make_reader
 from keras_kvcache.generation.program import make_program
 from keras_kvcache.generation.prompts import padded_chunks

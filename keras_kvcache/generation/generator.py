@@ -8,20 +8,21 @@ import numpy as np
 
 from keras_kvcache import samplers
 from keras_kvcache.caches import read_options
-from keras_kvcache.generation.buckets import capacity_for
+from keras_kvcache.generation.buckets import capacity_for, growing_capacities
 from keras_kvcache.generation.engine import Engine, Plan
-from keras_kvcache.generation.foreign_arguments import ADVICE
-from keras_kvcache.generation.growth import growing_capacities
-from keras_kvcache.generation.limits import read_stop_token_ids, row_ends
 from keras_kvcache.generation.multi_step import LONGEST_BURST
-from keras_kvcache.generation.options import GenerateOptions, takes_options
+from keras_kvcache.generation.options import (
+    GenerateOptions,
+    read_stop_token_ids,
+    row_ends,
+    takes_options,
+)
 from keras_kvcache.generation.prompts import Prompts, read_prompts, write_answers
 from keras_kvcache.generation.rows import NO_TOKEN, Rows
 from keras_kvcache.generation.steps import StepFunctions
 from keras_kvcache.generation.stream import TextStream
 from keras_kvcache.samplers.stateful import moves_rows
 from keras_kvcache.tokenizers.detokenizer import new_text
-from keras_kvcache.unknown_arguments import explains_unknown
 
 
 class Generator:
@@ -103,7 +104,6 @@ class Generator:
         other._engine = self._engine.with_init_cache(init_cache)
         return other
 
-    @explains_unknown(ADVICE)
     @takes_options()
     def generate(
         self, inputs: str | Sequence | Mapping, options: GenerateOptions
@@ -149,7 +149,6 @@ class Generator:
         width = options.max_length or int(plan.ends.max())
         return write_answers(prompts, new_rows, texts, width, options.strip_prompt)
 
-    @explains_unknown(ADVICE)
     @takes_options("strip_prompt")
     def stream(self, inputs: str | Sequence, options: GenerateOptions) -> TextStream:
         """Continues prompts, or answers messages, piece by piece.
@@ -226,7 +225,6 @@ class Generator:
     def _sampler_for(self, identifier):
         return self.sampler if identifier is None else samplers.get(identifier)
 
-    @explains_unknown(ADVICE)
     @takes_options("strip_prompt")
     def start(self, inputs: str | Sequence | Mapping, options: GenerateOptions) -> Rows:
         """Runs prompts and gives their rows, each with its first new token.

@@ -8,8 +8,7 @@ from keras import ops
 
 from keras_kvcache.attention import token_positions
 from keras_kvcache.generation import Generator, Rows, TextStream, make_program
-from keras_kvcache.generation.foreign_arguments import ADVICE
-from keras_kvcache.generation.methods import takes_options_of
+from keras_kvcache.generation.options import takes_options_of
 from keras_kvcache.layers import DecoderBlock
 from keras_kvcache.layers.config_arguments import read_config, shows_fields_of
 from keras_kvcache.layers.normalization import make_normalization
@@ -26,7 +25,6 @@ from keras_kvcache.models.encoder_decoder_inputs import (
 )
 from keras_kvcache.models.exporting import token_ids_input
 from keras_kvcache.models.language_model import LanguageModel
-from keras_kvcache.unknown_arguments import explains_unknown
 
 
 @keras.saving.register_keras_serializable(package="keras_kvcache")
@@ -218,7 +216,6 @@ class EncoderDecoderLM(LanguageModel):
         cache, encoded = cache
         return super()._resize_cache(cache, capacity, fill), encoded
 
-    @explains_unknown(ADVICE)
     @takes_options_of(Generator.generate)
     def generate(self, inputs, **options) -> str | list | dict:
         """Answers the encoder's inputs, continuing the decoder's prompt.
@@ -252,7 +249,6 @@ class EncoderDecoderLM(LanguageModel):
             DECODER_MASK: answer["padding_mask"],
         }
 
-    @explains_unknown(ADVICE)
     @takes_options_of(Generator.stream)
     def stream(self, inputs, **options) -> TextStream:
         """Answers the encoder's inputs, piece by piece.
@@ -276,7 +272,6 @@ class EncoderDecoderLM(LanguageModel):
             prompts = replace(prompts, form="ids")
         return self._generator_of(arrays).stream(prompts, **options)
 
-    @explains_unknown(ADVICE)
     @takes_options_of(Generator.start)
     def start(self, inputs, **options) -> Rows:
         """Encodes inputs and gives the decoder's rows, as `Generator.start` does.

@@ -8,7 +8,7 @@ import keras
 
 from keras_kvcache.caches import Rolling, Static, resize
 from keras_kvcache.generation import Generator
-from keras_kvcache.generation.methods import as_method
+from keras_kvcache.generation.options import as_method
 from keras_kvcache.layers import DecoderBlock
 from keras_kvcache.layers.block_programs import BlockPrograms, run_block
 from keras_kvcache.layers.projections import project
