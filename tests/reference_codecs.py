@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+import scipy.fft
 
 
 def bfloat16(x):
@@ -11,6 +12,12 @@ def bfloat16(x):
 def int8(x):
     scale = np.abs(x).max(axis=-1, keepdims=True) * np.float32(1 / 127)
     return np.round(x / np.where(scale > 0, scale, 1)) * scale
+
+
+def rotation(size):
+    """The cosine transform of each unit vector, with the sign of its channel."""
+    signs = [-1.0 if channel**2 * 2**0.5 % 1 < 0.5 else 1.0 for channel in range(size)]
+    return scipy.fft.dct(np.diag(signs), norm="ortho").astype("float32")
 
 
 def int4(x):

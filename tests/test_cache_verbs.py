@@ -14,13 +14,7 @@ import pytest
 import reference_cache
 import reference_codecs
 
-from keras_kvcache.attention import (
-    Scoring,
-    attend,
-    rotation,
-    token_positions,
-    view_masks,
-)
+from keras_kvcache.attention import Scoring, attend, token_positions, view_masks
 from keras_kvcache.caches import (
     CacheSpec,
     Rolling,
@@ -42,7 +36,7 @@ KINDS = {"static": "static", "rolling": Rolling(13), "sinks": Rolling(13, sinks=
 CODECS = ("float32", "bfloat16", "int8", "int4")
 COMBINATIONS = [(kind, *pair) for kind in KINDS for pair in cases.stored(CODECS)]
 every_combination = pytest.mark.parametrize("kind, codec, layout", COMBINATIONS)
-TURN = rotation(H)
+TURN = reference_codecs.rotation(H)
 # Codecs without and with groups, as `ReferenceCache` knows them.
 RULES = {
     "float32": dict(code=lambda x: x),

@@ -29,13 +29,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from keras_kvcache.attention import (
-    Scoring,
-    attend,
-    rotation,
-    token_positions,
-    view_masks,
-)
+from keras_kvcache.attention import Scoring, attend, token_positions, view_masks
 from keras_kvcache.caches import (
     CacheSpec,
     Int4,
@@ -77,13 +71,13 @@ class Heads(NamedTuple):
 
 def int4(values):
     """What rotated values of 4 bits come back as."""
-    turn = rotation(values.shape[-1])
+    turn = reference_codecs.rotation(values.shape[-1])
     return reference_codecs.int4(values @ turn) @ turn.T
 
 
 def far_from_steps(values):
     """Values near the middle of their int4 steps, so that rounding decides no code."""
-    turn = np.float64(rotation(values.shape[-1]))
+    turn = np.float64(reference_codecs.rotation(values.shape[-1]))
     turned = values @ turn
     scale = abs(turned).max(axis=-1, keepdims=True).astype("float32") / 7.5
     scale = reference_codecs.bfloat16(scale)

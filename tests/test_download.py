@@ -294,10 +294,8 @@ def start_slow_download(home):
     """A process in the middle of a download, and the pip it started."""
     process = start(SLOW_PIP + "fetch('toy')")
     log = home / "toy" / ".unfinished" / "pip.log"
-    deadline = time.monotonic() + 30
     while not (log.is_file() and log.read_text().strip()):
         assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
         time.sleep(0.05)
     assert (log.parent / "part").read_text() == "x"
     return process, int(log.read_text())
@@ -324,7 +322,7 @@ def test_two_processes_download_once(home):
     """
     outputs = []
     for process in [start(code), start(code)]:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=600)
         assert process.returncode == 0, err
         outputs.append(out.split())
     path = str(home / "toy" / "toy.gguf")

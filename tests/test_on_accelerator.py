@@ -55,15 +55,13 @@ def outcomes(rows):
 
 
 def test_what_fails_or_hangs_loses_only_itself(run, capsys):
-    begin = time.monotonic()
     runner, rows = run(
         ("add(n=2)", 30),
         ("add(n=3); raise SystemExit('out of order')", 30),
-        ("add(n=5); time.sleep(600)", 2),
+        ("add(n=5); time.sleep(600); add(n=6)", 2),
         ("", 30),
         ("add(n=7)", 30),
     )
-    assert time.monotonic() - begin < 60
     assert [row["n"] for row in rows if "n" in row] == [2, 3, 5, 7]
     assert {row["device"] for row in rows} == {"Abacus 7"}
     assert list(outcomes(rows).values()) == [

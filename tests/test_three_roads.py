@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from keras_kvcache import DecoderLM, from_keras_hub
-from keras_kvcache.models.own_copy import BLOCK_PARTS, MODEL_PARTS
 
 hub = pytest.importorskip("keras_hub")
 
@@ -24,15 +23,32 @@ TENSORS = {
     "feedforward/output/kernel": ("mlp.down_proj", 1),
 }
 
+# What keras-hub calls parts, and what they are here.
+HUB_NAMES = {
+    "transformer_layer_": "block_",
+    "self_attention_layernorm": "attention_norm",
+    "self_attention/": "attention/",
+    "feedforward_layernorm": "feedforward_norm",
+    "feedforward_gate_dense": "feedforward/gate",
+    "feedforward_intermediate_dense": "feedforward/intermediate",
+    "feedforward_output_dense": "feedforward/output",
+    "sequence_output_layernorm": "final_norm",
+}
+
+
+def weights_by_path(lm):
+    """Arrays by their paths in the model."""
+    return {
+        weight.path.split("/", 1)[1]: keras.ops.convert_to_numpy(weight)
+        for weight in lm.weights
+    }
+
 
 def write_hugging_face(lm, folder):
     """A Llama's weights, config and tokenizer as transformers would write them."""
     from safetensors.numpy import save_file
 
-    arrays = {
-        weight.path.split("/", 1)[1]: keras.ops.convert_to_numpy(weight)
-        for weight in lm.weights
-    }
+    arrays = weights_by_path(lm)
     tensors = {
         "model.embed_tokens.weight": arrays["token_embedding/embeddings"],
         "model.norm.weight": arrays["final_norm/scale"],
@@ -82,20 +98,15 @@ def through_keras_hub(lm):
         layer_norm_epsilon=lm.layer_norm_epsilon,
         tie_word_embeddings=True,
     )
-    shared = from_keras_hub(hub.models.LlamaCausalLM(backbone, preprocessor=None))
-    pairs = [(shared, lm, MODEL_PARTS)]
-    blocks = zip(shared.blocks, lm.blocks, strict=True)
-    pairs += [(*pair, BLOCK_PARTS) for pair in blocks]
-    for to, source, names in pairs:
-        for name in names:
-            layers = []
-            for part in (to, source):
-                for attribute in name.split("."):
-                    part = getattr(part, attribute, None)
-                layers.append(part)
-            if layers[1] is not None and layers[1].weights:
-                layers[0].set_weights(layers[1].get_weights())
-    return shared
+    arrays = weights_by_path(lm)
+    for weight in backbone.weights:
+        path = weight.path
+        for theirs, ours in HUB_NAMES.items():
+            path = path.replace(theirs, ours)
+        array = arrays.pop(path)
+        weight.assign(array.reshape(weight.shape))
+    assert not arrays
+    return from_keras_hub(hub.models.LlamaCausalLM(backbone, preprocessor=None))
 
 
 @pytest.mark.slow
