@@ -12,7 +12,7 @@ from keras_kvcache.attention import (
     View,
     attend,
     attend_with_scores,
-    online_softmax,
+    softmax,
     view_masks,
 )
 from keras_kvcache.attention.codecs import AsGiven
@@ -80,13 +80,13 @@ def test_segments_that_nobody_attends_are_not_read(first, read, monkeypatch):
     reads = []
     keys, values = cases.noise(B, 17, K, H, seed=1), cases.noise(B, 17, K, HV, seed=2)
     view = make_view(keys, values)
-    scores_of = online_softmax.scores_of
+    scores_of = softmax.scores_of
 
     def noted(segment, *arguments):
         reads.append(SIZES.index(segment.positions.shape[1]))
         return scores_of(segment, *arguments)
 
-    monkeypatch.setattr(online_softmax, "scores_of", noted)
+    monkeypatch.setattr(softmax, "scores_of", noted)
     masks = view_masks(view, cases.int32([[first]]), causal=True)
     attend(
         keras.ops.convert_to_tensor(cases.noise(B, 1, N, H)), view, masks, Scoring(0.3)

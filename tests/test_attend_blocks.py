@@ -12,8 +12,8 @@ import reference
 from keras_kvcache.attention import (
     Scoring,
     attend,
-    online_softmax,
     products,
+    softmax,
     view_masks,
 )
 from keras_kvcache.caches import StaticCache
@@ -25,7 +25,7 @@ LENGTHS = {"few": 2, "many": 23}
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(online_softmax, "BLOCK", 11)
+    monkeypatch.setattr(softmax, "BLOCK", 11)
     monkeypatch.setattr(products, "DENSE_BLOCK", 13)
 
 
@@ -117,7 +117,7 @@ def test_blocks_have_gradients(layout):
         view = cache.view()
         masks = view_masks(view, positions, causal=True)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(online_softmax, "BLOCK", blocks)
+            patch.setattr(softmax, "BLOCK", blocks)
             return keras.ops.sum(attend(query, view, masks, Scoring(0.3)) ** 2)
 
     in_blocks, whole = (jax.grad(loss)(query, blocks) for blocks in (11, S))
@@ -126,7 +126,7 @@ def test_blocks_have_gradients(layout):
 
 def attend_in_blocks_of_ten(slots, monkeypatch):
     """A call that attends a prompt causally to a segment, and its arguments."""
-    monkeypatch.setattr(online_softmax, "BLOCK", 10)
+    monkeypatch.setattr(softmax, "BLOCK", 10)
     length = LENGTHS["many"]
     entries = cases.noise(B, 2, slots, K, H)
     cache = StaticCache.from_dense(keras.ops.convert_to_tensor(entries))

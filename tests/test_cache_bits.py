@@ -8,7 +8,7 @@ import pytest
 
 from keras_kvcache.attention import Scoring, attend, token_positions, view_masks
 from keras_kvcache.caches import CacheSpec, Rolling
-from keras_kvcache.caches.bits import as_bits
+from keras_kvcache.caches.trees import as_bits
 
 pytestmark = pytest.mark.jax_only
 

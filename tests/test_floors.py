@@ -13,12 +13,10 @@ PACKAGE = Path(keras_kvcache.__file__).parent
 # A module may import from floors below its own, and from its own folder. Generation
 # and loaders lie below the models: they know none, and a model offers both.
 FLOORS = {
-    "cache_names": -2,
-    "known_models": -2,
-    "quotes": -2,
+    "errors": -2,
+    "known_names": -2,
     "registration": -2,
     "runtime": -1,
-    "unknown_arguments": -1,
     "attention": 0,
     "tokenizers": 0,
     "caches": 1,

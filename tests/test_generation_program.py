@@ -8,7 +8,7 @@ import pytest
 from conftest import make_lm
 from program_cases import IN_PLACE, RESULT, count_attentions, made, written
 
-from keras_kvcache.attention.online_softmax import BLOCK
+from keras_kvcache.attention.softmax import BLOCK
 from keras_kvcache.caches import Rolling
 from keras_kvcache.generation.buckets import CHUNKS
 from keras_kvcache.runtime import platform

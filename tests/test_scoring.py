@@ -20,7 +20,7 @@ from keras_kvcache.attention import (
 from keras_kvcache.attention.kernels.decode_attention import NAME
 from keras_kvcache.attention.kernels.triton_attention import attend_by_triton
 from keras_kvcache.caches import CacheSpec, Rolling
-from keras_kvcache.caches.bits import as_floats
+from keras_kvcache.caches.trees import as_floats
 from keras_kvcache.layers import CachedMultiHeadAttention
 from keras_kvcache.runtime import native
 

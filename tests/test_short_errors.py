@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from keras_kvcache import DecoderLM
 from keras_kvcache.caches import load_caches
-from keras_kvcache.quotes import quoted, shortened
+from keras_kvcache.errors import quoted, shortened
 from keras_kvcache.tokenizers.chat_template import render_chat_template
 
 LONG = "tokenizer" * 100_000

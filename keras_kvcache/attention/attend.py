@@ -6,10 +6,9 @@ from keras_kvcache.attention.kernels.decode_attention import (
     decode_attention,
     suits_kernel,
 )
-from keras_kvcache.attention.online_softmax import attend_segments
 from keras_kvcache.attention.products import mix, scores_of, sum_dtype
 from keras_kvcache.attention.scoring import check_scoring
-from keras_kvcache.attention.softmax import masked_softmax
+from keras_kvcache.attention.softmax import attend_segments, masked_softmax
 from keras_kvcache.runtime.platform import current_platform
 
 

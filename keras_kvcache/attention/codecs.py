@@ -16,7 +16,7 @@ from keras_kvcache.attention.quantize import (
     rotation,
     unpack_int4,
 )
-from keras_kvcache.cache_names import CODED, FLOATS
+from keras_kvcache.known_names import CODED, FLOATS
 from keras_kvcache.runtime.platform import current_platform
 
 # bfloat16 numbers that belong to codes are stored as whole numbers of their bits: on a

@@ -6,7 +6,8 @@ from keras import ops
 
 from keras_kvcache.runtime.concrete import concrete_value, is_integer
 
-# Past the end of any cache, and far enough from int32's end to add `T` to it.
+# Past the end of any cache, and far enough from int32's end to add `T` to it. It's also
+# the `end` of rows that may go on.
 FAR = 2**30
 
 

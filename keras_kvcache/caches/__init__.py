@@ -1,12 +1,10 @@
 """Key/value caches behind one verb: `cache.update(key, value, index)`."""
 
 from keras_kvcache.attention.codecs import CODECS, Codec, Exact, Int4, Int8, get_codec
-from keras_kvcache.cache_names import DTYPES
 from keras_kvcache.caches.cache import Cache
-from keras_kvcache.caches.exporting import register as _register
+from keras_kvcache.caches.descriptions import register as _register
 from keras_kvcache.caches.files import load_caches, save_caches
-from keras_kvcache.caches.kinds import Rolling, Static
-from keras_kvcache.caches.options import choose_kind, read_options
+from keras_kvcache.caches.kinds import Rolling, Static, choose_kind, read_options
 from keras_kvcache.caches.resizing import crop, resize, resize_window, with_end
 from keras_kvcache.caches.rolling import RollingCache
 from keras_kvcache.caches.rows import (
@@ -19,7 +17,8 @@ from keras_kvcache.caches.rows import (
 )
 from keras_kvcache.caches.spec import CacheSpec
 from keras_kvcache.caches.static import StaticCache
-from keras_kvcache.caches.trees import batch_size
+from keras_kvcache.caches.trees import as_cache, batch_size
+from keras_kvcache.known_names import DTYPES
 
 _register()
 
@@ -36,6 +35,7 @@ __all__ = [
     "RollingCache",
     "Static",
     "StaticCache",
+    "as_cache",
     "batch_size",
     "choose_kind",
     "crop",

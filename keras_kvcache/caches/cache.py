@@ -10,11 +10,9 @@ import keras
 from keras import ops
 
 from keras_kvcache.attention import as_int32
+from keras_kvcache.attention.positions import FAR
 from keras_kvcache.caches.residual import Residual
 from keras_kvcache.caches.storage import Storage
-
-# The `end` of rows that may go on.
-NO_END = 2**30
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -139,7 +137,7 @@ class Cache(abc.ABC):
         """
         if self.end is None:
             return self
-        no_end = ops.full_like(self.end, NO_END)
+        no_end = ops.full_like(self.end, FAR)
         return replace(self, end=no_end if end is None else as_int32(end))
 
     def _fill(self, index, length):

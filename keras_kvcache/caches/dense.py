@@ -22,22 +22,9 @@ class DenseStorage(Storage):
     it lies: at memory speed by kernels, more slowly by XLA.
     """
 
-    heads_axis = DENSE.heads
-
-    @classmethod
-    def allocate(cls, spec, slots, codec, make):
-        rows, heads = spec.batch_size, spec.num_key_value_heads
-        sizes = (spec.head_dim, spec.value_dim or spec.head_dim)
-        layout = _layout(*sizes)
-        arrays = (
-            make(layout.shape(part, axes, rows, heads, slots), part.dtype)
-            for part, axes in layout.arrays(codec, *sizes)
-        )
-        return cls((tuple(arrays),), codec, *sizes)
-
-    @property
-    def layout(self):
-        return _layout(self.head_dim, self.value_dim)
+    @staticmethod
+    def layout_of(head_dim, value_dim):
+        return DENSE if head_dim == value_dim else DENSE_PAIR
 
     def encode(self, key, value, codec=None):
         if self.layout.is_one_tensor:
@@ -80,7 +67,3 @@ class DenseStorage(Storage):
             keys_of(segment, 0, self.slots).matrix,
             values_of(segment, 0, self.slots).matrix,
         )
-
-
-def _layout(head_dim, value_dim):
-    return DENSE if head_dim == value_dim else DENSE_PAIR

@@ -1,21 +1,26 @@
-"""Trees of caches without their arrays: as JSON, and as shapes."""
+"""Trees of caches without their arrays: as JSON, as shapes, in exported programs."""
 
 import dataclasses
+import json
 import math
 from reprlib import repr as short
 
 import jax
 import keras
 import numpy as np
+from jax import export
 from keras import ops
 
 from keras_kvcache.attention import codecs
 from keras_kvcache.caches.cache import nbytes
+from keras_kvcache.caches.dense import DenseStorage
+from keras_kvcache.caches.head_major import HeadMajorStorage
 from keras_kvcache.caches.kinds import Rolling, Static
+from keras_kvcache.caches.residual import Residual
 from keras_kvcache.caches.rolling import RollingCache
 from keras_kvcache.caches.spec import LAYOUTS, CacheSpec
 from keras_kvcache.caches.static import StaticCache
-from keras_kvcache.quotes import quoted
+from keras_kvcache.errors import quoted
 from keras_kvcache.runtime.concrete import is_integer
 
 # Classes by the names that descriptions have for them.
@@ -208,3 +213,44 @@ def _name_in(table, wanted):
         f"`caches` must be of {[held.__name__ for held in table.values()]}. Received: "
         f"{wanted.__name__}"
     )
+
+
+NODES = (StaticCache, RollingCache, DenseStorage, HeadMajorStorage, Residual)
+CODECS = (codecs.Exact, codecs.Int8, codecs.Int4, codecs.Int4Residual, codecs.Bits)
+
+
+def register():
+    """Lets `jax.export` serialize functions that take or return caches.
+
+    A program that reads such a function imports `keras_kvcache.caches` before. The
+    static fields of a cache become JSON: numbers and `None` as they are, a codec as a
+    dictionary of its class and its fields.
+    """
+    for node in NODES:
+        export.register_pytree_node_serialization(
+            node,
+            serialized_name=f"keras_kvcache.caches.{node.__name__}",
+            serialize_auxdata=_serialize,
+            deserialize_auxdata=_deserialize,
+        )
+
+
+def _serialize(static):
+    return json.dumps([_describe(value) for value in static]).encode()
+
+
+def _deserialize(data):
+    return tuple(_restore(value) for value in json.loads(bytes(data)))
+
+
+def _describe(value):
+    if not isinstance(value, codecs.Codec):
+        return value
+    return {"codec": type(value).__name__, **dataclasses.asdict(value)}
+
+
+def _restore(value):
+    if not isinstance(value, dict):
+        return value
+    name = value.pop("codec")
+    return next(codec for codec in CODECS if codec.__name__ == name)(**value)

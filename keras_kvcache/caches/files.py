@@ -11,17 +11,22 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_kvcache.caches.bits import as_bits, as_floats
-from keras_kvcache.caches.cache import NO_END, Cache
+from keras_kvcache.attention.positions import FAR
 from keras_kvcache.caches.descriptions import (
     describe,
     named_arrays,
     shape_of,
     shapes_of,
 )
-from keras_kvcache.caches.static import StaticCache
-from keras_kvcache.caches.trees import batch_size, distributed, map_caches
-from keras_kvcache.quotes import quoted, shortened
+from keras_kvcache.caches.trees import (
+    as_bits,
+    as_cache,
+    as_floats,
+    batch_size,
+    distributed,
+    map_caches,
+)
+from keras_kvcache.errors import quoted, shortened
 from keras_kvcache.runtime import atomic
 from keras_kvcache.runtime.concrete import concrete_integers, is_integer
 
@@ -38,6 +43,7 @@ NAMES = {"name", "input_layers", "output_layers", "inbound_nodes"}
 # What the format calls the dtypes that caches have.
 DTYPE_NAMES = {
     "F64": "float64",
+    "I64": "int64",
     "F32": "float32",
     "F16": "float16",
     "BF16": "bfloat16",
@@ -317,9 +323,8 @@ def _read_fill(fill, caches):
         )
 
     def check(cache):
-        if not isinstance(cache, Cache):
-            cache = StaticCache.from_dense(cache, "dense")
-        end = NO_END if cache.max_length is None else cache.max_length
+        length = as_cache(cache).max_length
+        end = FAR if length is None else length
         rows = batch_size(cache)
         fits_rows = known.shape in ((), (rows,))
         if not fits_rows or (known < 0).any() or (known > end).any():

@@ -16,22 +16,13 @@ from keras_kvcache.caches.storage import Storage
 class HeadMajorStorage(Storage):
     """Arrays of keys `(B, K, H, n)` and of values `(B, K, n, Hv)` in each segment."""
 
-    layout = HEAD_MAJOR
-    heads_axis = HEAD_MAJOR.heads
+    @staticmethod
+    def layout_of(head_dim, value_dim):
+        return HEAD_MAJOR
 
-    @classmethod
-    def allocate(cls, spec, slots, codec, make):
-        rows, heads = spec.batch_size, spec.num_key_value_heads
-        head_dim, value_dim = spec.head_dim, spec.value_dim or spec.head_dim
-        parts = HEAD_MAJOR.arrays(codec, head_dim, value_dim)
-        segments = tuple(
-            tuple(
-                make(HEAD_MAJOR.shape(part, axes, rows, heads, size), part.dtype)
-                for part, axes in parts
-            )
-            for size in segment_sizes(slots, codec.kernels_read)
-        )
-        return cls(segments, codec, head_dim, value_dim)
+    @staticmethod
+    def sizes_of(slots, codec):
+        return segment_sizes(slots, codec.kernels_read)
 
     def encode(self, key, value, codec=None):
         codec = codec or self.codec
@@ -60,7 +51,7 @@ class HeadMajorStorage(Storage):
 
     def resize(self, slots):
         segments, first = [], 0
-        for size in segment_sizes(slots, self.codec.kernels_read):
+        for size in self.sizes_of(slots, self.codec):
             if (first, size) in self.spans:
                 segments.append(self.segments[self.spans.index((first, size))])
             else:

@@ -9,8 +9,7 @@ from keras import ops
 
 from keras_kvcache.caches.cache import Cache
 from keras_kvcache.caches.rolling import RollingCache
-from keras_kvcache.caches.static import StaticCache
-from keras_kvcache.caches.trees import batch_size, distributed, map_caches
+from keras_kvcache.caches.trees import as_cache, batch_size, distributed, map_caches
 from keras_kvcache.runtime.concrete import concrete_integers, is_integer
 
 
@@ -46,7 +45,7 @@ def crop(cache, fill, length):
         )
 
     def check(cache):
-        _as_cache(cache).check_crop(fill_value, length_value)
+        as_cache(cache).check_crop(fill_value, length_value)
         return cache
 
     return map_caches(check, cache)
@@ -81,7 +80,7 @@ def resize(cache, capacity, fill):
     def one(cache):
         if isinstance(cache, RollingCache):
             return cache
-        resized = _as_cache(cache).resize(capacity, fill)
+        resized = as_cache(cache).resize(capacity, fill)
         return distributed(resized if isinstance(cache, Cache) else resized.to_dense())
 
     return map_caches(one, cache)
@@ -130,9 +129,3 @@ def with_end(cache, end):
         return cache.with_end(end) if isinstance(cache, Cache) else cache
 
     return map_caches(one, cache)
-
-
-def _as_cache(cache):
-    if isinstance(cache, Cache):
-        return cache
-    return StaticCache.from_dense(cache, "dense")

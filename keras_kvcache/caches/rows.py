@@ -13,7 +13,8 @@ import keras
 from keras import ops
 
 from keras_kvcache.attention import splice
-from keras_kvcache.caches.cache import NO_END, Cache
+from keras_kvcache.attention.positions import FAR
+from keras_kvcache.caches.cache import Cache
 from keras_kvcache.caches.trees import batch_size, distributed, map_caches
 from keras_kvcache.runtime.concrete import concrete_integers, concrete_value, is_integer
 
@@ -107,7 +108,7 @@ def reset_rows(cache, rows):
     def reset(cache):
         emptied = _map(lambda array: fill(array, 0), cache)
         if isinstance(cache, Cache) and cache.end is not None:
-            return replace(emptied, end=fill(cache.end, NO_END))
+            return replace(emptied, end=fill(cache.end, FAR))
         return emptied
 
     return map_caches(reset, cache)

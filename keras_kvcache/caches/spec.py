@@ -7,9 +7,8 @@ import keras
 from keras import ops
 
 from keras_kvcache.attention.codecs import Codec, Exact, get_codec
-from keras_kvcache.cache_names import FLOATS
-from keras_kvcache.caches.bits import as_bits
-from keras_kvcache.caches.cache import NO_END, nbytes
+from keras_kvcache.attention.positions import FAR
+from keras_kvcache.caches.cache import nbytes
 from keras_kvcache.caches.dense import DenseStorage
 from keras_kvcache.caches.head_major import HeadMajorStorage
 from keras_kvcache.caches.kinds import Rolling, Static
@@ -17,6 +16,8 @@ from keras_kvcache.caches.residual import Residual
 from keras_kvcache.caches.rolling import RollingCache
 from keras_kvcache.caches.segmentation import ring_slots, whole_groups
 from keras_kvcache.caches.static import StaticCache
+from keras_kvcache.caches.trees import as_bits
+from keras_kvcache.known_names import FLOATS
 from keras_kvcache.runtime.concrete import is_integer
 from keras_kvcache.runtime.sharding import distribute
 
@@ -106,7 +107,7 @@ class CacheSpec:
 
     def shapes(self):
         """The cache with a `jax.ShapeDtypeStruct` in the place of each array."""
-        return self._make(jax.ShapeDtypeStruct)
+        return self._make(lambda shape, dtype, *_: jax.ShapeDtypeStruct(shape, dtype))
 
     def allocate(self):
         """An empty cache of this shape, on the devices of `keras.distribution`.
@@ -117,10 +118,8 @@ class CacheSpec:
         Raises:
             ValueError: The backend has no numbers of the codec's dtype.
         """
-        heads_axis = LAYOUTS[self.layout].heads_axis
 
-        def make(shape, dtype):
-            has_heads = len(shape) > 1
+        def make(shape, dtype, heads_axis=None):
             array = ops.zeros(shape, dtype)
             held = keras.backend.standardize_dtype(array.dtype)
             if held != dtype:
@@ -128,12 +127,12 @@ class CacheSpec:
                     "`codec` must be of a dtype that the backend has. Received: "
                     f"{dtype}, which becomes {held}"
                 )
-            return distribute(array, heads_axis if has_heads else None)
+            return distribute(array, heads_axis)
 
         return as_bits(self._make(make))
 
     def _make(self, make):
-        """The cache of arrays that `make` gives for a shape and a dtype."""
+        """The cache of arrays that `make(shape, dtype, heads_axis=None)` gives."""
         codec, kind, layout = self.codec, self.kind, LAYOUTS[self.layout]
         is_static = isinstance(kind, Static)
         if is_static:
@@ -146,7 +145,7 @@ class CacheSpec:
             residual = Residual(group, make((self.batch_size,), "int32"))
         if codec.group > 1 or not is_static:
             end = make((self.batch_size,), "int32")
-            end = end if isinstance(end, jax.ShapeDtypeStruct) else end + NO_END
+            end = end if isinstance(end, jax.ShapeDtypeStruct) else end + FAR
         storage = layout.allocate(self, slots, codec, make)
         if is_static:
             length = None if slots == self.capacity else self.capacity

@@ -43,8 +43,17 @@ class Storage(abc.ABC):
     head_dim: int = field(metadata={"static": True})
     value_dim: int = field(metadata={"static": True})
 
-    @classmethod
+    @staticmethod
     @abc.abstractmethod
+    def layout_of(head_dim, value_dim):
+        """The `Layout` of the arrays, by the sizes `H` and `Hv`."""
+
+    @staticmethod
+    def sizes_of(slots, codec):
+        """Slots of each segment when `slots` are allocated; they add up to these."""
+        return (slots,)
+
+    @classmethod
     def allocate(cls, spec, slots, codec, make):
         """Empty slots.
 
@@ -53,16 +62,29 @@ class Storage(abc.ABC):
                 `value_dim`.
             slots: How many; a multiple of the codec's group.
             codec: A `Codec`.
-            make: Function of a shape and a dtype that gives an array.
+            make: Function of a shape, a dtype and the axis of the heads that gives an
+                array.
         """
+        rows, heads = spec.batch_size, spec.num_key_value_heads
+        sizes = (spec.head_dim, spec.value_dim or spec.head_dim)
+        layout = cls.layout_of(*sizes)
+        segments = tuple(
+            tuple(
+                make(
+                    layout.shape(part, axes, rows, heads, size),
+                    part.dtype,
+                    layout.heads,
+                )
+                for part, axes in layout.arrays(codec, *sizes)
+            )
+            for size in cls.sizes_of(slots, codec)
+        )
+        return cls(segments, codec, *sizes)
 
     @property
-    @abc.abstractmethod
     def layout(self):
         """The `Layout` of the arrays."""
-
-    # Where the arrays have their heads.
-    heads_axis = -2
+        return self.layout_of(self.head_dim, self.value_dim)
 
     @property
     def slot_axes(self):
@@ -73,7 +95,7 @@ class Storage(abc.ABC):
     @property
     def heads(self):
         """`K`."""
-        return self.segments[0][0].shape[self.heads_axis]
+        return self.segments[0][0].shape[self.layout.heads]
 
     @abc.abstractmethod
     def encode(self, key, value, codec=None):
@@ -204,7 +226,7 @@ class Storage(abc.ABC):
         otherwise, and gather them there.
         """
         segments = (
-            tuple(distribute(array, self.heads_axis) for array in arrays)
+            tuple(distribute(array, self.layout.heads) for array in arrays)
             for arrays in self.segments
         )
         return replace(self, segments=tuple(segments))

@@ -1,9 +1,16 @@
-"""Trees of caches, cache by cache, and how they lie over devices."""
+"""Trees of caches, cache by cache: their layout over devices, narrow floats as bits."""
+
+from dataclasses import replace
 
 import jax
+from keras import ops
 
+from keras_kvcache.attention.codecs import BITS, Bits, Exact
+from keras_kvcache.attention.layouts import DENSE
 from keras_kvcache.caches.cache import Cache
-from keras_kvcache.caches.dense import DenseStorage
+from keras_kvcache.caches.static import StaticCache
+from keras_kvcache.caches.storage import Storage
+from keras_kvcache.runtime.platform import current_platform
 from keras_kvcache.runtime.sharding import distribute
 
 
@@ -11,6 +18,23 @@ def map_caches(function, tree):
     """Applies a function to each cache of a tree; a dense tensor counts as one."""
     return jax.tree_util.tree_map(
         function, tree, is_leaf=lambda node: isinstance(node, Cache)
+    )
+
+
+def as_cache(cache):
+    """A cache as it is, a dense tensor `(B, 2, S, K, H)` as the cache that it holds.
+
+    Raises:
+        TypeError: It is neither.
+        ValueError: The tensor has another rank, or no keys or no values.
+    """
+    if isinstance(cache, Cache):
+        return cache
+    if hasattr(cache, "shape"):
+        return StaticCache.from_dense(cache, "dense")
+    raise TypeError(
+        "`cache` must be a tensor of shape (B, 2, S, K, H) or a cache object of "
+        f"`keras_kvcache.caches`. Received: {type(cache).__name__}"
     )
 
 
@@ -34,13 +58,68 @@ def distributed(tree):
 
     def one(cache):
         is_cache = isinstance(cache, Cache)
-        storage = cache.storage if is_cache else DenseStorage
+        layout = cache.storage.layout if is_cache else DENSE
 
         def lay_out(array):
             # What else there may be a row has no heads.
             has_heads = len(array.shape) > 1 if is_cache else len(array.shape) == 5
-            return distribute(array, storage.heads_axis if has_heads else None)
+            return distribute(array, layout.heads if has_heads else None)
 
         return jax.tree_util.tree_map(lay_out, cache)
 
     return map_caches(one, tree)
+
+
+NARROW = ("bfloat16", "float16")
+
+
+def as_bits(cache):
+    """The caches of a tree with what they hold as narrow floats held as `Bits`.
+
+    So are caches that `CacheSpec.allocate` makes. Elsewhere than under JAX on a CPU,
+    and of tensors that are no caches, nothing is changed; nor is any value anywhere.
+
+    Args:
+        cache: A cache or a tree of caches.
+
+    Returns:
+        The same tree.
+    """
+    if not current_platform().stores_bits:
+        return cache
+
+    def convert(node):
+        if not isinstance(node, Storage) or type(node.codec) is not Exact:
+            return node
+        if node.codec.dtype not in NARROW:
+            return node
+        bits = node.map(lambda array, *_: ops.view(array, BITS))
+        return replace(bits, codec=Bits(node.codec.dtype))
+
+    return _map_storages(convert, cache)
+
+
+def as_floats(cache):
+    """The caches of a tree as they are elsewhere: what is held as bits as floats.
+
+    Args:
+        cache: A cache or a tree of caches.
+
+    Returns:
+        The same tree.
+    """
+
+    def convert(node):
+        if not isinstance(node, Storage) or type(node.codec) is not Bits:
+            return node
+        dtype = node.codec.dtype
+        floats = node.map(lambda array, *_: ops.view(array, dtype))
+        return replace(floats, codec=Exact(dtype))
+
+    return _map_storages(convert, cache)
+
+
+def _map_storages(function, tree):
+    return jax.tree_util.tree_map(
+        function, tree, is_leaf=lambda node: isinstance(node, Storage)
+    )

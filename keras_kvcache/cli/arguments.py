@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 from keras_kvcache import __version__
-from keras_kvcache.cache_names import CODED, DTYPES, KINDS
 from keras_kvcache.cli.terminal import is_text
-from keras_kvcache.known_models import known_presets
+from keras_kvcache.known_names import CODED, DTYPES, KINDS, known_presets
 
 DEFAULT_MODEL = "smollm2_135m_instruct"
 POLICIES = (*DTYPES, "float64", "mixed_bfloat16", "mixed_float16")

@@ -9,7 +9,6 @@ import keras
 from keras_kvcache import loaders, samplers
 from keras_kvcache.caches import CODECS, DTYPES, Rolling, Static, read_options
 from keras_kvcache.cli.interrupt import Interrupt, interrupt_raises
-from keras_kvcache.cli.talk import drop_oldest_turns
 from keras_kvcache.cli.terminal import Notices, check_input, prepare_streams
 from keras_kvcache.cli.timing import AnswerClock
 from keras_kvcache.loaders import DownloadError, fetch, known_presets
@@ -242,7 +241,7 @@ class _Answerer:
         if self._lm.is_endless(**read_options(self._options["cache"])):
             return messages
         context = self._lm.max_sequence_length
-        return drop_oldest_turns(
+        return _drop_oldest_turns(
             messages,
             lambda messages: len(self._lm.tokenizer.encode(self.render(messages))),
             context,
@@ -290,3 +289,32 @@ def _read_turn():
     except (EOFError, KeyboardInterrupt):
         print()
         return ""
+
+
+def _drop_oldest_turns(messages, count_tokens, context, room):
+    """Drops the oldest turns of a chat until the rest fits into the context.
+
+    Args:
+        messages: Perhaps a system message, which is always kept, then pairs of a
+            user's and an assistant's, and a user's as the last.
+        count_tokens: Function of messages that gives their number of tokens.
+        context: Most tokens of messages and answer together.
+        room: Tokens to leave to the answer while there are turns to drop; in all
+            cases one is left.
+
+    Returns:
+        A list of messages.
+
+    Raises:
+        ValueError: The last turn alone leaves no room.
+    """
+    first = 1 if messages[0]["role"] == "system" else 0
+    kept = list(messages)
+    while (length := count_tokens(kept)) + room > context and len(kept) > first + 1:
+        del kept[first : first + 2]
+    if length >= context:
+        raise ValueError(
+            f"This turn must leave room in the model's context of {context} tokens. "
+            f"Received: {length} tokens; it is left out of the talk."
+        )
+    return kept

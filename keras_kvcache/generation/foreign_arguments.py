@@ -4,7 +4,7 @@ The names are those of transformers, keras-hub, mlx-lm, llama.cpp's Python packa
 OpenAI's interface.
 """
 
-from keras_kvcache.unknown_arguments import for_all
+from keras_kvcache.errors import for_all
 
 _SETTINGS = {"temp": "temperature"} | {
     name: name for name in ("temperature", "top_k", "top_p", "min_p")

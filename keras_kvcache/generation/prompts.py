@@ -8,8 +8,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_kvcache.errors import quoted
 from keras_kvcache.generation.buckets import CHUNKS, chunk_sizes
-from keras_kvcache.quotes import quoted
 
 
 @dataclass(frozen=True)

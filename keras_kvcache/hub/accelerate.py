@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_kvcache import samplers
+from keras_kvcache.attention.positions import FAR
 from keras_kvcache.generation import StepFunctions, extend
 from keras_kvcache.generation.buckets import chunk_sizes
 from keras_kvcache.hub import check_quantization, share
@@ -15,7 +16,6 @@ from keras_kvcache.models.encoder_decoder_inputs import read_encoder_inputs
 from keras_kvcache.models.encoder_decoder_lm import EncoderDecoderLM
 
 # Where positions are rotary, keras-hub sets no end to them.
-NO_END = 2**30
 HOOKS = ("make_generate_function", "generate_step")
 
 
@@ -69,7 +69,7 @@ class Acceleration:
                 "`causal_lm` must be a `keras_hub.models.CausalLM`, which has the "
                 f"`generate` to accelerate. Received: {type(causal_lm).__name__}"
             )
-        self.model = share(causal_lm, NO_END)
+        self.model = share(causal_lm, FAR)
         self._has_encoder = isinstance(self.model, EncoderDecoderLM)
         prefix = "decoder_" if self._has_encoder else ""
         # What keras-hub calls the tokens, and the mask of those that are there.

@@ -3,7 +3,7 @@
 import keras
 
 from keras_kvcache.attention import check_mask_shape, normalize_index
-from keras_kvcache.caches import Cache, StaticCache
+from keras_kvcache.caches import as_cache
 from keras_kvcache.layers.scoring import asked_of_scores, check_scoring_arguments
 from keras_kvcache.runtime.concrete import is_integer
 
@@ -123,22 +123,6 @@ def read_call(
         _check_entry_mask("value_mask", value_mask, batch, entries)
         _check_entry_mask("key_mask", key_mask, batch, entries)
     return cache_object, index
-
-
-def as_cache(cache):
-    """The cache object behind what the caller gave: a tensor or a cache.
-
-    Raises:
-        TypeError: It is neither.
-    """
-    if isinstance(cache, Cache):
-        return cache
-    if keras.ops.is_tensor(cache) or keras.backend.is_keras_tensor(cache):
-        return StaticCache.from_dense(cache, "dense")
-    raise TypeError(
-        "`cache` must be a tensor of shape (B, 2, S, K, H) or a cache object of "
-        f"`keras_kvcache.caches`. Received: {type(cache).__name__}"
-    )
 
 
 def _check_entries(batch_size, value, key):

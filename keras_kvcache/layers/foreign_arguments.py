@@ -6,7 +6,7 @@ flax, mlx and the configurations of transformers.
 
 import keras
 
-from keras_kvcache.unknown_arguments import for_all, refuse_unknown
+from keras_kvcache.errors import for_all, refuse_unknown
 
 _WIDTH = (
     "the width follows from the inputs; `key_dim` is the size of one head, mostly the "

@@ -1,6 +1,6 @@
 """Models from files and by name, as plain data."""
 
-from keras_kvcache.known_models import PRESETS, Preset, get_preset, known_presets
+from keras_kvcache.known_names import PRESETS, Preset, get_preset, known_presets
 from keras_kvcache.loaders.checkpoint import Checkpoint
 from keras_kvcache.loaders.download import DownloadError, fetch
 from keras_kvcache.loaders.gguf import read_gguf

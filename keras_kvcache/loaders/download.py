@@ -13,7 +13,7 @@ import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
-from keras_kvcache.known_models import Preset, get_preset
+from keras_kvcache.known_names import Preset, get_preset
 from keras_kvcache.runtime import atomic
 from keras_kvcache.runtime.cache_folder import HOW_TO_MOVE, cache_folder, explain
 

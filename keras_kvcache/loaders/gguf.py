@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from keras_kvcache.errors import quoted, shortened
 from keras_kvcache.loaders.checkpoint import Checkpoint
 from keras_kvcache.loaders.dequantize import dequantize, dequantize_transposed
 from keras_kvcache.loaders.gguf_config import read_config
 from keras_kvcache.loaders.gguf_header import Header, TensorInfo, read_header
 from keras_kvcache.loaders.gguf_tokenizer import build_tokenizer
-from keras_kvcache.quotes import quoted, shortened
 
 _ROPE_FACTORS = "rope_freqs.weight"
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from keras_kvcache.errors import quoted
 from keras_kvcache.loaders.gguf_header import REQUIRED, Header, get_value
-from keras_kvcache.quotes import quoted
 
 _ARCHITECTURES = ("llama",)
 _ROPE_SCALINGS = ("none", "linear")

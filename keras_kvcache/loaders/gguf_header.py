@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_kvcache.quotes import quoted, shortened
+from keras_kvcache.errors import quoted, shortened
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from keras_kvcache.errors import quoted
 from keras_kvcache.loaders.gguf_header import REQUIRED, get_value
-from keras_kvcache.quotes import quoted
-from keras_kvcache.tokenizers.byte_level import WHOLE_WORDS, byte_level_backend
-from keras_kvcache.tokenizers.sentence_piece import sentence_piece_backend
+from keras_kvcache.tokenizers.bpe import (
+    WHOLE_WORDS,
+    byte_level_backend,
+    sentence_piece_backend,
+)
 from keras_kvcache.tokenizers.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

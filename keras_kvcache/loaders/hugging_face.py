@@ -6,13 +6,13 @@ import os
 from functools import partial
 from pathlib import Path
 
+from keras_kvcache.errors import shortened
 from keras_kvcache.loaders.checkpoint import Checkpoint
 from keras_kvcache.loaders.hugging_face_config import read_config
 from keras_kvcache.loaders.hugging_face_files import TensorFiles
 from keras_kvcache.loaders.hugging_face_tokenizer import read_tokenizer
 from keras_kvcache.loaders.hugging_face_weights import check_sources, read_source
 from keras_kvcache.loaders.json_file import read_json
-from keras_kvcache.quotes import shortened
 
 
 def read_hugging_face(

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+from keras_kvcache.errors import quoted
 from keras_kvcache.loaders.hugging_face_fields import (
     Fields,
     gemma3_rope_options,
@@ -25,7 +26,6 @@ from keras_kvcache.loaders.hugging_face_layouts import (
     llama_layout,
     opt_layout,
 )
-from keras_kvcache.quotes import quoted
 
 # By the names that transformers has for them.
 _ACTIVATIONS = {

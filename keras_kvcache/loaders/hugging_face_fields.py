@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from keras_kvcache.attention.rotary import llama3_frequency_factors
-from keras_kvcache.quotes import quoted
+from keras_kvcache.errors import quoted
 
 _REQUIRED = object()
 _SLIDING, _FULL = "sliding_attention", "full_attention"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from keras_kvcache.errors import quoted, shortened
 from keras_kvcache.loaders.json_file import read_json
-from keras_kvcache.quotes import quoted, shortened
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -6,8 +6,8 @@ import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from keras_kvcache.errors import quoted, shortened
 from keras_kvcache.loaders.json_file import read_json
-from keras_kvcache.quotes import quoted, shortened
 from keras_kvcache.tokenizers.tokenizer import Tokenizer, vocabulary_size_of
 from keras_kvcache.tokenizers.unread_tokenizer import UnreadTokenizer, find_older_files
 

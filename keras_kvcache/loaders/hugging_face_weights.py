@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from keras_kvcache.errors import quoted
 from keras_kvcache.loaders.hugging_face_files import TensorFiles
-from keras_kvcache.quotes import quoted
 
 LM_HEAD = "lm_head.weight"
 # Tables that older models stored beside their weights, and that follow from the

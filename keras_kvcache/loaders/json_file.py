@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from keras_kvcache.quotes import shortened
+from keras_kvcache.errors import shortened
 
 
 def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:

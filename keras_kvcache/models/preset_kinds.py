@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from keras_kvcache import loaders
-from keras_kvcache.quotes import quoted
+from keras_kvcache.errors import quoted
 
 CONFIG_FILE = "config.json"
 # What a folder is known by: a key that only its writer's config has.

@@ -8,6 +8,7 @@ from pathlib import Path
 import keras
 
 from keras_kvcache import loaders
+from keras_kvcache.errors import quoted, shortened
 from keras_kvcache.layers.initializers import get_initializer
 from keras_kvcache.models.preset_kinds import CONFIG_FILE, loads, read_config
 from keras_kvcache.models.tokenizer_files import (
@@ -15,7 +16,6 @@ from keras_kvcache.models.tokenizer_files import (
     move_tokenizer,
     save_tokenizer,
 )
-from keras_kvcache.quotes import quoted, shortened
 from keras_kvcache.runtime import atomic
 from keras_kvcache.runtime.platform import preferred_dtype
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import keras
 
 from keras_kvcache import loaders, tokenizers
-from keras_kvcache.quotes import quoted, shortened
+from keras_kvcache.errors import quoted, shortened
 from keras_kvcache.runtime import atomic
 
 # Here, as loaders know nothing of Keras.

@@ -12,8 +12,15 @@ from keras_kvcache.samplers.filters import (
     keep_top_p,
     scale_temperature,
 )
-from keras_kvcache.samplers.lookup import get
-from keras_kvcache.samplers.recipes import greedy, make, min_p, random, top_k, top_p
+from keras_kvcache.samplers.recipes import (
+    get,
+    greedy,
+    make,
+    min_p,
+    random,
+    top_k,
+    top_p,
+)
 from keras_kvcache.samplers.sampler import Sampler, chain
 
 __all__ = [

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_kvcache.quotes import quoted, shortened
+from keras_kvcache.errors import quoted, shortened
 from keras_kvcache.tokenizers.final_message import (
     REASONING,
     cut_after_ending,

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from keras_kvcache.tokenizers.byte_level import byte_of_letter
+from keras_kvcache.tokenizers.bpe import byte_of_letter
 
 if TYPE_CHECKING:
     import tokenizers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from keras_kvcache.quotes import quoted
+from keras_kvcache.errors import quoted
 
 # The names that a message's reasoning goes by.
 REASONING = ("reasoning_content", "thinking", "reasoning")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from keras_kvcache.quotes import quoted, shortened
+from keras_kvcache.errors import quoted, shortened
 from keras_kvcache.runtime import atomic
 from keras_kvcache.tokenizers.chat_template import render_chat_template, without_nulls
 from keras_kvcache.tokenizers.decode_stream import DecodeStream, read_steps

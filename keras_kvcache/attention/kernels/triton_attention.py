@@ -18,26 +18,23 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from keras_kvcache.attention.kernels.triton_operands import (
+    LEAST,
     Bias,
     Mask,
     Queries,
     Sizes,
     Slots,
-    own,
-)
-from keras_kvcache.attention.kernels.triton_tiles import (
-    LEAST,
     divide,
     dot,
     dot_of_weighed,
     load,
+    own,
     padded_range,
     padded_size,
     store,
 )
 from keras_kvcache.attention.masks import whole_mask
-from keras_kvcache.attention.online_softmax import NOTHING_SEEN
-from keras_kvcache.attention.softmax import LOWEST
+from keras_kvcache.attention.softmax import LOWEST, NOTHING_SEEN
 
 # As many programs keep all multiprocessors of the largest GPUs busy.
 PROGRAMS = 1024
