@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import inspect
 import reprlib
+from collections.abc import Callable, Mapping
+from typing import Any
 
 _REPR = reprlib.Repr()
 _REPR.maxlevel = 2
@@ -35,12 +37,18 @@ def shortened(text: object, longest: int = 80) -> str:
     return f"{text[: longest - end - 1]}…{text[-end:]}"
 
 
-def for_all(names, advice):
+def for_all(names: str, advice: Any) -> dict[str, Any]:
     """The same advice on several names, which spaces part."""
     return dict.fromkeys(names.split(), advice)
 
 
-def refuse_unknown(owner, method, options, advice, leaves_rest=False):
+def refuse_unknown(
+    owner: type,
+    method: Callable[..., Any],
+    options: Mapping[str, Any],
+    advice: Mapping[str, Any],
+    leaves_rest: bool = False,
+) -> None:
     """Refuses names that a method doesn't have, and says what takes their place.
 
     Args:

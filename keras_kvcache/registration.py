@@ -8,13 +8,14 @@ Keras and JAX, too, which take seconds. So they are imported once Keras is.
 import importlib
 import importlib.util
 import sys
+from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 
 # These, and the modules that they import, register all classes and loaders of presets.
 MODULES = ("models", "hub", "hub.accelerate")
 
 
-def register_with_keras(folders):
+def register_with_keras(folders: Sequence[str]) -> None:
     """Imports the package's classes: now if Keras is there already, else after it.
 
     Args:

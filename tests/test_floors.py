@@ -113,6 +113,80 @@ def test_docstrings_begin_with_what_a_thing_is_or_does():
     assert not paraphrases
 
 
+# Folders whose public signatures are annotated, and files beside them.
+ANNOTATED = (
+    "attention",
+    "caches",
+    "cli",
+    "errors",
+    "known_names",
+    "registration",
+    "runtime",
+    "samplers",
+    "tokenizers",
+)
+# Methods that override Keras' own, which has their signatures.
+OF_KERAS = {"build", "call", "compute_output_shape", "compute_output_spec"}
+OF_KERAS |= {"from_config", "get_build_config", "get_config"}
+
+
+def public_functions(tree):
+    """A module's functions and the methods of its classes, without names of `_`.
+
+    Triples of a name, the node and its arguments but for `self`.
+    """
+    for node in tree.body:
+        inner = node.body if isinstance(node, ast.ClassDef) else [node]
+        owner = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
+        for function in inner:
+            is_function = isinstance(function, ast.FunctionDef)
+            if is_function and not owner.startswith("_") and function.name[0] != "_":
+                arguments = function.args
+                decorators = map(ast.unparse, function.decorator_list)
+                is_method = owner and "staticmethod" not in decorators
+                given = [*arguments.posonlyargs, *arguments.args][bool(is_method) :]
+                given += [*arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
+                yield f"{owner}{function.name}", function, list(filter(None, given))
+
+
+def unannotated(source):
+    """Names of public functions of which a parameter or the result has no type."""
+    return [
+        name
+        for name, function, arguments in public_functions(ast.parse(source))
+        if function.name not in OF_KERAS
+        and not (function.returns and all(each.annotation for each in arguments))
+    ]
+
+
+def test_public_signatures_are_annotated():
+    found = []
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        if parts[0] in ANNOTATED:
+            found += [f"{path.name}: {name}" for name in unannotated(path.read_text())]
+    assert not found
+
+
+def test_a_missing_annotation_would_be_found():
+    source = """
+def whole(a: int, *b: int, c: int = 3) -> int: ...
+def no_result(a: int): ...
+def no_parameter(a: int, *, c=3) -> int: ...
+def _private(a): ...
+class Public:
+    def call(self, inputs): ...
+    def method(self, a: int) -> int: ...
+    def no_star(self, *a) -> int: ...
+    @staticmethod
+    def static(a) -> int: ...
+class _Private:
+    def method(self, a): ...
+"""
+    expected = ["no_result", "no_parameter", "Public.no_star", "Public.static"]
+    assert unannotated(source) == expected
+
+
 def test_files_stay_short():
     lines = {
         path: len(path.read_text(encoding="utf-8").splitlines())

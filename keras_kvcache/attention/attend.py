@@ -1,5 +1,8 @@
 """Attention over a view: few queries, many slots."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 from keras import ops
 
 from keras_kvcache.attention.kernels.decode_attention import (
@@ -7,12 +10,19 @@ from keras_kvcache.attention.kernels.decode_attention import (
     suits_kernel,
 )
 from keras_kvcache.attention.products import mix, scores_of, sum_dtype
-from keras_kvcache.attention.scoring import check_scoring
+from keras_kvcache.attention.scoring import Scoring, check_scoring
+from keras_kvcache.attention.segments import View
 from keras_kvcache.attention.softmax import attend_segments, masked_softmax
 from keras_kvcache.runtime.platform import current_platform
 
 
-def attend(query, view, masks, scoring, positions=None):
+def attend(
+    query: Any,
+    view: View,
+    masks: Sequence[Any],
+    scoring: Scoring,
+    positions: Any = None,
+) -> Any:
     """Attention of `T` queries over the slots of a view.
 
     Args:
@@ -43,7 +53,14 @@ def attend(query, view, masks, scoring, positions=None):
     return _ungroup_heads(output, shape)
 
 
-def attend_with_scores(query, view, masks, scoring, positions=None, dropout=None):
+def attend_with_scores(
+    query: Any,
+    view: View,
+    masks: Sequence[Any],
+    scoring: Scoring,
+    positions: Any = None,
+    dropout: Callable[[Any], Any] | None = None,
+) -> tuple[Any, Any]:
     """Like `attend`, with all weights at hand: for showing or dropping them.
 
     Args:
@@ -91,7 +108,15 @@ def attend_with_scores(query, view, masks, scoring, positions=None, dropout=None
     return _ungroup_heads(output, shape), weights
 
 
-def attend_fused(query, key, value, mask, scale, causal, flash_attention):
+def attend_fused(
+    query: Any,
+    key: Any,
+    value: Any,
+    mask: Any,
+    scale: float,
+    causal: bool,
+    flash_attention: bool | None,
+) -> Any:
     """Attention of a whole sequence by the backend's fused kernel.
 
     Args:

@@ -1,6 +1,9 @@
 """Codecs: what a slot holds of a key or a value."""
 
+from __future__ import annotations
+
 import abc
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -43,7 +46,7 @@ class Operand(NamedTuple):
     scale: Any = None
     rotation: Any = None
 
-    def decoded(self):
+    def decoded(self) -> Any:
         """The entries that it stands for, with the head size on the last axis."""
         entries = self.matrix
         if self.scale is not None:
@@ -52,7 +55,7 @@ class Operand(NamedTuple):
         return turn_back(entries, self.rotation)
 
 
-def turn_back(values, rotation):
+def turn_back(values: Any, rotation: Any) -> Any:
     """Values `(…, Hv)` as they were before a rotation."""
     if rotation is None:
         return values
@@ -107,36 +110,40 @@ class Codec(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def name(self):
+    def name(self) -> str:
         """The name by which users choose it."""
 
     @property
-    def residual_codec(self):
+    def residual_codec(self) -> Codec:
         """The codec of keys and values whose group isn't full yet."""
         return self
 
     @abc.abstractmethod
-    def key_arrays(self, head_dim):
+    def key_arrays(self, head_dim: int) -> tuple[CodedArray, ...]:
         """The `CodedArray`s of keys of a head size."""
 
     @abc.abstractmethod
-    def value_arrays(self, head_dim):
+    def value_arrays(self, head_dim: int) -> tuple[CodedArray, ...]:
         """The `CodedArray`s of values of a head size."""
 
     @abc.abstractmethod
-    def encode_keys(self, keys, axis, slots):
+    def encode_keys(self, keys: Any, axis: int, slots: int) -> tuple[Any, ...]:
         """The arrays of keys, one a part."""
 
     @abc.abstractmethod
-    def encode_values(self, values, axis, slots):
+    def encode_values(self, values: Any, axis: int, slots: int) -> tuple[Any, ...]:
         """The arrays of values, one a part."""
 
     @abc.abstractmethod
-    def read_keys(self, parts, head_dim, axis, slots):
+    def read_keys(
+        self, parts: Sequence[Any], head_dim: int, axis: int, slots: int
+    ) -> Operand:
         """Keys from their arrays, as an `Operand`."""
 
     @abc.abstractmethod
-    def read_values(self, parts, head_dim, axis, slots):
+    def read_values(
+        self, parts: Sequence[Any], head_dim: int, axis: int, slots: int
+    ) -> Operand:
         """Values from their arrays, as an `Operand`."""
 
 
@@ -147,29 +154,31 @@ class Exact(Codec):
     is_exact = True
 
     @property
-    def name(self):
+    def name(self) -> str:
         return self.dtype
 
     @property
-    def block(self):
+    def block(self) -> int | None:
         """All slots where nothing need be widened for a product, as on a CPU."""
         is_wide = self.dtype in ("float32", "float64")
         return None if is_wide or current_platform().multiplies_narrow else CODED_BLOCK
 
     @property
-    def kernels_read(self):
+    def kernels_read(self) -> bool:
         """Whether kernels read its dtype; float16 on GPUs alone."""
         return self.dtype in ("float32", "bfloat16") or (
             self.dtype == "float16" and current_platform().kernel == "gpu"
         )
 
-    def key_arrays(self, head_dim):
+    def key_arrays(self, head_dim: int) -> tuple[CodedArray, ...]:
         return (CodedArray(head_dim, 1, self.dtype),)
 
-    def encode_keys(self, keys, axis, slots):
+    def encode_keys(self, keys: Any, axis: int, slots: int) -> tuple[Any, ...]:
         return (ops.cast(keys, self.dtype),)
 
-    def read_keys(self, parts, head_dim, axis, slots):
+    def read_keys(
+        self, parts: Sequence[Any], head_dim: int, axis: int, slots: int
+    ) -> Operand:
         (entries,) = parts
         if self.block is not None:
             # A CPU's products of narrow numbers are slower than this.
@@ -189,18 +198,20 @@ class Bits(Exact):
     """
 
     @property
-    def name(self):
+    def name(self) -> str:
         return f"{self.dtype} as bits"
 
-    def key_arrays(self, head_dim):
+    def key_arrays(self, head_dim: int) -> tuple[CodedArray, ...]:
         return (CodedArray(head_dim, 1, BITS),)
 
-    def encode_keys(self, keys, axis, slots):
+    def encode_keys(self, keys: Any, axis: int, slots: int) -> tuple[Any, ...]:
         return tuple(
             ops.view(part, BITS) for part in super().encode_keys(keys, axis, slots)
         )
 
-    def read_keys(self, parts, head_dim, axis, slots):
+    def read_keys(
+        self, parts: Sequence[Any], head_dim: int, axis: int, slots: int
+    ) -> Operand:
         floats = tuple(ops.view(part, self.dtype) for part in parts)
         return super().read_keys(floats, head_dim, axis, slots)
 
@@ -222,13 +233,15 @@ class Int8(Codec):
     name = "int8"
     kernels_read = True
 
-    def key_arrays(self, head_dim):
+    def key_arrays(self, head_dim: int) -> tuple[CodedArray, ...]:
         return CodedArray(head_dim, 1, "int8"), CodedArray(1, 1, "float32")
 
-    def encode_keys(self, keys, axis, slots):
+    def encode_keys(self, keys: Any, axis: int, slots: int) -> tuple[Any, ...]:
         return quantize_int8(keys, axis)
 
-    def read_keys(self, parts, head_dim, axis, slots):
+    def read_keys(
+        self, parts: Sequence[Any], head_dim: int, axis: int, slots: int
+    ) -> Operand:
         codes, scale = parts
         return Operand(ops.cast(codes, self.dtype), scale)
 
@@ -273,19 +286,21 @@ class Int4(_Int4Values):
     group = 32
 
     @property
-    def residual_codec(self):
+    def residual_codec(self) -> Codec:
         return Int4Residual(self.dtype)
 
-    def key_arrays(self, head_dim):
+    def key_arrays(self, head_dim: int) -> tuple[CodedArray, ...]:
         of_group = CodedArray(head_dim, self.group, BITS)
         return CodedArray(-(-head_dim // 2), 1, "uint8"), of_group, of_group
 
-    def encode_keys(self, keys, axis, slots):
+    def encode_keys(self, keys: Any, axis: int, slots: int) -> tuple[Any, ...]:
         codes, *of_groups = quantize_int4_groups(keys, slots, self.group)
         bits = (ops.view(numbers, BITS) for numbers in of_groups)
         return pack_int4(codes, axis), *bits
 
-    def read_keys(self, parts, head_dim, axis, slots):
+    def read_keys(
+        self, parts: Sequence[Any], head_dim: int, axis: int, slots: int
+    ) -> Operand:
         packed, *of_groups = parts
         scale, lowest = (ops.view(bits, "bfloat16") for bits in of_groups)
         codes = unpack_int4(packed, axis, head_dim)
@@ -305,7 +320,7 @@ class Int4Residual(_Int4Values, Exact):
 CODECS = dict(zip(CODED, (Int8, Int4), strict=True))
 
 
-def get_codec(identifier, dtype="float32"):
+def get_codec(identifier: str | Codec | None, dtype: str = "float32") -> Codec:
     """A codec by name.
 
     Args:

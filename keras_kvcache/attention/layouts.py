@@ -1,7 +1,11 @@
 """How the entries of slots lie in memory."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from keras_kvcache.attention.codecs import Codec, CodedArray
 
 
 class Axes(NamedTuple):
@@ -33,7 +37,9 @@ class Layout:
     values: Axes
     is_one_tensor: bool = False
 
-    def arrays(self, codec, head_dim, value_dim):
+    def arrays(
+        self, codec: Codec, head_dim: int, value_dim: int
+    ) -> list[tuple[CodedArray, Axes]]:
         """Lists the arrays, those of keys before those of values.
 
         Args:
@@ -49,7 +55,9 @@ class Layout:
             return keys
         return keys + [(part, self.values) for part in codec.value_arrays(value_dim)]
 
-    def shape(self, part, axes, rows, heads, slots):
+    def shape(
+        self, part: CodedArray, axes: Axes, rows: int, heads: int, slots: int
+    ) -> tuple[int, ...]:
         """Shape of the array of a part.
 
         Args:

@@ -4,16 +4,26 @@ A mask is boolean, `True` where a query may attend a slot, and has the shape
 `(B, N, T, S)` in which `B`, `N` and `T` may be 1.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_kvcache.attention.positions import token_positions
+from keras_kvcache.attention.segments import Segment, View
 from keras_kvcache.runtime.concrete import concrete_value
 
 
 def position_mask(
-    query_positions, segment, *, fill=None, causal=False, sliding_window=None, sinks=0
-):
+    query_positions: Any,
+    segment: Segment,
+    *,
+    fill: Any = None,
+    causal: bool = False,
+    sliding_window: int | None = None,
+    sinks: int = 0,
+) -> Any:
     """Which slots of a segment a query may attend, by where both stand.
 
     Args:
@@ -44,7 +54,7 @@ def position_mask(
     return _all_of(rules)
 
 
-def mask_of_positions(attention_mask, segment, first):
+def mask_of_positions(attention_mask: Any, segment: Segment, first: int) -> Any:
     """Gathers a user's mask over positions for the slots of a segment.
 
     Args:
@@ -73,7 +83,7 @@ def mask_of_positions(attention_mask, segment, first):
     return ops.logical_and(seen, positions < size)
 
 
-def hide_new_entries(entry_mask, slot_positions, index):
+def hide_new_entries(entry_mask: Any, slot_positions: Any, index: Any) -> Any:
     """Hides slots that hold entries written in this call but masked out.
 
     Args:
@@ -94,7 +104,7 @@ def hide_new_entries(entry_mask, slot_positions, index):
     return ops.logical_or(ops.logical_not(is_new), seen)[:, None, None, :]
 
 
-def check_mask_shape(mask, shape):
+def check_mask_shape(mask: Any, shape: Sequence[int | None]) -> None:
     """Refuses an `attention_mask` that doesn't fit.
 
     Args:
@@ -119,7 +129,7 @@ def check_mask_shape(mask, shape):
         )
 
 
-def align_mask(mask):
+def align_mask(mask: Any) -> Any:
     """An `attention_mask` of two, three or four axes as a boolean one of four.
 
     Raises:
@@ -140,16 +150,16 @@ def align_mask(mask):
 
 
 def view_masks(
-    view,
-    query_positions,
+    view: View,
+    query_positions: Any,
     *,
-    causal=False,
-    sliding_window=None,
-    attention_mask=None,
-    query_mask=None,
-    entry_masks=(),
-    index=0,
-):
+    causal: bool = False,
+    sliding_window: int | None = None,
+    attention_mask: Any = None,
+    query_mask: Any = None,
+    entry_masks: Sequence[Any] = (),
+    index: Any = 0,
+) -> tuple[Any, ...]:
     """All that hides slots from queries, as one mask a segment.
 
     Args:
@@ -195,7 +205,7 @@ def view_masks(
     return tuple(masks)
 
 
-def whole_mask(segment, mask):
+def whole_mask(segment: Segment, mask: Any) -> Any:
     """A mask or `None` as a boolean one `(1 | B, 1 | N, 1 | T, n)`."""
     mask = ops.ones((1, 1, 1, 1), "bool") if mask is None else mask
     slots = ops.shape(segment.positions)[1]

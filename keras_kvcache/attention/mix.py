@@ -6,6 +6,9 @@ enough. It's computed first all the same, as checking the values would be one mo
 over the cache; the values are checked only if a sum isn't finite.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -15,12 +18,12 @@ BLOCK = 16
 KEY_BLOCK = 32
 
 
-def is_cut(count, block):
+def is_cut(count: int, block: int) -> bool:
     """Whether slots go in blocks: on JAX, unless an export leaves their number open."""
     return keras.backend.backend() == "jax" and isinstance(count, int) and count > block
 
 
-def in_blocks(make, like):
+def in_blocks(make: Callable[[Any, int], Any], like: Any) -> Any:
     """`make(0, count)` in little memory, for all `count` slots on the last axis.
 
     Args:
@@ -39,7 +42,7 @@ def in_blocks(make, like):
     return ops.fori_loop(0, -(-count // KEY_BLOCK), put, ops.zeros_like(like))
 
 
-def contract(equation, x, y, dtype):
+def contract(equation: str, x: Any, y: Any, dtype: str) -> Any:
     """`einsum` that sums in `dtype`; JAX can without widening the operands first."""
     if keras.backend.backend() == "jax":
         import jax.numpy as jnp
@@ -48,18 +51,18 @@ def contract(equation, x, y, dtype):
     return ops.einsum(equation, ops.cast(x, dtype), ops.cast(y, dtype))
 
 
-def mix_all(equation, weights, values):
+def mix_all(equation: str, weights: Any, values: Any) -> Any:
     """The product. Weights become as narrow as the values; their sum doesn't."""
     return contract(equation, ops.cast(weights, values.dtype), values, weights.dtype)
 
 
-def mix_seen(equation, weights, values):
+def mix_seen(equation: str, weights: Any, values: Any) -> Any:
     """The product, without values that have weight 0 for all queries of their head."""
     is_seen = ops.any(weights != 0, axis=-2)[..., None]
     return mix_all(equation, weights, ops.where(is_seen, values, 0))
 
 
-def mix_weighed(equation, weights, values):
+def mix_weighed(equation: str, weights: Any, values: Any) -> Any:
     """The product; to each query values to which it gives no weight add nothing."""
     zeros, is_finite = ops.zeros_like(values), ops.isfinite(values)
     finite = mix_all(equation, weights, ops.where(is_finite, values, zeros))

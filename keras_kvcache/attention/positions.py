@@ -1,5 +1,7 @@
 """Where tokens stand: the update index and the positions that follow from it."""
 
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
@@ -11,7 +13,9 @@ from keras_kvcache.runtime.concrete import concrete_value, is_integer
 FAR = 2**30
 
 
-def normalize_index(index, batch_size, length, capacity):
+def normalize_index(
+    index: Any, batch_size: int | None, length: int | None, capacity: int | None
+) -> Any:
     """Refuses an index at which `length` new entries can't be written.
 
     Args:
@@ -69,7 +73,7 @@ def normalize_index(index, batch_size, length, capacity):
     return index if isinstance(index, int) else as_int32(index)
 
 
-def as_int32(index):
+def as_int32(index: Any) -> Any:
     """An integer tensor as int32; what int32 can't hold stays negative or far.
 
     Without this a cast of 2**32 would give the index 0, and a write there.
@@ -83,7 +87,7 @@ def as_int32(index):
     return ops.cast(index, "int32")
 
 
-def write_slot(index, capacity):
+def write_slot(index: Any, capacity: int) -> Any:
     """Where entries for positions from `index` on are written.
 
     Args:
@@ -100,12 +104,12 @@ def write_slot(index, capacity):
     return ops.where(index < 0, capacity, index)
 
 
-def first_positions(index):
+def first_positions(index: Any) -> Any:
     """An index as int32 `(1 | B,)`: where each row's first token stands."""
     return ops.reshape(as_int32(ops.convert_to_tensor(index)), (-1,))
 
 
-def token_positions(index, length):
+def token_positions(index: Any, length: int) -> Any:
     """Absolute positions of `length` tokens that start at `index`.
 
     Args:

@@ -1,11 +1,12 @@
 """Products of queries with the keys of a segment, and of weights with its values."""
 
 import re
+from typing import Any
 
 import keras
 from keras import ops
 
-from keras_kvcache.attention.codecs import AsGiven, turn_back
+from keras_kvcache.attention.codecs import AsGiven, Operand, turn_back
 from keras_kvcache.attention.layouts import DENSE_PAIR, HEAD_MAJOR
 from keras_kvcache.attention.mix import (
     BLOCK,
@@ -29,13 +30,13 @@ FEW_QUERIES = 64
 DENSE_BLOCK = 1024
 
 
-def is_few(query):
+def is_few(query: Any) -> bool:
     """Whether queries `(B, K, R, H)` are few enough to be bound by reading."""
     _, heads, rows, _ = query.shape
     return isinstance(rows, int) and heads * rows <= FEW_QUERIES
 
 
-def sequence_view(keys, values):
+def sequence_view(keys: Any, values: Any) -> View:
     """A view of keys and values that were never cached.
 
     Args:
@@ -57,12 +58,12 @@ def sequence_view(keys, values):
     return View((segment,), keys.shape[2], values.shape[3])
 
 
-def few_block(segment):
+def few_block(segment: Segment) -> int | None:
     """The most slots that few queries are multiplied with at a time; `None` for all."""
     return segment.codec.block if segment.layout == HEAD_MAJOR else DENSE_BLOCK
 
 
-def keys_of(segment, first, count):
+def keys_of(segment: Segment, first: Any, count: int) -> Operand:
     """`count` slots of the keys of a segment, an `Operand`.
 
     Args:
@@ -77,13 +78,13 @@ def keys_of(segment, first, count):
     return segment.codec.read_keys(arrays, segment.head_dim, *axes)
 
 
-def values_of(segment, first, count):
+def values_of(segment: Segment, first: Any, count: int) -> Operand:
     """As `keys_of`, of values `(B, K, count, Hv)` or `(B, count, K, Hv)`."""
     arrays, axes = _cut(segment, 1, first, count)
     return segment.codec.read_values(arrays, segment.value_dim, *axes)
 
 
-def scores_of(segment, query, first, count):
+def scores_of(segment: Segment, query: Any, first: Any, count: int) -> Any:
     """Products of queries and keys.
 
     Args:
@@ -101,7 +102,9 @@ def scores_of(segment, query, first, count):
     return product if scale is None else product * ops.cast(scale, product.dtype)
 
 
-def mix(segment, weights, first, count, hides=True):
+def mix(
+    segment: Segment, weights: Any, first: Any, count: int, hides: bool = True
+) -> Any:
     """Sums of values, to which hidden slots, whose weight is 0, add nothing.
 
     Args:
@@ -281,7 +284,7 @@ def _own_head(heads, dtype):
     return ops.reshape(ops.eye(heads, dtype=dtype), (heads, 1, heads, 1))
 
 
-def sum_dtype(operand):
+def sum_dtype(operand: Any) -> str:
     """The dtype that sums are computed in: float64 for float64, else float32."""
     dtype = keras.backend.standardize_dtype(operand.dtype)
     return "float64" if dtype == "float64" else "float32"

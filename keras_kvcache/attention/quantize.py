@@ -12,6 +12,7 @@ but rotated keys with a range for each token lose several times as much
 """
 
 import functools
+from typing import Any
 
 import numpy as np
 from keras import ops
@@ -22,7 +23,7 @@ LARGEST = 127.0
 HALF_RANGE = 7.5
 
 
-def quantize_int8(x, axis):
+def quantize_int8(x: Any, axis: int) -> tuple[Any, Any]:
     """8-bit codes with one scale for all of an axis.
 
     Args:
@@ -39,7 +40,7 @@ def quantize_int8(x, axis):
     return ops.cast(codes, "int8"), scale
 
 
-def quantize_int4(x, axis):
+def quantize_int4(x: Any, axis: int) -> tuple[Any, Any]:
     """4-bit codes with one scale for all of an axis.
 
     Args:
@@ -58,7 +59,7 @@ def quantize_int4(x, axis):
     return ops.cast(codes, "uint8"), scale
 
 
-def quantize_int4_groups(x, axis, group):
+def quantize_int4_groups(x: Any, axis: int, group: int) -> tuple[Any, Any, Any]:
     """4-bit codes with one scale and one lowest value for each group on an axis.
 
     Args:
@@ -86,7 +87,9 @@ def quantize_int4_groups(x, axis, group):
     return codes, ops.squeeze(scale, axis + 1), ops.squeeze(lowest, axis + 1)
 
 
-def dequantize_int4_groups(codes, scale, lowest, axis, group, dtype):
+def dequantize_int4_groups(
+    codes: Any, scale: Any, lowest: Any, axis: int, group: int, dtype: str
+) -> Any:
     """The values that `quantize_int4_groups` stands for."""
     # The sum of two numbers of which each may be beyond float16, as it was rounded.
     wide = "float32" if dtype == "float16" else dtype
@@ -99,7 +102,7 @@ def dequantize_int4_groups(codes, scale, lowest, axis, group, dtype):
 
 
 @functools.cache
-def rotation(size):
+def rotation(size: int) -> np.ndarray:
     """An orthogonal matrix that leaves no channel large by itself.
 
     A cosine transform of channels with arbitrary but fixed signs: like a Hadamard
@@ -119,7 +122,7 @@ def rotation(size):
     return (cosines * signs).T.astype("float32")
 
 
-def pack_int4(codes, axis):
+def pack_int4(codes: Any, axis: int) -> Any:
     """Two codes a byte: entry `j` of an axis with entry `j + half`."""
     size = codes.shape[axis]
     half = -(-size // 2)
@@ -127,7 +130,7 @@ def pack_int4(codes, axis):
     return ops.bitwise_or(low, ops.left_shift(high, 4))
 
 
-def unpack_int4(packed, axis, size):
+def unpack_int4(packed: Any, axis: int, size: int) -> Any:
     """The `size` codes that `pack_int4` was given."""
     low, high = ops.bitwise_and(packed, 15), ops.right_shift(packed, 4)
     codes = ops.concatenate([low, high], axis=axis)

@@ -1,9 +1,13 @@
 """Slots used over and over: position `p` is kept in slot `p % R`, until `p + R`."""
 
+from typing import Any
+
 from keras import ops
 
 
-def ring_positions(fill, ring, first=0, count=None):
+def ring_positions(
+    fill: Any, ring: int, first: int = 0, count: int | None = None
+) -> Any:
     """Which positions the slots of a ring hold.
 
     Args:
@@ -22,7 +26,9 @@ def ring_positions(fill, ring, first=0, count=None):
     return last - ops.mod(last - slots, ring)
 
 
-def write_ring(buffer, update, start, end, ring, first, axis):
+def write_ring(
+    buffer: Any, update: Any, start: Any, end: Any, ring: int, first: int, axis: int
+) -> Any:
     """Writes entries into a part of a ring, each into the slot of its position.
 
     This passes over the whole buffer, as those who attend the entries do.

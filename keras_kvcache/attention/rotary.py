@@ -1,6 +1,7 @@
 """Rotary position embedding (Su et al., 2021, https://arxiv.org/abs/2104.09864)."""
 
 import math
+from typing import Any
 
 import numpy as np
 from keras import ops
@@ -9,7 +10,9 @@ from keras_kvcache.attention.products import sum_dtype
 from keras_kvcache.attention.trigonometry import cos, sin
 
 
-def inverse_frequencies(rotary_dim, max_wavelength, frequency_factors=None):
+def inverse_frequencies(
+    rotary_dim: int, max_wavelength: float, frequency_factors: Any = None
+) -> np.ndarray:
     """Angle in radians per position of each rotated pair.
 
     Args:
@@ -27,13 +30,13 @@ def inverse_frequencies(rotary_dim, max_wavelength, frequency_factors=None):
 
 
 def llama3_frequency_factors(
-    rotary_dim,
-    max_wavelength,
-    adjustment_factor,
-    low_freq_factor,
-    high_freq_factor,
-    pretraining_sequence_length,
-):
+    rotary_dim: int,
+    max_wavelength: float,
+    adjustment_factor: float,
+    low_freq_factor: float,
+    high_freq_factor: float,
+    pretraining_sequence_length: int,
+) -> list[float]:
     """Divisors of the rotary frequencies, as Llama 3.1 and later have them.
 
     Pairs that turn often within the pretraining length stay as they are, those that
@@ -58,7 +61,7 @@ def llama3_frequency_factors(
     return (1.0 / (keep + (1.0 - keep) / adjustment_factor)).tolist()
 
 
-def rotate(inputs, positions, inverse_frequencies):
+def rotate(inputs: Any, positions: Any, inverse_frequencies: Any) -> Any:
     """Turns each pair of components by an angle that grows with the position.
 
     Component `j` of the first half of the rotated part is paired with component

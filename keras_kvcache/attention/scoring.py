@@ -1,5 +1,8 @@
 """How the products of queries and keys become scores."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,32 +42,34 @@ class Scoring:
     sink: Any = None
 
     @property
-    def table(self):
+    def table(self) -> Any:
         """The table of the bias, or `None`."""
         return None if callable(self.bias) else self.bias
 
     @property
-    def function(self):
+    def function(self) -> Callable[[Any, Any], Any] | None:
         """The function that is the bias, or `None`."""
         return self.bias if callable(self.bias) else None
 
-    def tree_flatten(self):
+    def tree_flatten(self) -> tuple[tuple[Any, Any], tuple[Any, ...]]:
         """The arrays, and what is static."""
         return (self.table, self.sink), (self.scale, self.soft_cap, self.function)
 
     @classmethod
-    def tree_unflatten(cls, static, arrays):
+    def tree_unflatten(
+        cls, static: tuple[Any, ...], arrays: tuple[Any, Any]
+    ) -> Scoring:
         """The scoring of these."""
         (table, sink), (scale, soft_cap, function) = arrays, static
         return cls(scale, soft_cap, table if function is None else function, sink)
 
-    def cap(self, products):
+    def cap(self, products: Any) -> Any:
         """Scaled products with the soft cap."""
         if self.soft_cap is None:
             return products
         return self.soft_cap * tanh(products / self.soft_cap)
 
-    def bias_of(self, query_positions, slot_positions, dtype):
+    def bias_of(self, query_positions: Any, slot_positions: Any, dtype: str) -> Any:
         """The bias that is added to scores.
 
         Args:
@@ -89,7 +94,7 @@ class Scoring:
         return ops.transpose(bias, (1, 0, 2, 3))
 
 
-def check_scoring(scoring, heads, positions):
+def check_scoring(scoring: Scoring, heads: int, positions: Any) -> None:
     """Refuses a scoring that doesn't fit.
 
     Args:

@@ -1,5 +1,6 @@
 """Segments and views: the slots that one call may attend."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -64,7 +65,7 @@ class View(NamedTuple):
     sinks: int = 0
 
 
-def slots_of(tensor, first, count, axis):
+def slots_of(tensor: Any, first: Any, count: int, axis: int) -> Any:
     """`count` slots on an axis; the tensor itself if these are all."""
     if tensor.shape[axis] in (None, count):
         return tensor
@@ -73,7 +74,7 @@ def slots_of(tensor, first, count, axis):
     return ops.slice(tensor, start_of_slice(start), shape)
 
 
-def start_of_slice(numbers):
+def start_of_slice(numbers: Sequence[Any]) -> Sequence[Any]:
     """Where a slice begins on each axis, all int32 if one of them is a tensor.
 
     JAX wants one dtype, and with `jax_enable_x64` takes a Python integer for an int64.

@@ -6,6 +6,7 @@ merges its tiles (Dao et al., 2022, https://arxiv.org/abs/2205.14135). Segments 
 blocks of slots that no query may attend are skipped.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -19,7 +20,7 @@ from keras_kvcache.attention.products import (
     sum_dtype,
 )
 from keras_kvcache.attention.scoring import Scoring
-from keras_kvcache.attention.segments import slots_of
+from keras_kvcache.attention.segments import Segment, slots_of
 from keras_kvcache.runtime.concrete import either, is_recorded
 
 # Stands for "nothing seen yet": finite, so that differences of two of them are
@@ -27,7 +28,7 @@ from keras_kvcache.runtime.concrete import either, is_recorded
 LOWEST = -1e30
 
 
-def masked_softmax(scores, mask=None, sink=None):
+def masked_softmax(scores: Any, mask: Any = None, sink: Any = None) -> Any:
     """Softmax in which masked scores weigh nothing, even if all are masked.
 
     Args:
@@ -66,7 +67,14 @@ NOTHING_SEEN = LOWEST / 10
 BLOCK = 512
 
 
-def attend_segments(query, segments, masks, length, scoring, positions):
+def attend_segments(
+    query: Any,
+    segments: Sequence[Segment],
+    masks: Sequence[Any],
+    length: int,
+    scoring: Scoring,
+    positions: Any,
+) -> Any:
     """Attention of queries that are scaled and grouped by key/value head.
 
     Args:

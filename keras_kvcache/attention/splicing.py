@@ -1,6 +1,8 @@
 """Writing new entries into a cache without touching the rest of it."""
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import keras
@@ -14,7 +16,7 @@ from keras_kvcache.runtime.sharding import rows_divide
 LANES = 128
 
 
-def splice(buffer, update, index, axis=2):
+def splice(buffer: Any, update: Any, index: Any, axis: int = 2) -> Any:
     """Writes `update` into `buffer` from slot `index` on.
 
     What would land outside `[0, S)` is dropped and every stored entry stays as it
@@ -43,7 +45,9 @@ def splice(buffer, update, index, axis=2):
     return STRATEGIES[strategy](buffer, update, index, axis)
 
 
-def choose_strategy(is_one_index, is_known, shape, axis):
+def choose_strategy(
+    is_one_index: bool, is_known: bool, shape: Sequence[int], axis: int
+) -> str:
     """How entries get to their slots when the index is a tensor.
 
     Args:

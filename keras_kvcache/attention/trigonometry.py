@@ -1,20 +1,22 @@
 """Functions that keep float64; those of `keras.ops` return float32 for it."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
 
-def cos(x):
+def cos(x: Any) -> Any:
     """Cosine of a float tensor, of its dtype."""
     return _elementwise("cos", x)
 
 
-def sin(x):
+def sin(x: Any) -> Any:
     """Sine of a float tensor, of its dtype."""
     return _elementwise("sin", x)
 
 
-def tanh(x):
+def tanh(x: Any) -> Any:
     """Hyperbolic tangent of a float tensor, of its dtype."""
     return _elementwise("tanh", x)
 

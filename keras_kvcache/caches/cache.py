@@ -1,5 +1,7 @@
 """The interface of every cache."""
 
+from __future__ import annotations
+
 import abc
 import math
 from dataclasses import dataclass, replace
@@ -7,10 +9,13 @@ from typing import Any
 
 import jax
 import keras
+import numpy as np
 from keras import ops
 
 from keras_kvcache.attention import as_int32
+from keras_kvcache.attention.codecs import Codec
 from keras_kvcache.attention.positions import FAR
+from keras_kvcache.attention.segments import View
 from keras_kvcache.caches.residual import Residual
 from keras_kvcache.caches.storage import Storage
 
@@ -38,21 +43,21 @@ class Cache(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def capacity(self):
+    def capacity(self) -> int:
         """`S`, the number of slots."""
 
     @property
     @abc.abstractmethod
-    def max_length(self):
+    def max_length(self) -> int | None:
         """The first position past the end; `None` if the cache never ends."""
 
     @property
-    def codec(self):
+    def codec(self) -> Codec:
         """The codec of the slots."""
         return self.storage.codec
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
         """Bytes of all arrays."""
         return nbytes(self)
 
@@ -62,7 +67,9 @@ class Cache(abc.ABC):
             f"{type(self).__name__}(capacity={self.capacity}, codec={self.codec.name})"
         )
 
-    def check(self, batch_size, heads, key_dim, value_dim):
+    def check(
+        self, batch_size: int | None, heads: int, key_dim: int, value_dim: int
+    ) -> None:
         """Raises unless the cache fits attention of these sizes.
 
         Args:
@@ -89,7 +96,7 @@ class Cache(abc.ABC):
                 )
 
     @abc.abstractmethod
-    def update(self, key, value, index):
+    def update(self, key: Any, value: Any, index: Any) -> tuple[Cache, View]:
         """Writes new entries and shows what may now be attended.
 
         It's up to the caller to `check` sizes and to check a known index
@@ -108,7 +115,7 @@ class Cache(abc.ABC):
         """
 
     @abc.abstractmethod
-    def view(self, fill=None):
+    def view(self, fill: Any = None) -> View:
         """The `View` for a call that only reads.
 
         Args:
@@ -117,14 +124,14 @@ class Cache(abc.ABC):
         """
 
     @abc.abstractmethod
-    def check_crop(self, fill, length):
+    def check_crop(self, fill: np.ndarray, length: np.ndarray) -> None:
         """Raises unless the cache can go back from `fill` to `length`, as `crop`.
 
         Args:
             fill, length: Integer NumPy arrays `()` or `(B,)`.
         """
 
-    def with_end(self, end):
+    def with_end(self, end: Any) -> Cache:
         """The cache with entries at or past a position dropped when they're written.
 
         Prompts of unequal lengths are padded on the right. Where a slot is its
@@ -157,7 +164,7 @@ class Cache(abc.ABC):
         return ops.where(index < 0, index, fill)
 
 
-def nbytes(tree):
+def nbytes(tree: Any) -> int:
     """Bytes that arrays take in memory: one, a cache, or a tree of these."""
     total = 0
     for array in jax.tree_util.tree_leaves(tree):

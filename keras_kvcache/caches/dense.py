@@ -1,12 +1,15 @@
 """Dense storage: the tensor that users hold in their hands."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 from keras import ops
 
 from keras_kvcache.attention import keys_of, slots_of, values_of
-from keras_kvcache.attention.layouts import DENSE, DENSE_PAIR
+from keras_kvcache.attention.codecs import Codec
+from keras_kvcache.attention.layouts import DENSE, DENSE_PAIR, Layout
 from keras_kvcache.caches.segmentation import segment_sizes
 from keras_kvcache.caches.storage import Storage
 
@@ -23,10 +26,10 @@ class DenseStorage(Storage):
     """
 
     @staticmethod
-    def layout_of(head_dim, value_dim):
+    def layout_of(head_dim: int, value_dim: int) -> Layout:
         return DENSE if head_dim == value_dim else DENSE_PAIR
 
-    def encode(self, key, value, codec=None):
+    def encode(self, key: Any, value: Any, codec: Codec | None = None) -> Storage:
         if self.layout.is_one_tensor:
             both = ops.stack([key, value], axis=1)
             arrays = self.codec.encode_keys(both, *DENSE.keys)
@@ -36,7 +39,7 @@ class DenseStorage(Storage):
         return replace(self, segments=(arrays,))
 
     @property
-    def spans(self):
+    def spans(self) -> tuple[tuple[int, int], ...]:
         first, spans = 0, []
         kernels_read = self.layout.is_one_tensor and self.codec.kernels_read
         for size in segment_sizes(self.slots, kernels_read):
@@ -44,13 +47,13 @@ class DenseStorage(Storage):
             first += size
         return tuple(spans)
 
-    def place_of(self, first, size):
+    def place_of(self, first: int, size: int) -> tuple[Sequence[Any], int]:
         return self.segments[0], first
 
-    def merge(self):
+    def merge(self) -> Storage:
         return self
 
-    def resize(self, slots):
+    def resize(self, slots: int) -> Storage:
 
         def cut_or_pad(array, axis, first, size):
             if slots <= size:
@@ -61,7 +64,7 @@ class DenseStorage(Storage):
 
         return self.map(cut_or_pad)
 
-    def decode(self):
+    def decode(self) -> tuple[Any, Any]:
         segment = self.segment(0, self.slots, None)
         return (
             keys_of(segment, 0, self.slots).matrix,

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from reprlib import repr as short
+from typing import Any
 
 import jax
 import keras
@@ -12,7 +13,7 @@ from jax import export
 from keras import ops
 
 from keras_kvcache.attention import codecs
-from keras_kvcache.caches.cache import nbytes
+from keras_kvcache.caches.cache import Cache, nbytes
 from keras_kvcache.caches.dense import DenseStorage
 from keras_kvcache.caches.head_major import HeadMajorStorage
 from keras_kvcache.caches.kinds import Rolling, Static
@@ -33,13 +34,13 @@ RECORDS = {}
 ARRAY_DTYPES = (*codecs.FLOATS, "int32", "int16", "int8", "uint32", "uint8", "bool")
 
 
-def is_container(cls):
+def is_container(cls: type) -> type:
     """Decorates a `NamedTuple` that holds caches, so that files may have it."""
     RECORDS[cls.__name__] = cls
     return cls
 
 
-def describe(caches, has_others=False):
+def describe(caches: Any, has_others: bool = False) -> dict[str, Any]:
     """A tree of caches without its arrays.
 
     Args:
@@ -82,7 +83,7 @@ def describe(caches, has_others=False):
     )
 
 
-def shapes_of(description, limit=math.inf):
+def shapes_of(description: Any, limit: float = math.inf) -> Any:
     """The tree that is described, with shapes in the place of arrays.
 
     Args:
@@ -132,7 +133,7 @@ def shapes_of(description, limit=math.inf):
     return build(description)
 
 
-def spec_of(cache):
+def spec_of(cache: Cache) -> CacheSpec:
     """The `CacheSpec` of an existing cache."""
     storage = cache.storage
     is_rolling = isinstance(cache, RollingCache)
@@ -148,13 +149,13 @@ def spec_of(cache):
     )
 
 
-def shape_of(array):
+def shape_of(array: Any) -> jax.ShapeDtypeStruct:
     """Shape and dtype of an array."""
     dtype = keras.backend.standardize_dtype(array.dtype)
     return jax.ShapeDtypeStruct(tuple(map(int, array.shape)), dtype)
 
 
-def named_arrays(tree):
+def named_arrays(tree: Any) -> tuple[dict[str, Any], Any]:
     """The arrays of a tree by name, such as `"caches[0].storage.segments[0][1]"`.
 
     Returns:
@@ -219,7 +220,7 @@ NODES = (StaticCache, RollingCache, DenseStorage, HeadMajorStorage, Residual)
 CODECS = (codecs.Exact, codecs.Int8, codecs.Int4, codecs.Int4Residual, codecs.Bits)
 
 
-def register():
+def register() -> None:
     """Lets `jax.export` serialize functions that take or return caches.
 
     A program that reads such a function imports `keras_kvcache.caches` before. The

@@ -3,8 +3,10 @@
 import contextlib
 import hashlib
 import json
+import os
 import zlib
 from pathlib import Path
+from typing import Any
 
 import jax
 import keras
@@ -56,7 +58,9 @@ DTYPE_NAMES = {
 }
 
 
-def save_caches(path, caches, fill, model=None):
+def save_caches(
+    path: str | os.PathLike, caches: Any, fill: Any, model: keras.Model | None = None
+) -> None:
     """Writes caches and how far they are filled into one file.
 
     The file is of the safetensors format. It appears whole or not at all: an error
@@ -80,7 +84,13 @@ def save_caches(path, caches, fill, model=None):
     write_tree(path, caches, model, fill=fill)
 
 
-def write_tree(path, caches, model=None, holds=CACHES, fill=None):
+def write_tree(
+    path: str | os.PathLike,
+    caches: Any,
+    model: keras.Model | None = None,
+    holds: str = CACHES,
+    fill: Any = None,
+) -> None:
     """Writes a tree as `save_caches` does, or one that holds more than caches.
 
     Args:
@@ -123,7 +133,9 @@ def write_tree(path, caches, model=None, holds=CACHES, fill=None):
         save_file(arrays, staged, metadata)
 
 
-def load_caches(path, model=None):
+def load_caches(
+    path: str | os.PathLike, model: keras.Model | None = None
+) -> tuple[Any, Any]:
     """Reads caches and how far they are filled from a file.
 
     Args:
@@ -148,7 +160,9 @@ def load_caches(path, model=None):
     return caches, fill if is_integer(fill) else ops.convert_to_tensor(fill, "int32")
 
 
-def read_tree(path, model=None, holds=CACHES):
+def read_tree(
+    path: str | os.PathLike, model: keras.Model | None = None, holds: str = CACHES
+) -> tuple[Any, Any]:
     """Reads a tree as `load_caches` does.
 
     Args:
@@ -192,7 +206,7 @@ def read_tree(path, model=None, holds=CACHES):
     return distributed(as_bits(jax.tree_util.tree_unflatten(form, tensors))), fill
 
 
-def fingerprint(model):
+def fingerprint(model: keras.Model) -> str:
     """A text that differs between models that differ.
 
     It covers what the model and its layers are configured as, where Keras knows that,

@@ -1,12 +1,17 @@
 """Head-major storage: buffers of growing size that are read at memory speed."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 from keras import ops
 
 from keras_kvcache.attention import keys_of, slots_of, values_of
-from keras_kvcache.attention.layouts import HEAD_MAJOR
+from keras_kvcache.attention.codecs import Codec
+from keras_kvcache.attention.layouts import HEAD_MAJOR, Layout
 from keras_kvcache.caches.segmentation import segment_sizes
 from keras_kvcache.caches.storage import Storage
 
@@ -17,14 +22,14 @@ class HeadMajorStorage(Storage):
     """Arrays of keys `(B, K, H, n)` and of values `(B, K, n, Hv)` in each segment."""
 
     @staticmethod
-    def layout_of(head_dim, value_dim):
+    def layout_of(head_dim: int, value_dim: int) -> Layout:
         return HEAD_MAJOR
 
     @staticmethod
-    def sizes_of(slots, codec):
+    def sizes_of(slots: int, codec: Codec) -> tuple[int, ...]:
         return segment_sizes(slots, codec.kernels_read)
 
-    def encode(self, key, value, codec=None):
+    def encode(self, key: Any, value: Any, codec: Codec | None = None) -> Storage:
         codec = codec or self.codec
         key = ops.transpose(key, (0, 2, 3, 1))
         value = ops.transpose(value, (0, 2, 1, 3))
@@ -34,7 +39,7 @@ class HeadMajorStorage(Storage):
         )
         return replace(self, segments=(arrays,), codec=codec)
 
-    def recode_keys(self, codec):
+    def recode_keys(self, codec: Codec) -> HeadMajorStorage:
         """The same slots with another codec for keys, and the same one for values."""
         segments = []
         for (first, size), arrays in zip(self.spans, self.segments, strict=True):
@@ -43,13 +48,13 @@ class HeadMajorStorage(Storage):
             segments.append((*codec.encode_keys(keys, *HEAD_MAJOR.keys), *values))
         return replace(self, segments=tuple(segments), codec=codec)
 
-    def place_of(self, first, size):
+    def place_of(self, first: int, size: int) -> tuple[Sequence[Any], int]:
         return self.segments[self.spans.index((first, size))], 0
 
-    def merge(self):
+    def merge(self) -> Storage:
         return replace(self, segments=(self._copy(0, self.slots),))
 
-    def resize(self, slots):
+    def resize(self, slots: int) -> Storage:
         segments, first = [], 0
         for size in self.sizes_of(slots, self.codec):
             if (first, size) in self.spans:
@@ -77,7 +82,7 @@ class HeadMajorStorage(Storage):
             copies.append(ops.concatenate(pieces, axis=slots))
         return tuple(copies)
 
-    def decode(self):
+    def decode(self) -> tuple[Any, Any]:
         keys, values = [], []
         for first, size in self.spans:
             segment = self.segment(first, size, None)

@@ -1,6 +1,9 @@
 """Kinds of caches, and the `cache` argument of `generate`: kind, codec and layout."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import Any
 
 from keras_kvcache.attention.codecs import Codec
 from keras_kvcache.known_names import CODED, FLOATS, KINDS
@@ -50,7 +53,9 @@ class Rolling:
 OPTIONS = ("kind", "codec", "layout")
 
 
-def read_options(cache):
+def read_options(
+    cache: str | Codec | Static | Rolling | dict[str, Any] | None,
+) -> dict[str, Any]:
     """Options of `DecoderLM.init_cache` from the short forms of `generate(cache=…)`.
 
     Args:
@@ -83,7 +88,9 @@ def read_options(cache):
     )
 
 
-def choose_kind(kind, window, capacity):
+def choose_kind(
+    kind: str | Static | Rolling, window: int | None, capacity: int
+) -> Static | Rolling:
     """The kind of one layer's cache.
 
     Args:

@@ -1,11 +1,15 @@
 """The residual entries of a cache whose codec codes keys in groups."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 from keras import ops
 
+from keras_kvcache.attention.segments import Segment
 from keras_kvcache.caches.storage import Storage, select_rows
 from keras_kvcache.runtime.sharding import distribute
 
@@ -23,7 +27,9 @@ class Residual:
     storage: Storage
     start: Any
 
-    def advance(self, coded, entries, index, fill):
+    def advance(
+        self, coded: Callable[[Any], Storage], entries: Storage, index: Any, fill: Any
+    ) -> tuple[Residual, Storage, Any]:
         """Takes new entries in and codes what they make full.
 
         Args:
@@ -66,11 +72,11 @@ class Residual:
         newest_start = ops.where(brought, newest_start, held_start)
         return Residual(residual, newest_start).distributed(), ahead, start
 
-    def distributed(self):
+    def distributed(self) -> Residual:
         """The group laid out over devices as `keras.distribution` has it."""
         return Residual(self.storage.distributed(), distribute(self.start))
 
-    def segment(self):
+    def segment(self) -> Segment:
         """The group for attention."""
         size = self.storage.slots
         positions = self.start[:, None] + ops.arange(size, dtype="int32")[None, :]

@@ -5,6 +5,8 @@ of one a layer that `init_cache` gives; a dense tensor counts as a cache. They m
 in a program of one's own, under `jax.jit`.
 """
 
+from typing import Any
+
 from keras import ops
 
 from keras_kvcache.caches.cache import Cache
@@ -13,7 +15,7 @@ from keras_kvcache.caches.trees import as_cache, batch_size, distributed, map_ca
 from keras_kvcache.runtime.concrete import concrete_integers, is_integer
 
 
-def crop(cache, fill, length):
+def crop(cache: Any, fill: Any, length: Any) -> Any:
     """Makes sure that a cache can go back to fewer positions.
 
     No entry is moved or erased: it's by an index of at most `length` that the next
@@ -51,7 +53,7 @@ def crop(cache, fill, length):
     return map_caches(check, cache)
 
 
-def resize(cache, capacity, fill):
+def resize(cache: Any, capacity: int, fill: Any) -> Any:
     """Gives static caches more or fewer slots.
 
     Rolling caches, whose slots don't depend on how long the text grows, stay as they
@@ -86,7 +88,7 @@ def resize(cache, capacity, fill):
     return map_caches(one, cache)
 
 
-def resize_window(cache, window, fill):
+def resize_window(cache: Any, window: int, fill: Any) -> Any:
     """Gives rolling caches another window; all others stay as they are.
 
     Args:
@@ -112,7 +114,7 @@ def resize_window(cache, window, fill):
     return map_caches(one, cache)
 
 
-def with_end(cache, end):
+def with_end(cache: Any, end: Any) -> Any:
     """Lets rows drop what comes at or past a position; see `Cache.with_end`.
 
     Args:

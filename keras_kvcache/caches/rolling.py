@@ -1,6 +1,9 @@
 """The rolling cache: a ring of slots for a window that moves with the text."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -39,19 +42,19 @@ class RollingCache(Cache):
     window: int = field(default=1, metadata={"static": True})
 
     @property
-    def capacity(self):
+    def capacity(self) -> int:
         return self.storage.slots + self.sink_count
 
     @property
-    def max_length(self):
+    def max_length(self) -> int | None:
         return None
 
     @property
-    def sink_count(self):
+    def sink_count(self) -> int:
         """How many of the first positions are kept for good."""
         return 0 if self.sinks is None else self.sinks.slots
 
-    def update(self, key, value, index):
+    def update(self, key: Any, value: Any, index: Any) -> tuple[Cache, View]:
         index, length = first_positions(index), key.shape[1]
         if length == 0:
             return self, self.view(index)
@@ -86,7 +89,7 @@ class RollingCache(Cache):
         )
         return cache, self._view(segments, fill)
 
-    def view(self, fill=None):
+    def view(self, fill: Any = None) -> View:
         """The `View` for a call that only reads.
 
         Without `fill` the cache counts as holding positions `0 … W - 1`, all of which
@@ -100,7 +103,7 @@ class RollingCache(Cache):
         view = self._view(segments, known)
         return view._replace(window=None) if fill is None else view
 
-    def check_crop(self, fill, length):
+    def check_crop(self, fill: np.ndarray, length: np.ndarray) -> None:
         # With W = R = 4, fill 9 holds positions 5 to 8. The next token after length 8
         # sees 5 to 7 and itself; after length 7 it would see 4, which is gone.
         group = self.codec.group
@@ -118,7 +121,7 @@ class RollingCache(Cache):
                 f"length={length.tolist()}, window={self.window}"
             )
 
-    def resize_window(self, window, fill):
+    def resize_window(self, window: int, fill: Any) -> RollingCache:
         """The cache with another window; see `keras_kvcache.caches.resize_window`."""
         Rolling(window, self.sink_count)
         known, group = concrete_value(fill), self.codec.group

@@ -6,7 +6,9 @@ in a program of one's own, under `jax.jit`, and there `insert_rows` and `reset_r
 write in place what is donated.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import jax
 import keras
@@ -19,7 +21,7 @@ from keras_kvcache.caches.trees import batch_size, distributed, map_caches
 from keras_kvcache.runtime.concrete import concrete_integers, concrete_value, is_integer
 
 
-def take_rows(cache, rows):
+def take_rows(cache: Any, rows: Any) -> Any:
     """Some rows, in any order and as often as wanted, as beam search needs them.
 
     Args:
@@ -38,7 +40,7 @@ def take_rows(cache, rows):
     return _map(lambda array: ops.take(array, rows, axis=0), cache)
 
 
-def repeat_rows(cache, repeats):
+def repeat_rows(cache: Any, repeats: int) -> Any:
     """Each row so many times, one copy behind the other.
 
     Args:
@@ -56,7 +58,7 @@ def repeat_rows(cache, repeats):
     return _map(lambda array: ops.repeat(array, repeats, axis=0), cache)
 
 
-def insert_rows(cache, other, row):
+def insert_rows(cache: Any, other: Any, row: Any) -> Any:
     """The rows of one cache in the place of some of another's.
 
     Args:
@@ -83,7 +85,7 @@ def insert_rows(cache, other, row):
     return _map(lambda a, b: splice(a, b, row, axis=0), cache, other)
 
 
-def reset_rows(cache, rows):
+def reset_rows(cache: Any, rows: Any) -> Any:
     """Empties rows.
 
     Args:
@@ -114,7 +116,7 @@ def reset_rows(cache, rows):
     return map_caches(reset, cache)
 
 
-def split_rows(cache, sizes):
+def split_rows(cache: Any, sizes: Sequence[int]) -> list[Any]:
     """Cuts a batch into several.
 
     Args:
@@ -143,7 +145,7 @@ def split_rows(cache, sizes):
     return parts
 
 
-def join_rows(caches):
+def join_rows(caches: Iterable[Any]) -> Any:
     """Puts batches together.
 
     Args:

@@ -1,5 +1,7 @@
 """How many slots a segment has."""
 
+from typing import Any
+
 from keras_kvcache.runtime.platform import current_platform
 
 # Slots of the first segment: small enough that a short text costs little to
@@ -7,7 +9,7 @@ from keras_kvcache.runtime.platform import current_platform
 FIRST_SEGMENT = 256
 
 
-def segment_sizes(capacity, kernels_read):
+def segment_sizes(capacity: int, kernels_read: bool) -> tuple[int, ...]:
     """How `capacity` slots are cut: 256, 768, 1024, 2048, …, the last cut short.
 
     From the third on each doubles what was there, so past 1024 a text is read at most
@@ -36,12 +38,12 @@ def segment_sizes(capacity, kernels_read):
     return tuple(sizes)
 
 
-def whole_groups(slots, group):
+def whole_groups(slots: Any, group: int) -> Any:
     """The least multiple of `group` that isn't below `slots`."""
     return -(-slots // group) * group
 
 
-def ring_slots(window, group):
+def ring_slots(window: int, group: int) -> int:
     """Slots of a ring in which a window of tokens stays readable.
 
     A group of tokens that begins takes the place of a whole one, which must be out

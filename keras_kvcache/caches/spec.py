@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_kvcache.attention.codecs import Codec, Exact, get_codec
 from keras_kvcache.attention.positions import FAR
-from keras_kvcache.caches.cache import nbytes
+from keras_kvcache.caches.cache import Cache, nbytes
 from keras_kvcache.caches.dense import DenseStorage
 from keras_kvcache.caches.head_major import HeadMajorStorage
 from keras_kvcache.caches.kinds import Rolling, Static
@@ -83,7 +83,7 @@ class CacheSpec:
             )
 
     @property
-    def bytes_per_token(self):
+    def bytes_per_token(self) -> float:
         """Bytes of one token of one row, with its share of what a group shares."""
         parts = [
             *self.codec.key_arrays(self.head_dim),
@@ -96,20 +96,20 @@ class CacheSpec:
         return self.num_key_value_heads * sum(each)
 
     @property
-    def bytes_per_row(self):
+    def bytes_per_row(self) -> int:
         """Bytes that one row takes in all."""
         return self.nbytes // self.batch_size
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
         """Bytes that `allocate()` takes."""
         return nbytes(self.shapes())
 
-    def shapes(self):
+    def shapes(self) -> Cache:
         """The cache with a `jax.ShapeDtypeStruct` in the place of each array."""
         return self._make(lambda shape, dtype, *_: jax.ShapeDtypeStruct(shape, dtype))
 
-    def allocate(self):
+    def allocate(self) -> Cache:
         """An empty cache of this shape, on the devices of `keras.distribution`.
 
         Under JAX on a CPU narrow floats are held as whole numbers of their bits, which

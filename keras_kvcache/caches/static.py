@@ -1,9 +1,13 @@
 """The static cache: the slot is the position."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import keras
+import numpy as np
 from keras import ops
 
 from keras_kvcache.attention import View, token_positions, write_slot
@@ -31,7 +35,7 @@ class StaticCache(Cache):
     length: int | None = field(default=None, metadata={"static": True})
 
     @classmethod
-    def from_dense(cls, tensor, layout="head_major"):
+    def from_dense(cls, tensor: Any, layout: str = "head_major") -> StaticCache:
         """A cache that holds what a dense tensor holds, as it is.
 
         Args:
@@ -60,7 +64,7 @@ class StaticCache(Cache):
         whole = storage.encode(tensor[:, 0], tensor[:, 1])
         return cls(whole.resize(shape[2]))
 
-    def to_dense(self):
+    def to_dense(self) -> Any:
         """Keys and values of all slots as one tensor `(B, 2, S, K, H)`.
 
         Exact if the codec is.
@@ -81,14 +85,14 @@ class StaticCache(Cache):
         return ops.cast(both, self.codec.dtype)
 
     @property
-    def capacity(self):
+    def capacity(self) -> int:
         return self.storage.slots if self.length is None else self.length
 
     @property
-    def max_length(self):
+    def max_length(self) -> int | None:
         return self.capacity
 
-    def update(self, key, value, index):
+    def update(self, key: Any, value: Any, index: Any) -> tuple[Cache, View]:
         if key.shape[1] == 0:
             return self, self.view(token_positions(index, 1)[:, 0])
         slots = self.storage.slots
@@ -113,7 +117,7 @@ class StaticCache(Cache):
         cache = replace(self, storage=storage, residual=residual)
         return cache, cache.view(fill)
 
-    def view(self, fill=None):
+    def view(self, fill: Any = None) -> View:
         if fill is None and self.length is not None:
             fill = ops.full((1,), self.length, "int32")
         segments = []
@@ -129,10 +133,10 @@ class StaticCache(Cache):
         storage = self.storage
         return View(tuple(segments), storage.heads, storage.value_dim, fill)
 
-    def check_crop(self, fill, length):
+    def check_crop(self, fill: np.ndarray, length: np.ndarray) -> None:
         self._check_fill(fill, self.capacity)
 
-    def resize(self, capacity, fill):
+    def resize(self, capacity: int, fill: Any) -> StaticCache:
         """The cache with another number of slots; see `keras_kvcache.caches.resize`."""
         self._check_fill(concrete_value(fill), capacity)
         slots = whole_groups(capacity, self.codec.group)

@@ -1,6 +1,9 @@
 """Slots in memory: arrays of a layout, coded by a codec."""
 
+from __future__ import annotations
+
 import abc
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -8,6 +11,7 @@ from keras import ops
 
 from keras_kvcache.attention import Segment, ring_positions, splice, write_ring
 from keras_kvcache.attention.codecs import Codec
+from keras_kvcache.attention.layouts import Layout
 from keras_kvcache.runtime.sharding import distribute
 
 
@@ -45,16 +49,18 @@ class Storage(abc.ABC):
 
     @staticmethod
     @abc.abstractmethod
-    def layout_of(head_dim, value_dim):
+    def layout_of(head_dim: int, value_dim: int) -> Layout:
         """The `Layout` of the arrays, by the sizes `H` and `Hv`."""
 
     @staticmethod
-    def sizes_of(slots, codec):
+    def sizes_of(slots: int, codec: Codec) -> tuple[int, ...]:
         """Slots of each segment when `slots` are allocated; they add up to these."""
         return (slots,)
 
     @classmethod
-    def allocate(cls, spec, slots, codec, make):
+    def allocate(
+        cls, spec: Any, slots: int, codec: Codec, make: Callable[..., Any]
+    ) -> Storage:
         """Empty slots.
 
         Args:
@@ -82,23 +88,23 @@ class Storage(abc.ABC):
         return cls(segments, codec, *sizes)
 
     @property
-    def layout(self):
+    def layout(self) -> Layout:
         """The `Layout` of the arrays."""
         return self.layout_of(self.head_dim, self.value_dim)
 
     @property
-    def slot_axes(self):
+    def slot_axes(self) -> tuple[SlotAxis, ...]:
         """A `SlotAxis` for each array of a segment."""
         arrays = self.layout.arrays(self.codec, self.head_dim, self.value_dim)
         return tuple(SlotAxis(axes.slots, part.tokens) for part, axes in arrays)
 
     @property
-    def heads(self):
+    def heads(self) -> int:
         """`K`."""
         return self.segments[0][0].shape[self.layout.heads]
 
     @abc.abstractmethod
-    def encode(self, key, value, codec=None):
+    def encode(self, key: Any, value: Any, codec: Codec | None = None) -> Storage:
         """New entries `(B, T, K, H)` and `(B, T, K, Hv)` as a storage of `T` slots.
 
         Args:
@@ -108,14 +114,16 @@ class Storage(abc.ABC):
         """
 
     @abc.abstractmethod
-    def place_of(self, first, size):
+    def place_of(self, first: int, size: int) -> tuple[Sequence[Any], int]:
         """Which arrays hold some slots, and the number of the first slot in them.
 
         Args:
             first, size: One of the pairs that `spans` gives.
         """
 
-    def segment(self, first, size, positions, first_position=None):
+    def segment(
+        self, first: int, size: int, positions: Any, first_position: int | None = None
+    ) -> Segment:
         """Some slots for attention, a `keras_kvcache.attention.Segment`.
 
         Args:
@@ -129,11 +137,11 @@ class Storage(abc.ABC):
         return Segment(arrays, positions, *static)
 
     @abc.abstractmethod
-    def merge(self):
+    def merge(self) -> Storage:
         """The same slots in one segment."""
 
     @abc.abstractmethod
-    def resize(self, slots):
+    def resize(self, slots: int) -> Storage:
         """The first `slots` slots, with empty ones added if there are fewer.
 
         Args:
@@ -141,11 +149,11 @@ class Storage(abc.ABC):
         """
 
     @abc.abstractmethod
-    def decode(self):
+    def decode(self) -> tuple[Any, Any]:
         """Keys `(B, S, K, H)` and values `(B, S, K, Hv)` of all slots, as floats."""
 
     @property
-    def sizes(self):
+    def sizes(self) -> tuple[int, ...]:
         """Slots of each segment."""
         slots, tokens = self.slot_axes[0]
         entries = (arrays[0].shape[slots] for arrays in self.segments)
@@ -153,12 +161,12 @@ class Storage(abc.ABC):
         return tuple(size if tokens == 1 else size * tokens for size in entries)
 
     @property
-    def slots(self):
+    def slots(self) -> int:
         """Slots of all segments."""
         return self.sizes[0] if len(self.sizes) == 1 else sum(self.sizes)
 
     @property
-    def spans(self):
+    def spans(self) -> tuple[tuple[int, int], ...]:
         """How the slots are cut for attention: pairs of first slot and number."""
         first, spans = 0, []
         for size in self.sizes:
@@ -166,7 +174,7 @@ class Storage(abc.ABC):
             first += size
         return tuple(spans)
 
-    def write(self, entries, slot):
+    def write(self, entries: Storage, slot: Any) -> Storage:
         """Writes entries from a slot on; what doesn't fit is dropped.
 
         Args:
@@ -187,7 +195,7 @@ class Storage(abc.ABC):
 
         return self._with_entries(put, entries)
 
-    def write_ring(self, entries, start, end):
+    def write_ring(self, entries: Storage, start: Any, end: Any) -> Storage:
         """Writes entries each to the slot of its position, the slots being a ring.
 
         Args:
@@ -219,7 +227,7 @@ class Storage(abc.ABC):
             first += size
         return replace(self, segments=tuple(segments)).distributed()
 
-    def distributed(self):
+    def distributed(self) -> Storage:
         """The storage laid out over devices as `keras.distribution` has it.
 
         In a program whose arrays are not told so, XLA might carry them through a loop
@@ -231,7 +239,7 @@ class Storage(abc.ABC):
         )
         return replace(self, segments=tuple(segments))
 
-    def reroll(self, slots, fill):
+    def reroll(self, slots: int, fill: Any) -> Storage:
         """The entries of a ring in a ring of another size.
 
         Args:
@@ -252,7 +260,7 @@ class Storage(abc.ABC):
 
         return whole.map(move).resize(slots)
 
-    def part(self, slot, count):
+    def part(self, slot: Any, count: int) -> Storage:
         """Some slots of each row, as a storage of one segment.
 
         Args:
@@ -275,7 +283,7 @@ class Storage(abc.ABC):
             first += size
         return replace(self, segments=(found,))
 
-    def map(self, function):
+    def map(self, function: Callable[..., Any]) -> Storage:
         """The storage with `function(array, axis, first slot, slots)` applied to all.
 
         `axis` is the `SlotAxis` of the array.
@@ -296,7 +304,9 @@ def _distribute_rows(positions):
     return distribute(positions) if has_rows else positions
 
 
-def select_rows(predicate, chosen, other):
+def select_rows(
+    predicate: Any, chosen: Sequence[Any], other: Sequence[Any]
+) -> tuple[Any, ...]:
     """Arrays of `chosen` where a predicate `(1 | B,)` holds, else of `other`."""
 
     def select(a, b):

@@ -1,6 +1,8 @@
 """Trees of caches, cache by cache: their layout over devices, narrow floats as bits."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax
 from keras import ops
@@ -14,14 +16,14 @@ from keras_kvcache.runtime.platform import current_platform
 from keras_kvcache.runtime.sharding import distribute
 
 
-def map_caches(function, tree):
+def map_caches(function: Callable[[Any], Any], tree: Any) -> Any:
     """Applies a function to each cache of a tree; a dense tensor counts as one."""
     return jax.tree_util.tree_map(
         function, tree, is_leaf=lambda node: isinstance(node, Cache)
     )
 
 
-def as_cache(cache):
+def as_cache(cache: Any) -> Cache:
     """A cache as it is, a dense tensor `(B, 2, S, K, H)` as the cache that it holds.
 
     Raises:
@@ -38,7 +40,7 @@ def as_cache(cache):
     )
 
 
-def batch_size(tree):
+def batch_size(tree: Any) -> int:
     """`B` of a tree of caches.
 
     Raises:
@@ -50,7 +52,7 @@ def batch_size(tree):
     return arrays[0].shape[0]
 
 
-def distributed(tree):
+def distributed(tree: Any) -> Any:
     """A tree of caches laid out over devices as `keras.distribution` has it.
 
     By rows and by key/value heads, each where it divides.
@@ -73,7 +75,7 @@ def distributed(tree):
 NARROW = ("bfloat16", "float16")
 
 
-def as_bits(cache):
+def as_bits(cache: Any) -> Any:
     """The caches of a tree with what they hold as narrow floats held as `Bits`.
 
     So are caches that `CacheSpec.allocate` makes. Elsewhere than under JAX on a CPU,
@@ -99,7 +101,7 @@ def as_bits(cache):
     return _map_storages(convert, cache)
 
 
-def as_floats(cache):
+def as_floats(cache: Any) -> Any:
     """The caches of a tree as they are elsewhere: what is held as bits as floats.
 
     Args:

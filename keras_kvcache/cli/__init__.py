@@ -5,6 +5,7 @@ Ctrl-C has its handler before the slow imports.
 """
 
 import os
+from collections.abc import Sequence
 
 from keras_kvcache.cli.arguments import DEFAULT_MODEL, parse
 from keras_kvcache.cli.interrupt import end_process, set_handler
@@ -12,7 +13,7 @@ from keras_kvcache.cli.interrupt import end_process, set_handler
 __all__ = ["DEFAULT_MODEL", "main"]
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Args:

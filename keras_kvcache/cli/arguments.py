@@ -6,7 +6,9 @@ import math
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from keras_kvcache import __version__
 from keras_kvcache.cli.terminal import is_text
@@ -19,7 +21,7 @@ CODECS = (*DTYPES, *CODED)
 _LEAST_TEMPERATURE = 1e-6
 
 
-def parse(arguments):
+def parse(arguments: Sequence[str] | None) -> dict[str, Any]:
     """Reads the arguments of the command line.
 
     Args:

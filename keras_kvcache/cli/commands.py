@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+from typing import Any
 
 import keras
 
@@ -18,7 +19,7 @@ from keras_kvcache.runtime.cache_folder import HOW_TO_MOVE, cache_folder
 from keras_kvcache.runtime.platform import preferred_dtype
 
 
-def run(name, **options):
+def run(name: str, **options: Any) -> int:
     """Runs a command; errors and Ctrl-C end it with a line and a status.
 
     Args:
@@ -51,7 +52,15 @@ def run(name, **options):
     return 0
 
 
-def generate(prompt, model, raw, dtype, cache, notices, **options):
+def generate(
+    prompt: str,
+    model: str,
+    raw: bool,
+    dtype: str | None,
+    cache: str | None,
+    notices: Notices,
+    **options: Any,
+) -> None:
     """Answers one prompt on standard output, as the text appears."""
     if prompt == "-":
         prompt = check_input(sys.stdin.read())
@@ -63,7 +72,14 @@ def generate(prompt, model, raw, dtype, cache, notices, **options):
     answer.print(prompt)
 
 
-def chat(model, system, dtype, cache, notices, **options):
+def chat(
+    model: str,
+    system: str | None,
+    dtype: str | None,
+    cache: str | None,
+    notices: Notices,
+    **options: Any,
+) -> None:
     """Talks turn by turn until the end of input, Ctrl-D or Ctrl-C at the prompt.
 
     Ctrl-C within an answer ends that answer. What the model's context has no room for
@@ -92,7 +108,7 @@ def chat(model, system, dtype, cache, notices, **options):
         messages = [*told, {"role": "assistant", "content": text}]
 
 
-def info(model, batch_size, length, **_):
+def info(model: str, batch_size: int, length: int | None, **_: Any) -> None:
     """Prints a model's shape and the bytes of its caches."""
     lm = _load_shape(model)
     windows = sorted({block.sliding_window for block in lm.blocks} - {None})

@@ -13,10 +13,12 @@ A program that imports the package keeps its own handler.
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
-def set_handler(handler):
+def set_handler(handler: Any) -> Any:
     """Gives Ctrl-C a handler, unless it is ignored or handled outside of Python.
 
     Returns:
@@ -30,7 +32,7 @@ def set_handler(handler):
     return before
 
 
-def end_process(*_):
+def end_process(*_: Any) -> None:
     """A handler that ends the process with status 130, whatever it is doing."""
     try:
         # Not `print`, which may be what was interrupted.
@@ -40,7 +42,7 @@ def end_process(*_):
 
 
 @contextmanager
-def interrupt_raises():
+def interrupt_raises() -> Iterator[None]:
     """Within it, Ctrl-C raises `KeyboardInterrupt`."""
     before = set_handler(signal.default_int_handler)
     try:

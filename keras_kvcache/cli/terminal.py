@@ -2,10 +2,11 @@
 
 import sys
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-def prepare_streams():
+def prepare_streams() -> None:
     """Replaces what output can't encode, and keeps what input can't decode.
 
     Otherwise Python ends with an error: in an answer at the first character that the
@@ -17,12 +18,12 @@ def prepare_streams():
             stream.reconfigure(errors=errors)
 
 
-def is_text(text):
+def is_text(text: str) -> bool:
     """Whether a string has no lone surrogates, which stand for undecodable bytes."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def check_input(text):
+def check_input(text: str) -> str:
     """Refuses text from standard input that couldn't be decoded.
 
     Args:
@@ -53,14 +54,14 @@ class Notices:
         self._held = None
 
     @contextmanager
-    def shown(self):
+    def shown(self) -> Iterator[None]:
         """Within it, warnings are shown as lines."""
         with warnings.catch_warnings():
             warnings.showwarning = self._take
             yield
 
     @contextmanager
-    def held_back(self):
+    def held_back(self) -> Iterator[None]:
         """Within it, warnings wait for its end."""
         self._held = []
         try:
@@ -70,7 +71,7 @@ class Notices:
             for text in held:
                 self._print(text)
 
-    def add(self, text):
+    def add(self, text: str) -> None:
         """Shows a text, unless it was shown before."""
         text = " ".join(text.split())
         if text in self._seen:

@@ -33,7 +33,7 @@ class CompileClock:
             end = time.perf_counter()
             self._spans.append((end - duration, end))
 
-    def seconds(self, since=-math.inf):
+    def seconds(self, since: float = -math.inf) -> float:
         """Seconds of compilation after a time, as `time.perf_counter` gives it."""
         # Spans lie within others: a function that is traced calls others.
         total, reached = 0.0, since
@@ -55,15 +55,15 @@ class AnswerClock:
         self._begin = time.perf_counter()
         self._first = self._end = None
 
-    def piece(self):
+    def piece(self) -> None:
         """Notes that a piece of the answer has come."""
         self._first = self._first or time.perf_counter()
 
-    def end(self):
+    def end(self) -> None:
         """Notes that the answer has ended."""
         self._end = time.perf_counter()
 
-    def describe(self, count):
+    def describe(self, count: int) -> str:
         """A line about an answer of `count` tokens."""
         parts = []
         if self._first is not None:

@@ -11,9 +11,9 @@ from typing import Literal
 import numpy as np
 
 from keras_kvcache.caches import Codec, Rolling, Static
+from keras_kvcache.errors import refuse_unknown
 from keras_kvcache.generation.foreign_arguments import ADVICE
 from keras_kvcache.runtime.concrete import is_integer
-from keras_kvcache.unknown_arguments import refuse_unknown
 
 # Ends and ids are int32.
 MOST = int(np.iinfo("int32").max)

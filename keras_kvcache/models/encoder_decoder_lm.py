@@ -7,7 +7,6 @@ import keras
 from keras import ops
 
 from keras_kvcache.attention import token_positions
-from keras_kvcache.errors import explains_unknown
 from keras_kvcache.generation import Generator, Rows, TextStream, make_program
 from keras_kvcache.generation.options import takes_options_of
 from keras_kvcache.layers import DecoderBlock

@@ -9,6 +9,7 @@ that has one.
 
 import ctypes
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,7 +26,7 @@ SOURCE = Path(__file__).with_suffix(".cc")
 NO_CHANNEL = 0
 
 
-def can_announce():
+def can_announce() -> bool:
     """Whether programs can call `announce`, and run while their caller goes on."""
     # Of several devices each would announce the same.
     if not current_platform().calls_native:
@@ -36,7 +37,7 @@ def can_announce():
     return _library() is not None
 
 
-def announce(message, channel):
+def announce(message: Any, channel: Any) -> Any:
     """Sends a message, within a program.
 
     Args:
@@ -73,7 +74,7 @@ class Channel:
         self._library = _library()
         self.number = self._library.OpenChannel()
 
-    def receive(self, size, seconds):
+    def receive(self, size: int, seconds: float) -> np.ndarray | None:
         """Waits for the next message, at most some seconds.
 
         Args:
@@ -89,7 +90,7 @@ class Channel:
         has_come = self._library.Receive(self.number, address, size, milliseconds)
         return message if has_come else None
 
-    def close(self):
+    def close(self) -> None:
         """Lets programs know, by what `announce` returns, that nobody listens."""
         self._library.CloseChannel(self.number)
 

@@ -2,17 +2,19 @@
 
 import numbers
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
 
 
-def is_integer(value):
+def is_integer(value: Any) -> bool:
     """Whether a value is an integer of Python's or NumPy's and no truth value."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def concrete_value(value):
+def concrete_value(value: Any) -> np.ndarray | None:
     """The value as a NumPy array, or `None` while it is being traced.
 
     Args:
@@ -46,7 +48,9 @@ def concrete_value(value):
     return keras.ops.convert_to_numpy(value)
 
 
-def either(predicate, then, otherwise):
+def either(
+    predicate: Any, then: Callable[[], Any], otherwise: Callable[[], Any]
+) -> Any:
     """`then()` where a predicate holds, else `otherwise()`; the other isn't computed.
 
     Args:
@@ -60,13 +64,15 @@ def either(predicate, then, otherwise):
     return then() if known else otherwise()
 
 
-def is_recorded():
+def is_recorded() -> bool:
     """Whether PyTorch records operations, as in `trace`: one path for all values."""
     proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
     return proxies is not None and proxies.get_proxy_mode() is not None
 
 
-def concrete_integers(name, value, rows=None):
+def concrete_integers(
+    name: str, value: Any, rows: int | None = None
+) -> np.ndarray | None:
     """One integer or, if there are rows, one for each of them.
 
     Args:

@@ -27,7 +27,7 @@ FLAGS = "-std=c++17 -O3 -march=native -ffp-contract=fast -fPIC -shared -pthread"
 _registration = threading.Lock()
 
 
-def load_handler(name, source, symbol):
+def load_handler(name: str, source: Path, symbol: str) -> ctypes.CDLL | None:
     """A library as `load_library` gives it, with a function that programs can call.
 
     Args:
@@ -51,7 +51,7 @@ def _register(name, source, symbol):
     return library
 
 
-def load_library(source):
+def load_library(source: Path) -> ctypes.CDLL | None:
     """The shared library made of a C++ file.
 
     It's compiled once and kept in the cache folder, one for each version of the file
@@ -82,7 +82,7 @@ def load_library(source):
     return None
 
 
-def find_compiler():
+def find_compiler() -> list[str] | None:
     """The command that runs a C++ compiler, or `None`; an empty `CXX` says none."""
     if "CXX" in os.environ:
         return shlex.split(os.environ["CXX"]) or None

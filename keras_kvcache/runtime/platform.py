@@ -1,8 +1,11 @@
 """The platform that a program will run on, and what suits it."""
 
+from __future__ import annotations
+
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import keras
 
@@ -43,7 +46,7 @@ class Platform:
     has_float64: bool = True
 
 
-def current_platform():
+def current_platform() -> Platform:
     """The `Platform` of what is traced or run now."""
     if keras.backend.backend() != "jax":
         return Platform()
@@ -66,7 +69,7 @@ def current_platform():
     )
 
 
-def is_accelerator():
+def is_accelerator() -> bool:
     """Whether JAX is the backend and runs programs on something other than a CPU."""
     if keras.backend.backend() != "jax":
         return False
@@ -75,12 +78,12 @@ def is_accelerator():
     return jax.default_backend() != "cpu"
 
 
-def is_jax_on_cpu():
+def is_jax_on_cpu() -> bool:
     """Whether JAX is the backend and runs programs on a CPU."""
     return keras.backend.backend() == "jax" and not is_accelerator()
 
 
-def has_triton():
+def has_triton() -> bool:
     """Whether JAX is the backend and compiles Triton's kernels for what it runs on.
 
     That is a GPU of NVIDIA's since Ampere (A100), by itself. A JAX without Triton, as
@@ -99,7 +102,7 @@ def has_triton():
     return float(device.compute_capability) >= 8 and is_there is not None
 
 
-def cpu_features():
+def cpu_features() -> frozenset[str]:
     """The instructions that the processor has, as far as the system names them."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
@@ -109,7 +112,7 @@ def cpu_features():
     return frozenset(next(features, "").partition(":")[2].split())
 
 
-def compiler_options():
+def compiler_options() -> dict[str, Any] | None:
     """XLA's options for programs that decode, for `jax.jit`.
 
     On a CPU a product of one row is a loop in vectors of 256 bits unless XLA is told
@@ -124,7 +127,7 @@ def compiler_options():
     return None
 
 
-def preferred_dtype():
+def preferred_dtype() -> str:
     """The dtype policy that a published model is decoded in unless told otherwise.
 
     An accelerator computes in bfloat16 at least as fast as it reads, so that half the

@@ -1,9 +1,11 @@
 """Tensors on several devices, laid out as `keras.distribution` has it."""
 
+from typing import Any
+
 import keras
 
 
-def distribute(array, heads_axis=None):
+def distribute(array: Any, heads_axis: int | None = None) -> Any:
     """Lays an array out by rows and by key/value heads, if a distribution is set.
 
     Rows go along the mesh's batch axis and heads along the largest other one, each
@@ -31,7 +33,7 @@ def distribute(array, heads_axis=None):
     return keras.distribution.distribute_tensor(array, layout)
 
 
-def rows_divide(rows):
+def rows_divide(rows: int) -> bool:
     """Whether so many rows can be spread evenly; `True` if there is nothing to do."""
     distribution = keras.distribution.distribution()
     if distribution is None:

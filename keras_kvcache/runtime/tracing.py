@@ -5,15 +5,20 @@ operations that a function calls, and then runs these without the function's Pyt
 compiler is needed, and recording takes about as long as a few calls.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import keras
 
 
-def can_trace():
+def can_trace() -> bool:
     """Whether `trace` supports the backend."""
     return keras.backend.backend() in ("tensorflow", "torch")
 
 
-def trace(function, arguments, donated=()):
+def trace(
+    function: Callable[..., Any], arguments: Sequence[Any], donated: Sequence[int] = ()
+) -> Callable[..., Any]:
     """A program of a pure function.
 
     Args:

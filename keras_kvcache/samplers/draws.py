@@ -1,11 +1,13 @@
 """Draws: `(logits, seed) -> token ids`, the last step of a sampler."""
 
+from typing import Any
+
 from keras import ops
 
 from keras_kvcache.samplers.noise import gumbel
 
 
-def most_likely(logits, seed):
+def most_likely(logits: Any, seed: Any) -> Any:
     """Takes the most likely token, the first one of those that tie.
 
     Args:
@@ -18,7 +20,7 @@ def most_likely(logits, seed):
     return ops.cast(ops.argmax(logits, axis=-1), "int32")
 
 
-def categorical(logits, seed):
+def categorical(logits: Any, seed: Any) -> Any:
     """Draws each token with its probability, softmax of the logits.
 
     By the Gumbel-max trick, which needs no normalised probabilities: Maddison

@@ -12,12 +12,14 @@ a float finds that exactly in 32 passes over the row, in about 0.5 ms. Call it
 inside `jax.jit`: outside, JAX compiles the loop again at each call.
 """
 
+from typing import Any
+
 from keras import ops
 
 _INT32_MIN = -(2**31)
 
 
-def scale_temperature(logits, temperature):
+def scale_temperature(logits: Any, temperature: Any) -> Any:
     """Divides by the temperature: below 1 sharpens, above 1 flattens.
 
     Ackley et al., "A learning algorithm for Boltzmann machines" (1985).
@@ -32,7 +34,7 @@ def scale_temperature(logits, temperature):
     return ops.cast(logits, "float32") / ops.cast(temperature, "float32")
 
 
-def keep_top_k(logits, k):
+def keep_top_k(logits: Any, k: Any) -> Any:
     """Keeps the `k` most likely tokens, and those that tie with the last one.
 
     Fan et al., "Hierarchical neural story generation" (2018).
@@ -56,7 +58,7 @@ def keep_top_k(logits, k):
     return _keep(logits, keys, _largest_threshold(keys, enough_kept))
 
 
-def keep_top_p(logits, p):
+def keep_top_p(logits: Any, p: Any) -> Any:
     """Keeps the smallest set of most likely tokens whose probability reaches `p`.
 
     Nucleus sampling: Holtzman et al., "The curious case of neural text
@@ -85,7 +87,7 @@ def keep_top_p(logits, p):
     return _keep(logits, keys, _largest_threshold(keys, little_dropped))
 
 
-def keep_min_p(logits, p):
+def keep_min_p(logits: Any, p: Any) -> Any:
     """Keeps the tokens at least `p` times as likely as the most likely one.
 
     Nguyen et al., "Turning up the heat: min-p sampling for creative and

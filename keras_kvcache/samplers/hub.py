@@ -6,6 +6,7 @@ Nothing here imports keras-hub: whoever holds one of its samplers already has.
 import dataclasses
 import functools
 import sys
+from typing import Any
 
 import jax
 import keras
@@ -66,7 +67,7 @@ class HubSampler:
         return ops.cast(ids, "int32")
 
 
-def is_hub_sampler(value):
+def is_hub_sampler(value: Any) -> bool:
     """Whether `value` is an instance of `keras_hub.samplers.Sampler`."""
     base = _hub_base_class()
     return base is not None and isinstance(value, base)

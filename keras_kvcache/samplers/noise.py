@@ -8,6 +8,7 @@ by XLA for a CPU it is faster than `jax.random`.
 """
 
 import numbers
+from typing import Any
 
 import numpy as np
 from keras import ops
@@ -16,7 +17,7 @@ _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
 
 
-def seed_words(seed):
+def seed_words(seed: Any) -> tuple[Any, Any]:
     """Returns a seed as the two 32-bit words of a generator key.
 
     Args:
@@ -41,7 +42,7 @@ def seed_words(seed):
     return words[0], words[1]
 
 
-def threefry(key, counter):
+def threefry(key: tuple[Any, Any], counter: tuple[Any, Any]) -> tuple[Any, Any]:
     """Threefry-2x32 with 20 rounds: a pair of random words for each counter.
 
     A keyed bijection of 64-bit counters whose outputs pass the BigCrush tests:
@@ -67,7 +68,7 @@ def threefry(key, counter):
     return first, second
 
 
-def row_keys(seed, num_rows):
+def row_keys(seed: Any, num_rows: Any) -> Any:
     """One key a row: the two words of its own seed, and its step.
 
     Rows that were given one seed together differ in the second word, their number.
@@ -91,7 +92,7 @@ def row_keys(seed, num_rows):
     return ops.stack([first + zeros, number, step + zeros], axis=1)
 
 
-def gumbel(seed, num_rows, num_columns):
+def gumbel(seed: Any, num_rows: Any, num_columns: int) -> Any:
     """Standard Gumbel noise, the same for a row wherever it is, whatever the others.
 
     Args:

@@ -10,6 +10,8 @@ numbers are checked.
 """
 
 import numbers
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,19 +25,19 @@ from keras_kvcache.samplers.filters import (
     scale_temperature,
 )
 from keras_kvcache.samplers.hub import HubSampler, is_hub_sampler
-from keras_kvcache.samplers.sampler import chain
+from keras_kvcache.samplers.sampler import Sampler, chain
 from keras_kvcache.samplers.stateful import Constant, has_state
 
 # Dividing a logit by less than this could overflow float32.
 _MIN_TEMPERATURE = 1e-6
 
 
-def greedy():
+def greedy() -> Sampler:
     """Always the most likely token."""
     return chain(draw=most_likely)
 
 
-def random(temperature=1.0):
+def random(temperature: float | Any = 1.0) -> Sampler:
     """Any token, with its probability at this temperature.
 
     Args:
@@ -50,7 +52,7 @@ def random(temperature=1.0):
     return chain(_temperature(temperature))
 
 
-def top_k(k=5, temperature=1.0):
+def top_k(k: int | Any = 5, temperature: float | Any = 1.0) -> Sampler:
     """One of the `k` most likely tokens (`keep_top_k`).
 
     Args:
@@ -63,7 +65,9 @@ def top_k(k=5, temperature=1.0):
     return chain(_temperature(temperature), _top_k(k, "k"))
 
 
-def top_p(p=0.9, temperature=1.0, k=None):
+def top_p(
+    p: float | Any = 0.9, temperature: float | Any = 1.0, k: int | Any | None = None
+) -> Sampler:
     """One of the most likely tokens that together reach `p` (`keep_top_p`).
 
     Args:
@@ -78,7 +82,7 @@ def top_p(p=0.9, temperature=1.0, k=None):
     return chain(_temperature(temperature), *before, _top_p(p, "p"))
 
 
-def min_p(p=0.1, temperature=1.0):
+def min_p(p: float | Any = 0.1, temperature: float | Any = 1.0) -> Sampler:
     """One of the tokens at least `p` times as likely as the most likely one.
 
     Args:
@@ -91,7 +95,12 @@ def min_p(p=0.1, temperature=1.0):
     return chain(_temperature(temperature), _min_p(p, "p"))
 
 
-def make(temperature=1.0, top_k=None, top_p=None, min_p=None):
+def make(
+    temperature: float | Any = 1.0,
+    top_k: int | Any | None = None,
+    top_p: float | Any | None = None,
+    min_p: float | Any | None = None,
+) -> Sampler:
     """Builds a sampler from keyword settings; a filter left out isn't run.
 
     Args:
@@ -149,7 +158,7 @@ def _checked(name, value, in_range, rule):
 _RECIPES = {recipe.__name__: recipe for recipe in (greedy, random, top_k, top_p, min_p)}
 
 
-def get(identifier):
+def get(identifier: Any) -> Callable[..., Any]:
     """Finds the sampler that `identifier` stands for.
 
     Whatever comes back is a pytree, so a jitted function can take it as an

@@ -1,8 +1,11 @@
 """A sampler: filters in order, then a draw."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -59,7 +62,7 @@ class Sampler:
         """
         return self.draw(self.filter(logits), seed)
 
-    def filter(self, logits):
+    def filter(self, logits: Any) -> Any:
         """Logits `(B, V)` after all filters."""
         for keep, parameter in zip(self.filters, self.parameters, strict=True):
             logits = keep(logits, parameter)
@@ -91,7 +94,9 @@ def _name(function):
     return getattr(function, "__name__", repr(function))
 
 
-def chain(*steps, draw=categorical):
+def chain(
+    *steps: tuple[Callable[..., Any], Any], draw: Callable[..., Any] = categorical
+) -> Sampler:
     """Builds a sampler from any filters.
 
     Example:

@@ -15,6 +15,8 @@ Any other sampler has the state `()`.
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import keras
@@ -45,11 +47,11 @@ class Constant:
     sampler: object
 
     @property
-    def moves_rows(self):
+    def moves_rows(self) -> bool:
         """Whether the sampler gives parents."""
         return moves_rows(self.sampler)
 
-    def start(self, rows):
+    def start(self, rows: Any) -> Any:
         """The state that rows begin with."""
         return self.sampler.start(rows)
 
@@ -58,22 +60,22 @@ class Constant:
         return self.sampler(logits, state, key)
 
 
-def has_state(sampler):
+def has_state(sampler: Any) -> bool:
     """Whether a sampler takes and gives a state."""
     return callable(getattr(sampler, "start", None))
 
 
-def moves_rows(sampler):
+def moves_rows(sampler: Any) -> bool:
     """Whether a sampler searches: it gives the row that each row goes on from."""
     return bool(getattr(sampler, "moves_rows", False))
 
 
-def start(sampler, rows):
+def start(sampler: Any, rows: Any) -> Any:
     """The state that `rows` begin with; `()` for a sampler without one."""
     return sampler.start(rows) if has_state(sampler) else ()
 
 
-def sample(sampler, logits, state, key):
+def sample(sampler: Any, logits: Any, state: Any, key: Any) -> tuple[Any, Any, Any]:
     """Calls any sampler as one with state.
 
     Args:
@@ -118,7 +120,7 @@ def sample(sampler, logits, state, key):
     return ops.cast(ids, "int32"), state, parents
 
 
-def row_by_row(sample, logits, key):
+def row_by_row(sample: Callable[..., Any], logits: Any, key: Any) -> Any:
     """Calls a function of `(logits, seed)` for each row as if it were alone.
 
     What it draws can't depend on a row's place then.

@@ -5,6 +5,8 @@ it has in common with the decoded prompt: mostly all that comes after the prompt
 """
 
 import os
+from collections.abc import Iterable
+from typing import Any
 
 # What a decoder puts where bytes don't make a character, or don't yet.
 REPLACEMENT = "\ufffd"
@@ -34,11 +36,11 @@ class Detokenizer:
         # The end of the prompt's text, which the next tokens may change.
         self._shown = shown.removeprefix(settled)
 
-    def push(self, token_ids):
+    def push(self, token_ids: Iterable[int]) -> str:
         """The new text that became certain with `token_ids`; may be empty."""
         return self._new(self._stream.push([int(token) for token in token_ids]))
 
-    def flush(self):
+    def flush(self) -> str:
         """The new text that was held back, now that no token follows."""
         return self._new(self._stream.flush())
 
@@ -48,14 +50,19 @@ class Detokenizer:
         return text[common:]
 
 
-def new_text(tokenizer, prompt_ids, new_ids, prompt=None):
+def new_text(
+    tokenizer: Any,
+    prompt_ids: Iterable[int],
+    new_ids: Iterable[int],
+    prompt: str | None = None,
+) -> str:
     """The text that new tokens add to a prompt; arguments as in `Detokenizer`."""
     shown = shown_text(tokenizer, prompt_ids, prompt)
     whole = tokenizer.decode([int(token) for token in (*prompt_ids, *new_ids)])
     return whole[len(os.path.commonprefix([shown, whole])) :]
 
 
-def shown_text(tokenizer, prompt_ids, prompt):
+def shown_text(tokenizer: Any, prompt_ids: Iterable[int], prompt: str | None) -> str:
     """The text of a prompt as decoding gives it, such as without special tokens.
 
     Some decoders write a space only with the word that follows it. So spaces at the end
@@ -91,7 +98,7 @@ class WindowedStream:
         self._given = 0
         self._longest = self.LONGEST
 
-    def push(self, ids):
+    def push(self, ids: Iterable[int]) -> str:
         """The text that became certain with `ids`; may be empty."""
         self._ids += ids
         text = self._decode(self._ids)
@@ -103,7 +110,7 @@ class WindowedStream:
             self._begin_anew(text)
         return piece
 
-    def flush(self):
+    def flush(self) -> str:
         """The text that was held back."""
         return self._give(self._decode(self._ids))
 

@@ -12,7 +12,9 @@ else, for several devices or to be exported, or where it's differentiated,
 
 import functools
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,6 +28,8 @@ from keras_kvcache.attention.kernels.triton_attention import (
 from keras_kvcache.attention.layouts import DENSE_PAIR
 from keras_kvcache.attention.masks import whole_mask
 from keras_kvcache.attention.products import is_few, sum_dtype
+from keras_kvcache.attention.scoring import Scoring
+from keras_kvcache.attention.segments import Segment
 from keras_kvcache.attention.softmax import attend_segments
 from keras_kvcache.runtime.native import load_handler
 from keras_kvcache.runtime.platform import current_platform
@@ -34,7 +38,9 @@ NAME = "keras_kvcache_decode_attention"
 SOURCE = Path(__file__).with_suffix(".cc")
 
 
-def suits_kernel(query, segments, masks, scoring):
+def suits_kernel(
+    query: Any, segments: Sequence[Segment], masks: Sequence[Any], scoring: Scoring
+) -> bool:
     """Whether `decode_attention` can be called, and is the fastest way.
 
     Kernels read segments whose codec says so, in any layout but a pair of dense
@@ -63,7 +69,14 @@ def suits_kernel(query, segments, masks, scoring):
     return is_few(query) and load_handler(NAME, SOURCE, "DecodeAttention") is not None
 
 
-def decode_attention(query, segments, masks, length, scoring, positions):
+def decode_attention(
+    query: Any,
+    segments: Sequence[Segment],
+    masks: Sequence[Any],
+    length: int,
+    scoring: Scoring,
+    positions: Any,
+) -> Any:
     """Attention as by `attend_segments`, whose arguments these are.
 
     A piece of a segment, such as 512 slots or 64 of a dense tensor on a CPU, isn't read

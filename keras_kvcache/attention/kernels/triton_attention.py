@@ -10,8 +10,11 @@ Triton in Pallas. To replace it, write the same kernel in Triton's own language 
 it by the package `jax-triton`, or write it in Pallas for Mosaic GPU.
 """
 
+from __future__ import annotations
+
 import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +37,8 @@ from keras_kvcache.attention.kernels.triton_operands import (
     store,
 )
 from keras_kvcache.attention.masks import whole_mask
+from keras_kvcache.attention.scoring import Scoring
+from keras_kvcache.attention.segments import Segment
 from keras_kvcache.attention.softmax import LOWEST, NOTHING_SEEN
 
 # As many programs keep all multiprocessors of the largest GPUs busy.
@@ -65,7 +70,9 @@ class Tiling(NamedTuple):
     tile: int  # slots that are read at a time, a power of two
 
 
-def choose_tiling(heads, rows, slots, head_dim, dtype):
+def choose_tiling(
+    heads: int, rows: int, slots: int, head_dim: int, dtype: Any
+) -> Tiling:
     """How work is shared out.
 
     Args:
@@ -89,12 +96,12 @@ def choose_tiling(heads, rows, slots, head_dim, dtype):
     return Tiling(groups, queries, pl.cdiv(slots, part), part, tile)
 
 
-def product_dtype(query, slots):
+def product_dtype(query: Any, slots: Any) -> Any:
     """The dtype in which queries and slots are multiplied, as narrow as both allow."""
     return query if slots == jnp.int8 else jnp.promote_types(query, slots)
 
 
-def suits_triton(query, arrays, value_dim):
+def suits_triton(query: Any, arrays: Sequence[Any], value_dim: int) -> bool:
     """Whether the kernel takes queries `(B, K, R, H)` with these arrays and masks."""
     # Pallas counts past 2³¹ where there are more than 2³² bytes, not at once.
     reaches = all(array.size < 2**31 or array.dtype.itemsize > 1 for array in arrays)
@@ -102,8 +109,14 @@ def suits_triton(query, arrays, value_dim):
 
 
 def attend_by_triton(
-    query, segments, masks, length, scoring, positions, interpret=False
-):
+    query: Any,
+    segments: Sequence[Segment],
+    masks: Sequence[Any],
+    length: int,
+    scoring: Scoring,
+    positions: Any,
+    interpret: bool = False,
+) -> Any:
     """Attention as by `attend_segments`, of queries scaled and grouped.
 
     Args:

@@ -1,5 +1,7 @@
 """Operands of the kernel for GPUs: the tiles that its programs load and multiply."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax
@@ -11,26 +13,26 @@ from keras_kvcache.attention.layouts import Layout
 LEAST = 16
 
 
-def load(ref, place, is_there):
+def load(ref: Any, place: tuple[Any, ...], is_there: Any) -> Any:
     """The numbers at a place of an array; 0 where `is_there` is false."""
     from jax.experimental.pallas import triton
 
     return triton.load(ref.at[place], mask=is_there, other=jnp.zeros((), ref.dtype))
 
 
-def store(ref, place, value, is_there):
+def store(ref: Any, place: tuple[Any, ...], value: Any, is_there: Any) -> None:
     """Writes numbers to a place of an array where `is_there` is true."""
     from jax.experimental.pallas import triton
 
     triton.store(ref.at[place], value, mask=is_there)
 
 
-def dot(x, y):
+def dot(x: Any, y: Any) -> Any:
     """A product summed in float32, of float32 factors in full precision."""
     return jax.lax.dot(x, y, precision="highest", preferred_element_type=jnp.float32)
 
 
-def dot_of_weighed(weights, values):
+def dot_of_weighed(weights: Any, values: Any) -> Any:
     """`dot`, to which infinite values and NaN add nothing where their weight is 0.
 
     A query with another weight for one gets NaN.
@@ -43,18 +45,18 @@ def dot_of_weighed(weights, values):
     return jnp.where(is_spoilt[:, None], jnp.nan, finite)
 
 
-def divide(number, by):
+def divide(number: Any, by: int) -> tuple[Any, Any]:
     """Quotient and rest of an int32 from 0 on; int32 with `jax_enable_x64`, too."""
     by = jnp.int32(by)
     return jax.lax.div(number, by), jax.lax.rem(number, by)
 
 
-def padded_range(size):
+def padded_range(size: int) -> Any:
     """At least so many numbers from 0 on, as many as a tile has on an axis."""
     return jnp.arange(padded_size(size), dtype=jnp.int32)
 
 
-def padded_size(size):
+def padded_size(size: int) -> int:
     """The least power of two that isn't below the size and that tiles may have."""
     return max(LEAST, 1 << (size - 1).bit_length())
 
@@ -75,7 +77,7 @@ class Queries(NamedTuple):
     head: jax.Array  # of keys and values
     numbers: jax.Array  # among the head's rows, its group's heads times the tokens
 
-    def heads_and_tokens(self, sizes):
+    def heads_and_tokens(self, sizes: Sizes) -> tuple[Any, Any]:
         """The query head and the token of each query."""
         of_group, token = divide(self.numbers, sizes.length)
         return self.head * (sizes.rows // sizes.length) + of_group, token
@@ -89,7 +91,7 @@ class Bias(NamedTuple):
     slot_positions: Any  # (1 | B, n)
     queries: Queries
 
-    def of(self, slots, sizes):
+    def of(self, slots: Any, sizes: Sizes) -> Any:
         """For some slots: `(queries, slots)`."""
         head, token = self.queries.heads_and_tokens(sizes)
         rows, _ = self.query_positions.shape
@@ -111,11 +113,11 @@ class Mask(NamedTuple):
     queries: Queries
 
     @property
-    def is_one_mask(self):
+    def is_one_mask(self) -> bool:
         """Whether all queries attend the same slots."""
         return self.ref.shape[1] == self.ref.shape[2] == 1
 
-    def of(self, slots, sizes):
+    def of(self, slots: Any, sizes: Sizes) -> Any:
         """For some slots: `(1 | queries, slots)`."""
         batch, heads, length, count = self.ref.shape
         queries = self.queries
@@ -142,21 +144,21 @@ class Slots(NamedTuple):
     count: int
 
     @property
-    def has_scales(self):
+    def has_scales(self) -> bool:
         """Whether keys and values are each followed by a scale for each slot."""
         return len(self.refs) == 4
 
-    def keys(self, slots, features, size):
+    def keys(self, slots: Any, features: Any, size: int) -> Any:
         """Keys `(H, tile)`; zeros past the sizes."""
         is_there = (features < size)[:, None] & (slots < self.count)[None, :]
         return self._load(0, slots[None, :], features[:, None], is_there)
 
-    def values(self, slots, features, size, is_read):
+    def values(self, slots: Any, features: Any, size: int, is_read: Any) -> Any:
         """Values `(tile, Hv)`; zeros past the size and where none is read."""
         is_there = is_read[:, None] & (features < size)[None, :]
         return self._load(1, slots[:, None], features[None, :], is_there)
 
-    def scales(self, half, slots, is_read):
+    def scales(self, half: int, slots: Any, is_read: Any) -> Any:
         """The scales `(tile,)` of keys or of values; zeros where none is read."""
         return self._load(half, slots, jnp.zeros_like(slots), is_read, scales=True)
 
@@ -170,6 +172,6 @@ class Slots(NamedTuple):
         return load(ref, (self.row, self.head, *order), is_there)
 
 
-def own(number, count):
+def own(number: Any, count: int) -> Any:
     """The number, or 0 where there is one for all."""
     return number if count > 1 else number * 0
