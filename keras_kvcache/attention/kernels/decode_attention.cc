@@ -31,15 +31,15 @@ class Work {
         scoring_(scoring),
         queries_(queries),
         pieces_(std::move(pieces)),
-        rows_(sizes.rows * MostHeads(pieces_)),
-        partials_(new float[pieces_.size() * rows_ * (2 + sizes.value_dim)]) {}
+        most_queries_(sizes.queries * MostHeads(pieces_)),
+        partials_(new float[pieces_.size() * most_queries_ * (2 + sizes.value_dim)]) {}
 
   int64_t size() const { return pieces_.size(); }
 
   void Run() {
     std::vector<float> scores;
     for (int64_t number; (number = next_.fetch_add(1)) < size();) {
-      scores.resize(rows_ * kPiece);
+      scores.resize(most_queries_ * kPiece);
       AttendPiece(sizes_, scoring_, queries_, pieces_[number], scores.data(),
                   PartialOf(number));
       done_.fetch_add(1, std::memory_order_release);
@@ -54,29 +54,29 @@ class Work {
   // Writes the output (B·K, R, Hv); zero for a query with nothing to attend. A sink is
   // what the sums begin with.
   void Merge(int64_t batch, int64_t heads, float* output) {
-    const int64_t width = sizes_.value_dim, queries = batch * heads * sizes_.rows;
+    const int64_t width = sizes_.value_dim, queries = batch * heads * sizes_.queries;
     std::vector<float> maxima(queries, kHidden), totals(queries, 0.0f);
     const auto sink_of = [&](int64_t query) {
-      const int64_t head = query / sizes_.rows % heads;
-      return scoring_.sink[sizes_.QueryHead(head, query % sizes_.rows)];
+      const int64_t head = query / sizes_.queries % heads;
+      return scoring_.sink[sizes_.QueryHead(head, query % sizes_.queries)];
     };
     std::fill_n(output, queries * width, 0.0f);
     for (int64_t query = 0; scoring_.sink && query < queries; ++query) {
       maxima[query] = sink_of(query);
     }
-    ForPartials([&](const Partial& partial, int64_t row, int64_t query) {
-      maxima[query] = std::max(maxima[query], partial.maximum[row]);
+    ForPartials([&](const Partial& partial, int64_t own, int64_t query) {
+      maxima[query] = std::max(maxima[query], partial.maximum[own]);
     });
     for (int64_t query = 0; scoring_.sink && query < queries; ++query) {
       if (sink_of(query) == kHidden) continue;
       totals[query] = std::exp(sink_of(query) - maxima[query]);
     }
-    ForPartials([&](const Partial& partial, int64_t row, int64_t query) {
-      if (partial.total[row] == 0) return;
-      const float factor = std::exp(partial.maximum[row] - maxima[query]);
-      totals[query] += factor * partial.total[row];
+    ForPartials([&](const Partial& partial, int64_t own, int64_t query) {
+      if (partial.total[own] == 0) return;
+      const float factor = std::exp(partial.maximum[own] - maxima[query]);
+      totals[query] += factor * partial.total[own];
       for (int64_t column = 0; column < width; ++column) {
-        output[query * width + column] += factor * partial.output[row * width + column];
+        output[query * width + column] += factor * partial.output[own * width + column];
       }
     });
     for (size_t query = 0; query < totals.size(); ++query) {
@@ -95,25 +95,25 @@ class Work {
   }
 
   Partial PartialOf(int64_t number) {
-    float* data = partials_.get() + number * rows_ * (2 + sizes_.value_dim);
-    return {data, data + rows_, data + 2 * rows_};
+    float* data = partials_.get() + number * most_queries_ * (2 + sizes_.value_dim);
+    return {data, data + most_queries_, data + 2 * most_queries_};
   }
 
   template <typename Body>
   void ForPartials(Body body) {
     for (int64_t number = 0; number < size(); ++number) {
       const Piece& piece = pieces_[number];
-      for (int64_t row = 0; row < piece.heads * sizes_.rows; ++row) {
-        body(PartialOf(number), row, piece.group * sizes_.rows + row);
+      for (int64_t own = 0; own < piece.heads * sizes_.queries; ++own) {
+        body(PartialOf(number), own, piece.pair * sizes_.queries + own);
       }
     }
   }
 
   const Sizes sizes_;
   const Scoring scoring_;
-  const float* const queries_;  // (groups, R, H)
+  const float* const queries_;  // (B·K, R, H)
   const std::vector<Piece> pieces_;
-  const int64_t rows_;  // of the largest partial
+  const int64_t most_queries_;  // of a partial
   const std::unique_ptr<float[]> partials_;  // whole once all pieces are attended
   std::atomic<int64_t> next_{0}, done_{0};
 };

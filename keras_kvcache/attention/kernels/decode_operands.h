@@ -19,14 +19,14 @@ namespace ffi = xla::ffi;
 
 // What all pieces share. Queries are scaled.
 struct Sizes {
-  int64_t rows;       // R
+  int64_t queries;    // R
   int64_t length;     // T
   int64_t head_dim;   // H
   int64_t value_dim;  // Hv
 
-  // The query head of a row of a key/value head.
-  int64_t QueryHead(int64_t head, int64_t row) const {
-    return head * (rows / length) + row / length;
+  // The query head of a query among the R of a key/value head.
+  int64_t QueryHead(int64_t head, int64_t query) const {
+    return head * (queries / length) + query / length;
   }
 };
 
@@ -35,9 +35,9 @@ struct Mask {
   const uint8_t* data;
   int64_t head_stride, token_stride;  // 0 where the axis is 1
 
-  const uint8_t* Of(const Sizes& sizes, int64_t head, int64_t row) const {
-    return data + sizes.QueryHead(head, row) * head_stride +
-           row % sizes.length * token_stride;
+  const uint8_t* Of(const Sizes& sizes, int64_t head, int64_t query) const {
+    return data + sizes.QueryHead(head, query) * head_stride +
+           query % sizes.length * token_stride;
   }
 };
 
@@ -61,7 +61,7 @@ struct Segment {
 struct Piece {
   const Segment* segment;
   int64_t heads;  // 1 or K
-  int64_t group;  // the first of them among the B·K
+  int64_t pair;   // the row's and the first of them, among the B·K
   int64_t head;   // the first of them among the K
   int64_t slot;   // the first in the segment
   int64_t count;
@@ -69,9 +69,9 @@ struct Piece {
   Positions positions;
 
   Bias BiasOf(const Sizes& sizes, const Scoring& scoring, int64_t head,
-              int64_t row) const {
-    return Bias::Of(scoring, positions, sizes.QueryHead(head, row),
-                    row % sizes.length);
+              int64_t query) const {
+    return Bias::Of(scoring, positions, sizes.QueryHead(head, query),
+                    query % sizes.length);
   }
 };
 
@@ -104,9 +104,9 @@ std::pair<int64_t, int64_t> SeenSlots(const Sizes& sizes, const Mask& mask,
                                       int64_t count) {
   int64_t begin = count, end = 0;
   const bool same = mask.head_stride == 0 && mask.token_stride == 0;
-  for (int64_t row = 0; row < (same ? 1 : heads * sizes.rows); ++row) {
+  for (int64_t query = 0; query < (same ? 1 : heads * sizes.queries); ++query) {
     const uint8_t* seen =
-        mask.Of(sizes, first_head + row / sizes.rows, row % sizes.rows);
+        mask.Of(sizes, first_head + query / sizes.queries, query % sizes.queries);
     begin = std::min(begin, FirstSeen(seen, count));
     end = std::max(end, LastSeen(seen, count));
   }
@@ -199,11 +199,11 @@ void AddPieces(const Segment& segment, const int32_t* query_positions,
   const int64_t most = segment.is_dense ? kDensePiece : kPiece;
   // What is seen of each `most` slots, for all heads where they have one mask.
   std::vector<std::pair<int64_t, int64_t>> seen((slots + most - 1) / most);
-  for (int64_t group = 0; group < batch * heads; group += together) {
-    const int64_t head = group % heads;
+  for (int64_t pair = 0; pair < batch * heads; pair += together) {
+    const int64_t head = pair % heads;
     for (int64_t number = 0; number < static_cast<int64_t>(seen.size()); ++number) {
       const int64_t first = number * most;
-      Mask mask = {data + group / heads * row_stride + first, head_stride,
+      Mask mask = {data + pair / heads * row_stride + first, head_stride,
                    token_stride};
       if (head == 0 || head_stride != 0) {
         seen[number] =
@@ -214,11 +214,11 @@ void AddPieces(const Segment& segment, const int32_t* query_positions,
       mask.data += begin;
       Positions positions = {};
       if (segment.positions != nullptr) {
-        const int64_t row = group / heads;
+        const int64_t row = pair / heads;
         positions = {query_positions + row * query_stride,
                      segment.positions + row * segment.position_stride + first + begin};
       }
-      pieces->push_back({&segment, together, group, head, first + begin, end - begin,
+      pieces->push_back({&segment, together, pair, head, first + begin, end - begin,
                          mask, positions});
     }
   }

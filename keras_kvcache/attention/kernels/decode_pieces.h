@@ -24,36 +24,36 @@ struct Partial {
 };
 
 template <typename T>
-void AttendHeadMajor(const Sizes& sizes, const Scoring& scoring, const float* query,
+void AttendHeadMajor(const Sizes& sizes, const Scoring& scoring, const float* queries,
                      const Piece& piece, float* scores, const Partial& partial) {
   const Segment& segment = *piece.segment;
   const int64_t slots = segment.tensor_slots;
-  const int64_t slot = piece.group * slots + piece.slot;  // among those of all heads
+  const int64_t slot = piece.pair * slots + piece.slot;  // among those of all heads
   const T* keys = static_cast<const T*>(segment.keys) +
-                  piece.group * sizes.head_dim * slots + piece.slot;
+                  piece.pair * sizes.head_dim * slots + piece.slot;
   const T* values = static_cast<const T*>(segment.values) + slot * sizes.value_dim;
   const bool coded = segment.key_scales != nullptr;
-  ForRows(sizes.rows, [&](int64_t row, auto rows) {
-    Score<rows>(query + row * sizes.head_dim, sizes.head_dim, keys, slots, piece.count,
-                scores + row * kPiece);
+  ForQueries(sizes.queries, [&](int64_t query, auto count) {
+    Score<count>(queries + query * sizes.head_dim, sizes.head_dim, keys, slots,
+                 piece.count, scores + query * kPiece);
   });
   Ahead ahead(values, piece.count * sizes.value_dim * sizeof(T));
-  for (int64_t row = 0; row < sizes.rows; ++row) {
-    Softmax(scores + row * kPiece,
+  for (int64_t query = 0; query < sizes.queries; ++query) {
+    Softmax(scores + query * kPiece,
             coded ? segment.key_scales + slot : nullptr,
             coded ? segment.value_scales + slot : nullptr,
-            piece.mask.Of(sizes, piece.head, row), piece.count, scoring.soft_cap,
-            piece.BiasOf(sizes, scoring, piece.head, row), partial.maximum + row,
-            partial.total + row, &ahead);
+            piece.mask.Of(sizes, piece.head, query), piece.count, scoring.soft_cap,
+            piece.BiasOf(sizes, scoring, piece.head, query), partial.maximum + query,
+            partial.total + query, &ahead);
   }
-  std::fill_n(partial.output, sizes.rows * sizes.value_dim, 0.0f);
-  ForRows(sizes.rows, [&](int64_t row, auto rows) {
-    Mix<rows, kPiece>(scores + row * kPiece, values, sizes.value_dim, piece.count,
-                      partial.output + row * sizes.value_dim, sizes.value_dim);
+  std::fill_n(partial.output, sizes.queries * sizes.value_dim, 0.0f);
+  ForQueries(sizes.queries, [&](int64_t query, auto count) {
+    Mix<count, kPiece>(scores + query * kPiece, values, sizes.value_dim, piece.count,
+                      partial.output + query * sizes.value_dim, sizes.value_dim);
   });
-  for (int64_t row = 0; row < sizes.rows; ++row) {
-    MixAgain(scores + row * kPiece, values, sizes.value_dim, piece.count,
-             partial.output + row * sizes.value_dim, sizes.value_dim);
+  for (int64_t query = 0; query < sizes.queries; ++query) {
+    MixAgain(scores + query * kPiece, values, sizes.value_dim, piece.count,
+             partial.output + query * sizes.value_dim, sizes.value_dim);
   }
 }
 
@@ -72,70 +72,70 @@ void ForBlocks(const T* entries, int64_t width, int64_t count, Body body) {
 }
 
 template <typename T>
-void AttendDense(const Sizes& sizes, const Scoring& scoring, const float* query,
+void AttendDense(const Sizes& sizes, const Scoring& scoring, const float* queries,
                  const Piece& piece, float* scores, const Partial& partial) {
   const Segment& segment = *piece.segment;
   const int64_t heads = piece.heads, head_dim = sizes.head_dim;
   const int64_t width = heads * head_dim;
-  const int64_t key_slot = piece.group / heads * 2 * segment.tensor_slots +
+  const int64_t key_slot = piece.pair / heads * 2 * segment.tensor_slots +
                            segment.offset + piece.slot;
   const int64_t value_slot = key_slot + segment.tensor_slots;
   const T* keys = static_cast<const T*>(segment.keys) + key_slot * width;
   const T* values = static_cast<const T*>(segment.keys) + value_slot * width;
   ForBlocks(keys, width, piece.count, [&](const T* key, int64_t slot, int64_t slots) {
     for (int64_t head = 0; head < heads; ++head) {
-      ForRows(sizes.rows, [&](int64_t first, auto rows) {
-        const int64_t row = head * sizes.rows + first;
-        ScoreDense<rows>(query + row * head_dim, head_dim, key + head * head_dim,
-                         width, slots, scores + row * kDensePiece + slot);
+      ForQueries(sizes.queries, [&](int64_t first, auto count) {
+        const int64_t query = head * sizes.queries + first;
+        ScoreDense<count>(queries + query * head_dim, head_dim, key + head * head_dim,
+                         width, slots, scores + query * kDensePiece + slot);
       });
     }
   });
   Ahead ahead(values, piece.count * width * sizeof(T));
-  for (int64_t row = 0; row < heads * sizes.rows; ++row) {
-    const int64_t head = row / sizes.rows, query_row = row % sizes.rows;
-    Softmax(scores + row * kDensePiece, nullptr, nullptr,
-            piece.mask.Of(sizes, head, query_row), piece.count, scoring.soft_cap,
-            piece.BiasOf(sizes, scoring, head, query_row), partial.maximum + row,
-            partial.total + row, &ahead);
+  for (int64_t query = 0; query < heads * sizes.queries; ++query) {
+    const int64_t head = query / sizes.queries, of_head = query % sizes.queries;
+    Softmax(scores + query * kDensePiece, nullptr, nullptr,
+            piece.mask.Of(sizes, head, of_head), piece.count, scoring.soft_cap,
+            piece.BiasOf(sizes, scoring, head, of_head), partial.maximum + query,
+            partial.total + query, &ahead);
   }
-  std::fill_n(partial.output, heads * sizes.rows * head_dim, 0.0f);
+  std::fill_n(partial.output, heads * sizes.queries * head_dim, 0.0f);
   ForBlocks(values, width, piece.count,
             [&](const T* value, int64_t slot, int64_t slots) {
     for (int64_t head = 0; head < heads; ++head) {
-      ForRows(sizes.rows, [&](int64_t first, auto rows) {
-        const int64_t row = head * sizes.rows + first;
-        Mix<rows, kDensePiece>(scores + row * kDensePiece + slot,
-                               value + head * head_dim, width, slots,
-                               partial.output + row * head_dim, head_dim);
+      ForQueries(sizes.queries, [&](int64_t first, auto count) {
+        const int64_t query = head * sizes.queries + first;
+        Mix<count, kDensePiece>(scores + query * kDensePiece + slot,
+                                value + head * head_dim, width, slots,
+                                partial.output + query * head_dim, head_dim);
       });
     }
   });
-  for (int64_t row = 0; row < heads * sizes.rows; ++row) {
-    MixAgain(scores + row * kDensePiece, values + row / sizes.rows * head_dim, width,
-             piece.count, partial.output + row * head_dim, head_dim);
+  for (int64_t query = 0; query < heads * sizes.queries; ++query) {
+    MixAgain(scores + query * kDensePiece, values + query / sizes.queries * head_dim,
+             width, piece.count, partial.output + query * head_dim, head_dim);
   }
 }
 
 template <typename T>
-void AttendPieceOf(const Sizes& sizes, const Scoring& scoring, const float* query,
+void AttendPieceOf(const Sizes& sizes, const Scoring& scoring, const float* queries,
                    const Piece& piece, float* scores, const Partial& partial) {
   if (piece.segment->is_dense) {
-    return AttendDense<T>(sizes, scoring, query, piece, scores, partial);
+    return AttendDense<T>(sizes, scoring, queries, piece, scores, partial);
   }
-  AttendHeadMajor<T>(sizes, scoring, query, piece, scores, partial);
+  AttendHeadMajor<T>(sizes, scoring, queries, piece, scores, partial);
 }
 
 void AttendPiece(const Sizes& sizes, const Scoring& scoring, const float* queries,
                  const Piece& piece, float* scores, const Partial& partial) {
-  const float* query = queries + piece.group * sizes.rows * sizes.head_dim;
+  const float* own = queries + piece.pair * sizes.queries * sizes.head_dim;
   switch (piece.segment->dtype) {
     case ffi::F32:
-      return AttendPieceOf<float>(sizes, scoring, query, piece, scores, partial);
+      return AttendPieceOf<float>(sizes, scoring, own, piece, scores, partial);
     case ffi::S8:
-      return AttendHeadMajor<int8_t>(sizes, scoring, query, piece, scores, partial);
+      return AttendHeadMajor<int8_t>(sizes, scoring, own, piece, scores, partial);
     default:  // BF16, or S16 for the bits of it
-      return AttendPieceOf<BFloat16>(sizes, scoring, query, piece, scores, partial);
+      return AttendPieceOf<BFloat16>(sizes, scoring, own, piece, scores, partial);
   }
 }
 

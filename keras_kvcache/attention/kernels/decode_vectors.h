@@ -93,17 +93,17 @@ inline void ForVectors(int64_t width, Body body) {
   if (first < width) body(first, width - first);
 }
 
-// Calls `body(first, count)` for all rows, of which it gets up to four at a time,
+// Calls `body(first, count)` for all queries, of which it gets up to four at a time,
 // their count known to the compiler, so that sums for all of them fit registers.
 template <typename Body>
-inline void ForRows(int64_t rows, Body body) {
+inline void ForQueries(int64_t queries, Body body) {
   int64_t first = 0;
-  for (; first + 4 <= rows; first += 4) {
+  for (; first + 4 <= queries; first += 4) {
     body(first, std::integral_constant<int, 4>());
   }
-  if (rows - first == 3) body(first, std::integral_constant<int, 3>());
-  if (rows - first == 2) body(first, std::integral_constant<int, 2>());
-  if (rows - first == 1) body(first, std::integral_constant<int, 1>());
+  if (queries - first == 3) body(first, std::integral_constant<int, 3>());
+  if (queries - first == 2) body(first, std::integral_constant<int, 2>());
+  if (queries - first == 1) body(first, std::integral_constant<int, 1>());
 }
 
 // e to the power of x; 0 below -87, where float32 ends. For x up to 0 only, or
