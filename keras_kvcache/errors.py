@@ -38,7 +38,7 @@ def shortened(text: object, longest: int = 80) -> str:
 
 
 def for_all(names: str, advice: Any) -> dict[str, Any]:
-    """The same advice on several names, which spaces part."""
+    """A dictionary with one advice for several names, which spaces separate."""
     return dict.fromkeys(names.split(), advice)
 
 

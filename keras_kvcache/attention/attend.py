@@ -39,8 +39,8 @@ def attend(
         query with nothing to attend.
 
     Raises:
-        ValueError: A bias or a sink doesn't have one row a head, or `positions` are
-            missing.
+        ValueError: The bias or the sink doesn't have one entry a head, or there is a
+            bias and no `positions`.
     """
     check_scoring(scoring, query.shape[2], positions)
     shape = ops.shape(query)
@@ -61,7 +61,7 @@ def attend_with_scores(
     positions: Any = None,
     dropout: Callable[[Any], Any] | None = None,
 ) -> tuple[Any, Any]:
-    """Like `attend`, with all weights at hand: for showing or dropping them.
+    """As `attend`, but with all weights at once, to return them or to drop some.
 
     Args:
         query: Tensor `(B, T, N, H)`.
@@ -102,8 +102,8 @@ def attend_with_scores(
     hides = dropout is not None or any(mask is not None for mask in masks)
     output, first = 0.0, 0
     for segment, size in zip(view.segments, sizes, strict=True):
-        part = dropped[..., first : first + size]
-        output = output + mix(segment, part, 0, size, hides)
+        held = dropped[..., first : first + size]
+        output = output + mix(segment, held, 0, size, hides)
         first += size
     return _ungroup_heads(output, shape), weights
 
@@ -152,22 +152,22 @@ def attend_fused(
 
 
 def _group_heads(query, heads):
-    """`(B, T, N, H)` to `(B, K, R, H)`, `R = G·T`, the heads of a group together."""
+    """`(B, T, N, H)` to `(B, K, R, H)`: the `R = G·T` queries of each head group."""
     batch, length, query_heads, head_dim = ops.shape(query)
     query = ops.transpose(query, (0, 2, 1, 3))
-    rows = query_heads // heads * length
-    return ops.reshape(query, (batch, heads, rows, head_dim))
+    queries = query_heads // heads * length
+    return ops.reshape(query, (batch, heads, queries, head_dim))
 
 
 def _ungroup_heads(output, shape):
-    """`(B, K, R, Hv)` to `(B, T, N, Hv)`, with these of `shape`."""
+    """`(B, K, R, Hv)` to `(B, T, N, Hv)`; `B`, `T` and `N` are those of `shape`."""
     batch, length, query_heads, _ = shape
     output = ops.reshape(output, (batch, query_heads, length, output.shape[-1]))
     return ops.transpose(output, (0, 2, 1, 3))
 
 
 def _join(masks, view, shape):
-    """One mask or bias `(*shape, S)` of one a segment; `None` if there is none."""
+    """Joins the masks or biases of segments to one `(*shape, S)`; `None` if all are."""
     if all(mask is None for mask in masks):
         return None
     joined = []

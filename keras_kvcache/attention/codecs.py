@@ -1,4 +1,4 @@
-"""Codecs: what a slot holds of a key or a value."""
+"""Codecs: how keys and values are encoded and decoded."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from keras_kvcache.attention.quantize import (
 from keras_kvcache.known_names import CODED, FLOATS
 from keras_kvcache.runtime.platform import current_platform
 
-# bfloat16 numbers that belong to codes are stored as whole numbers of their bits: on a
-# CPU, XLA would widen an array of them for every slot it writes (see `Bits`).
+# bfloat16 scales are stored bit-cast to int16: on a CPU, XLA would widen all of an array
+# of them for every slot it writes (see `Bits`).
 BITS = "int16"
 
-# Slots of head-major storage that are brought back to floats at a time, in a
-# processor's cache.
+# Slots of head-major storage that are decoded at a time: their floats fit a processor's
+# cache.
 CODED_BLOCK = 512
 
 
@@ -39,7 +39,7 @@ class Operand(NamedTuple):
         scale: One factor a slot and head, 1 in the place of the head size; `None`
             for none. It's folded into scores and weights.
         rotation: Orthogonal matrix `(Hv, Hv)` that values were multiplied with;
-            `None` for none. Their sums are turned back, not they themselves.
+            `None` for none. It's undone in their weighted sums, not in themselves.
     """
 
     matrix: Any
@@ -47,16 +47,16 @@ class Operand(NamedTuple):
     rotation: Any = None
 
     def decoded(self) -> Any:
-        """The entries that it stands for, with the head size on the last axis."""
+        """Keys or values as floats; where they are rotated, `Hv` is the last axis."""
         entries = self.matrix
         if self.scale is not None:
-            # What is rotated still may be larger than a narrow dtype can tell.
+            # Rotated values may be beyond the range of a narrow dtype.
             entries = ops.cast(entries, "float32") * ops.cast(self.scale, "float32")
-        return turn_back(entries, self.rotation)
+        return rotate_back(entries, self.rotation)
 
 
-def turn_back(values: Any, rotation: Any) -> Any:
-    """Values `(…, Hv)` as they were before a rotation."""
+def rotate_back(values: Any, rotation: Any) -> Any:
+    """Undoes the rotation of values `(…, Hv)`."""
     if rotation is None:
         return values
     return ops.matmul(values, ops.cast(rotation.T, values.dtype))
@@ -66,8 +66,8 @@ class CodedArray(NamedTuple):
     """One of the arrays that coded keys or values consist of.
 
     Attributes:
-        width: Numbers a head has in it, in the place of the head size.
-        tokens: How many tokens share them; 1 for an entry of their own.
+        width: Size of the axis that takes the place of the head size.
+        tokens: How many tokens share an entry; 1 if each has its own.
         dtype: Dtype of the numbers.
     """
 
@@ -78,13 +78,13 @@ class CodedArray(NamedTuple):
 
 @dataclass(frozen=True)
 class Codec(abc.ABC):
-    """How keys and values are kept.
+    """How keys and values are stored.
 
-    Arrays come in the order of a layout: `axis` tells where the head size is and
-    `slots` where the slots are, both positive.
+    Methods take arrays in the order of a layout: `axis` is the axis of the head size,
+    `slots` that of the slots, both positive.
 
     Attributes:
-        dtype: Dtype of what is kept exactly.
+        dtype: Dtype of exact entries, and of those that are decoded.
 
     Raises:
         ValueError: The dtype is unknown.
@@ -92,14 +92,13 @@ class Codec(abc.ABC):
 
     dtype: str = "float32"
 
-    # Tokens whose keys are coded together; until they are all there, they're kept
-    # exactly.
+    # Tokens of a code group. Keys stay exact until their group is full.
     group = 1
     # The most slots that few queries are multiplied with at a time; `None` for all.
     block = CODED_BLOCK
     # Whether kernels read the arrays of a segment.
     kernels_read = False
-    # Whether keys and values are kept as they are, one number each.
+    # Whether keys and values are stored as they are.
     is_exact = False
 
     def __post_init__(self):
@@ -111,11 +110,11 @@ class Codec(abc.ABC):
     @property
     @abc.abstractmethod
     def name(self) -> str:
-        """The name by which users choose it."""
+        """The name by which users choose the codec."""
 
     @property
     def residual_codec(self) -> Codec:
-        """The codec of keys and values whose group isn't full yet."""
+        """The codec of the residual."""
         return self
 
     @abc.abstractmethod
@@ -128,28 +127,28 @@ class Codec(abc.ABC):
 
     @abc.abstractmethod
     def encode_keys(self, keys: Any, axis: int, slots: int) -> tuple[Any, ...]:
-        """The arrays of keys, one a part."""
+        """Encodes keys: one array for each of `key_arrays`."""
 
     @abc.abstractmethod
     def encode_values(self, values: Any, axis: int, slots: int) -> tuple[Any, ...]:
-        """The arrays of values, one a part."""
+        """Encodes values: one array for each of `value_arrays`."""
 
     @abc.abstractmethod
     def read_keys(
-        self, parts: Sequence[Any], head_dim: int, axis: int, slots: int
+        self, arrays: Sequence[Any], head_dim: int, axis: int, slots: int
     ) -> Operand:
-        """Keys from their arrays, as an `Operand`."""
+        """Decodes keys to an `Operand`."""
 
     @abc.abstractmethod
     def read_values(
-        self, parts: Sequence[Any], head_dim: int, axis: int, slots: int
+        self, arrays: Sequence[Any], head_dim: int, axis: int, slots: int
     ) -> Operand:
-        """Values from their arrays, as an `Operand`."""
+        """Decodes values to an `Operand`."""
 
 
 @dataclass(frozen=True)
 class Exact(Codec):
-    """Entries as they are, but for the dtype."""
+    """Exact entries, cast to a dtype."""
 
     is_exact = True
 
@@ -177,9 +176,9 @@ class Exact(Codec):
         return (ops.cast(keys, self.dtype),)
 
     def read_keys(
-        self, parts: Sequence[Any], head_dim: int, axis: int, slots: int
+        self, arrays: Sequence[Any], head_dim: int, axis: int, slots: int
     ) -> Operand:
-        (entries,) = parts
+        (entries,) = arrays
         if self.block is not None:
             # A CPU's products of narrow numbers are slower than this.
             entries = ops.cast(entries, "float32")
@@ -190,11 +189,11 @@ class Exact(Codec):
 
 @dataclass(frozen=True)
 class Bits(Exact):
-    """Entries as they are, their 16 bits taken for a whole number's.
+    """Exact entries of 16 bits, stored bit-cast to int16.
 
-    XLA has no narrow floats on a CPU: to write or read a part of an array it widens all
-    of it and narrows it again, token by token. Whole numbers it leaves alone, so that
-    only the slots that are read are made floats of.
+    XLA has no narrow floats on a CPU: to write or read some slots of an array it widens
+    all of it and narrows it again, token by token. Integers it leaves alone, so that
+    only the slots that are read are converted.
     """
 
     @property
@@ -206,13 +205,13 @@ class Bits(Exact):
 
     def encode_keys(self, keys: Any, axis: int, slots: int) -> tuple[Any, ...]:
         return tuple(
-            ops.view(part, BITS) for part in super().encode_keys(keys, axis, slots)
+            ops.view(array, BITS) for array in super().encode_keys(keys, axis, slots)
         )
 
     def read_keys(
-        self, parts: Sequence[Any], head_dim: int, axis: int, slots: int
+        self, arrays: Sequence[Any], head_dim: int, axis: int, slots: int
     ) -> Operand:
-        floats = tuple(ops.view(part, self.dtype) for part in parts)
+        floats = tuple(ops.view(array, self.dtype) for array in arrays)
         return super().read_keys(floats, head_dim, axis, slots)
 
     value_arrays, encode_values, read_values = key_arrays, encode_keys, read_keys
@@ -240,9 +239,9 @@ class Int8(Codec):
         return quantize_int8(keys, axis)
 
     def read_keys(
-        self, parts: Sequence[Any], head_dim: int, axis: int, slots: int
+        self, arrays: Sequence[Any], head_dim: int, axis: int, slots: int
     ) -> Operand:
-        codes, scale = parts
+        codes, scale = arrays
         return Operand(ops.cast(codes, self.dtype), scale)
 
     value_arrays, encode_values, read_values = key_arrays, encode_keys, read_keys
@@ -262,8 +261,8 @@ class _Int4Values(Codec):
         codes, scale = quantize_int4(turned, axis)
         return pack_int4(codes, axis), ops.view(scale, BITS)
 
-    def read_values(self, parts, head_dim, axis, slots):
-        packed, scale = parts
+    def read_values(self, arrays, head_dim, axis, slots):
+        packed, scale = arrays
         scale = ops.view(scale, "bfloat16")
         codes = ops.cast(unpack_int4(packed, axis, head_dim), self.dtype)
         # Both are exact; weights take in the scale, and float16 might have no room
@@ -299,9 +298,9 @@ class Int4(_Int4Values):
         return pack_int4(codes, axis), *bits
 
     def read_keys(
-        self, parts: Sequence[Any], head_dim: int, axis: int, slots: int
+        self, arrays: Sequence[Any], head_dim: int, axis: int, slots: int
     ) -> Operand:
-        packed, *of_groups = parts
+        packed, *of_groups = arrays
         scale, lowest = (ops.view(bits, "bfloat16") for bits in of_groups)
         codes = unpack_int4(packed, axis, head_dim)
         group, dtype = self.group, self.dtype
@@ -311,7 +310,7 @@ class Int4(_Int4Values):
 
 @dataclass(frozen=True)
 class Int4Residual(_Int4Values, Exact):
-    """Keys whose group of `Int4` isn't full yet, as they are."""
+    """The residual of `Int4`: exact keys; values are coded as in `Int4`."""
 
     name = "int4 residual"
     kernels_read = is_exact = False
@@ -326,7 +325,7 @@ def get_codec(identifier: str | Codec | None, dtype: str = "float32") -> Codec:
     Args:
         identifier: `"float32"`, `"float16"`, `"bfloat16"`, `"float64"`, `"int8"`,
             `"int4"`, a `Codec`, or `None` for entries of `dtype` as they are.
-        dtype: Dtype of what a codec by name keeps exactly. float64 becomes float32
+        dtype: Dtype of the exact entries of a codec by name. float64 becomes float32
             where the backend has no float64.
 
     Returns:

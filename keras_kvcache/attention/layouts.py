@@ -1,4 +1,4 @@
-"""How the entries of slots lie in memory."""
+"""Layouts: the order of the axes of keys and values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from keras_kvcache.attention.codecs import Codec, CodedArray
 
 
 class Axes(NamedTuple):
-    """Where an array has its numbers, from the front.
+    """Axes of an array, counted from the front.
 
     Attributes:
         size: Axis of the head size.
@@ -25,7 +25,7 @@ class Layout:
     """The order of the axes of coded keys and values; rows are on axis 0.
 
     Attributes:
-        name: What it's called.
+        name: Its name, in messages.
         heads: Axis of the heads; of a dense layout from the end.
         keys, values: `Axes` of the arrays of keys and of values.
         is_one_tensor: Whether one tensor has keys and values, at 0 and 1 of axis 1.
@@ -50,25 +50,25 @@ class Layout:
         Returns:
             A list of pairs of a `CodedArray` of the codec and its `Axes`.
         """
-        keys = [(part, self.keys) for part in codec.key_arrays(head_dim)]
+        keys = [(coded, self.keys) for coded in codec.key_arrays(head_dim)]
         if self.is_one_tensor:
             return keys
-        return keys + [(part, self.values) for part in codec.value_arrays(value_dim)]
+        return keys + [(coded, self.values) for coded in codec.value_arrays(value_dim)]
 
     def shape(
-        self, part: CodedArray, axes: Axes, rows: int, heads: int, slots: int
+        self, coded: CodedArray, axes: Axes, rows: int, heads: int, slots: int
     ) -> tuple[int, ...]:
-        """Shape of the array of a part.
+        """The shape of one of the arrays.
 
         Args:
-            part, axes: As of `arrays`.
+            coded, axes: A pair that `arrays` lists.
             rows: `B`.
             heads: `K`.
-            slots: How many slots; a multiple of the part's tokens.
+            slots: How many slots; a multiple of `coded.tokens`.
         """
         # Of a tensor of both, axis 1 has keys and values.
         shape = [rows, *[2] * (4 if self.is_one_tensor else 3)]
-        shape[axes.size], shape[axes.slots] = part.width, slots // part.tokens
+        shape[axes.size], shape[axes.slots] = coded.width, slots // coded.tokens
         shape[self.heads] = heads
         return tuple(shape)
 

@@ -24,7 +24,7 @@ def position_mask(
     sliding_window: int | None = None,
     sinks: int = 0,
 ) -> Any:
-    """Which slots of a segment a query may attend, by where both stand.
+    """Computes from positions which slots of a segment each query may attend.
 
     Args:
         query_positions: int32 `(1 | B, T)`.
@@ -42,7 +42,7 @@ def position_mask(
     query = query_positions[:, None, :, None]
     slot = segment.positions[:, None, None, :]
     rules = []
-    if fill is not None or segment.first is None:
+    if fill is not None or segment.first_position is None:
         rules.append(slot >= 0)
     if fill is not None:
         rules.append(slot < fill[:, None, None, None])
@@ -60,8 +60,8 @@ def mask_of_positions(attention_mask: Any, segment: Segment, first: int) -> Any:
     Args:
         attention_mask: Boolean with four axes, the last one `S` positions or 1.
         segment: A `Segment`.
-        first: How many slots the segments before it have, which is the position of
-            its first one where they all stand one after another.
+        first: Number of slots in the segments before it: the position of its first
+            slot if all slots are in the order of positions.
 
     Returns:
         A boolean mask with `n` or 1 on the last axis; slots at positions past the
@@ -70,7 +70,7 @@ def mask_of_positions(attention_mask: Any, segment: Segment, first: int) -> Any:
     size = attention_mask.shape[-1]
     if size == 1:
         return attention_mask
-    if segment.first is not None:
+    if segment.first_position is not None:
         return attention_mask[..., first : first + ops.shape(segment.positions)[1]]
     positions = segment.positions[:, None, None, :]
     *axes, _ = ops.shape(attention_mask)
@@ -160,7 +160,7 @@ def view_masks(
     entry_masks: Sequence[Any] = (),
     index: Any = 0,
 ) -> tuple[Any, ...]:
-    """All that hides slots from queries, as one mask a segment.
+    """Combines all masks and rules into one mask for each segment.
 
     Args:
         view: A `View`.
@@ -206,7 +206,7 @@ def view_masks(
 
 
 def whole_mask(segment: Segment, mask: Any) -> Any:
-    """A mask or `None` as a boolean one `(1 | B, 1 | N, 1 | T, n)`."""
+    """Broadcasts a mask to all slots of a segment; `None` becomes `True` everywhere."""
     mask = ops.ones((1, 1, 1, 1), "bool") if mask is None else mask
     slots = ops.shape(segment.positions)[1]
     return ops.broadcast_to(mask, (*ops.shape(mask)[:3], slots))

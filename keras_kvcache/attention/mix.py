@@ -19,16 +19,17 @@ KEY_BLOCK = 32
 
 
 def is_cut(count: int, block: int) -> bool:
-    """Whether slots go in blocks: on JAX, unless an export leaves their number open."""
+    """Whether to take slots block by block: on JAX, if their number is known."""
     return keras.backend.backend() == "jax" and isinstance(count, int) and count > block
 
 
 def in_blocks(make: Callable[[Any, int], Any], like: Any) -> Any:
-    """`make(0, count)` in little memory, for all `count` slots on the last axis.
+    """Computes `make(0, count)` block by block, which takes little memory.
 
     Args:
-        make: Function of the first slot and the number of slots.
-        like: Tensor of the shape and dtype of what it makes.
+        make: Function of the first slot and the number of slots, which are on the last
+            axis of its result.
+        like: Tensor of the shape and dtype of the whole result.
     """
     count = like.shape[-1]
     if not is_cut(count, KEY_BLOCK):
@@ -57,13 +58,13 @@ def mix_all(equation: str, weights: Any, values: Any) -> Any:
 
 
 def mix_seen(equation: str, weights: Any, values: Any) -> Any:
-    """The product, without values that have weight 0 for all queries of their head."""
+    """The product; values that have weight 0 for all queries of a head count as 0."""
     is_seen = ops.any(weights != 0, axis=-2)[..., None]
     return mix_all(equation, weights, ops.where(is_seen, values, 0))
 
 
 def mix_weighed(equation: str, weights: Any, values: Any) -> Any:
-    """The product; to each query values to which it gives no weight add nothing."""
+    """The product; to each query, values to which it gives weight 0 add nothing."""
     zeros, is_finite = ops.zeros_like(values), ops.isfinite(values)
     finite = mix_all(equation, weights, ops.where(is_finite, values, zeros))
     is_weighed = ops.cast(ops.cast(weights, values.dtype) != 0, weights.dtype)

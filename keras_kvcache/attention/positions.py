@@ -1,4 +1,4 @@
-"""Where tokens stand: the update index and the positions that follow from it."""
+"""Positions of tokens: the update index and what follows from it."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ FAR = 2**30
 def normalize_index(
     index: Any, batch_size: int | None, length: int | None, capacity: int | None
 ) -> Any:
-    """Refuses an index at which `length` new entries can't be written.
+    """Checks and converts the index at which `length` new entries are written.
 
     Args:
         index: What the caller gave as `cache_update_index`.
@@ -74,9 +74,9 @@ def normalize_index(
 
 
 def as_int32(index: Any) -> Any:
-    """An integer tensor as int32; what int32 can't hold stays negative or far.
+    """Casts an integer tensor to int32 and clamps what int32 can't hold.
 
-    Without this a cast of 2**32 would give the index 0, and a write there.
+    A plain cast of 2**32 would give the index 0, and a write there.
     """
     dtype = keras.backend.standardize_dtype(index.dtype)
     # `where`, as Keras' `minimum` casts to int32 before it compares.
@@ -88,15 +88,15 @@ def as_int32(index: Any) -> Any:
 
 
 def write_slot(index: Any, capacity: int) -> Any:
-    """Where entries for positions from `index` on are written.
+    """The first slot that entries at `index` are written to.
 
     Args:
         index: An int, or an integer tensor of shape `()` or `(B,)`.
         capacity: `S`.
 
     Returns:
-        The index; `capacity`, where every write is dropped, if it is negative:
-        then even those of its entries that would land in the cache are not wanted.
+        The index; or `capacity`, where every write is dropped, if it is negative, so
+        that no entry is written even where later ones would land in the cache.
     """
     if isinstance(index, int):
         return index if index >= 0 else capacity
@@ -105,7 +105,7 @@ def write_slot(index: Any, capacity: int) -> Any:
 
 
 def first_positions(index: Any) -> Any:
-    """An index as int32 `(1 | B,)`: where each row's first token stands."""
+    """An index as int32 `(1 | B,)`: the position of each row's first token."""
     return ops.reshape(as_int32(ops.convert_to_tensor(index)), (-1,))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_kvcache.attention.codecs import AsGiven, Operand, turn_back
+from keras_kvcache.attention.codecs import AsGiven, Operand, rotate_back
 from keras_kvcache.attention.layouts import DENSE_PAIR, HEAD_MAJOR
 from keras_kvcache.attention.mix import (
     BLOCK,
@@ -32,8 +32,8 @@ DENSE_BLOCK = 1024
 
 def is_few(query: Any) -> bool:
     """Whether queries `(B, K, R, H)` are few enough to be bound by reading."""
-    _, heads, rows, _ = query.shape
-    return isinstance(rows, int) and heads * rows <= FEW_QUERIES
+    _, heads, queries, _ = query.shape
+    return isinstance(queries, int) and heads * queries <= FEW_QUERIES
 
 
 def sequence_view(keys: Any, values: Any) -> View:
@@ -53,7 +53,7 @@ def sequence_view(keys: Any, values: Any) -> View:
         AsGiven(keras.backend.standardize_dtype(keys.dtype)),
         keys.shape[3],
         values.shape[3],
-        first=0,
+        first_position=0,
     )
     return View((segment,), keys.shape[2], values.shape[3])
 
@@ -132,16 +132,16 @@ def mix(
 
 def _cut(segment, half, first, count):
     """Some slots of the arrays of keys (0) or values (1), and their axes."""
-    layout, offset = segment.layout, segment.offset
+    layout, offset = segment.layout, segment.array_offset
     first = first + offset if offset else first
     if layout.is_one_tensor:
         return (_half(*segment.arrays, half, first, count),), DENSE_PAIR.keys
     axes = (layout.keys, layout.values)[half]
     arrays = layout.arrays(segment.codec, segment.head_dim, segment.value_dim)
-    tokens = [part.tokens for part, _ in arrays]
+    tokens = [coded.tokens for coded, _ in arrays]
     split = len(segment.codec.key_arrays(segment.head_dim))
-    part = slice(0, split) if half == 0 else slice(split, None)
-    pairs = zip(segment.arrays[part], tokens[part], strict=True)
+    own = slice(0, split) if half == 0 else slice(split, None)
+    pairs = zip(segment.arrays[own], tokens[own], strict=True)
     return tuple(
         slots_of(array, first // each, count // each, axes.slots)
         for array, each in pairs
@@ -204,7 +204,7 @@ def _mix(segment, product, weights, first, count):
         scale = ops.transpose(scale, (0, 1, 3, 2))
         scaled = weights * ops.cast(scale, weights.dtype)
         weights = ops.where(weights == 0, weights, scaled)
-    return turn_back(_by_head(product, "rn,nh->rh", weights, values), rotation)
+    return rotate_back(_by_head(product, "rn,nh->rh", weights, values), rotation)
 
 
 def _dense_mix(product, weights, values, count):
@@ -212,12 +212,12 @@ def _dense_mix(product, weights, values, count):
     if not is_few(weights):
         values = ops.transpose(values, (0, 2, 1, 3))
         return _by_head(product, "rn,nh->rh", weights, values)
-    batch, heads, rows, _ = ops.shape(weights)
+    batch, heads, queries, _ = ops.shape(weights)
     value_dim = values.shape[3]
-    weights = ops.reshape(weights, (batch, heads * rows, count))
+    weights = ops.reshape(weights, (batch, heads * queries, count))
     values = ops.reshape(values, (batch, count, heads * value_dim))
     mixed = product("brn,bnf->brf", weights, values)
-    return _gather(mixed, (batch, heads, rows, value_dim))
+    return _gather(mixed, (batch, heads, queries, value_dim))
 
 
 def _mix_in_blocks(segment, weights, first, count):
@@ -265,17 +265,17 @@ def _merge(x):
 
 def _spread(query):
     """Block-diagonal: `(B, K, R, H)` to `(B, K·R, K·H)`."""
-    batch, heads, rows, head_dim = ops.shape(query)
-    query = ops.reshape(query, (batch, heads, rows, 1, head_dim))
+    batch, heads, queries, head_dim = ops.shape(query)
+    query = ops.reshape(query, (batch, heads, queries, 1, head_dim))
     query = query * _own_head(heads, query.dtype)
-    return ops.reshape(query, (batch, heads * rows, heads * head_dim))
+    return ops.reshape(query, (batch, heads * queries, heads * head_dim))
 
 
 def _gather(product, shape):
-    """Each head's own part: `(B, K·R, K·H)` to the shape `(B, K, R, H)`."""
-    batch, heads, rows, head_dim = shape
-    product = ops.reshape(product, (batch, heads, rows, heads, head_dim))
-    # Not a sum of products: what belongs to other heads may be infinite.
+    """The diagonal blocks: `(B, K·R, K·H)` to the shape `(B, K, R, H)`."""
+    batch, heads, queries, head_dim = shape
+    product = ops.reshape(product, (batch, heads, queries, heads, head_dim))
+    # Not a sum of products: blocks of other heads may be infinite.
     own = ops.where(_own_head(heads, "bool"), product, 0.0)
     return ops.sum(own, axis=3)
 

@@ -52,19 +52,19 @@ class Scoring:
         return self.bias if callable(self.bias) else None
 
     def tree_flatten(self) -> tuple[tuple[Any, Any], tuple[Any, ...]]:
-        """The arrays, and what is static."""
+        """The arrays and the static fields."""
         return (self.table, self.sink), (self.scale, self.soft_cap, self.function)
 
     @classmethod
     def tree_unflatten(
         cls, static: tuple[Any, ...], arrays: tuple[Any, Any]
     ) -> Scoring:
-        """The scoring of these."""
+        """The inverse of `tree_flatten`."""
         (table, sink), (scale, soft_cap, function) = arrays, static
         return cls(scale, soft_cap, table if function is None else function, sink)
 
     def cap(self, products: Any) -> Any:
-        """Scaled products with the soft cap."""
+        """Applies the soft cap to scaled products."""
         if self.soft_cap is None:
             return products
         return self.soft_cap * tanh(products / self.soft_cap)
@@ -95,7 +95,7 @@ class Scoring:
 
 
 def check_scoring(scoring: Scoring, heads: int, positions: Any) -> None:
-    """Refuses a scoring that doesn't fit.
+    """Refuses a bias or a sink for other heads, and a bias without positions.
 
     Args:
         scoring: A `Scoring`.

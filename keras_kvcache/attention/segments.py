@@ -14,7 +14,7 @@ from keras_kvcache.attention.layouts import Layout
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False, repr=False)
 class Segment:
-    """A run of cache slots that isn't read if no query may attend it.
+    """A run of slots, which isn't read if no query may attend it.
 
     Functions of it are in `keras_kvcache.attention.products`.
 
@@ -26,10 +26,11 @@ class Segment:
         codec: Their `Codec`.
         head_dim: `H`.
         value_dim: `Hv`.
-        offset: Slot of the arrays that is the segment's first; they may have more slots
-            than the segment only where codes have no groups.
-        first: Position of the first slot if the others follow it one by one, so
-            that masks over positions can be cut instead of looked up; else `None`.
+        array_offset: The slot of the arrays that is the segment's first. Only arrays
+            without code groups may have more slots than the segment.
+        first_position: Position of the first slot if those of the others follow it one
+            by one, so that masks over positions can be sliced instead of gathered;
+            else `None`.
     """
 
     arrays: tuple[Any, ...]
@@ -38,8 +39,8 @@ class Segment:
     codec: Codec = field(metadata={"static": True})
     head_dim: int = field(metadata={"static": True})
     value_dim: int = field(metadata={"static": True})
-    offset: int = field(default=0, metadata={"static": True})
-    first: int | None = field(default=None, metadata={"static": True})
+    array_offset: int = field(default=0, metadata={"static": True})
+    first_position: int | None = field(default=None, metadata={"static": True})
 
 
 class View(NamedTuple):

@@ -23,8 +23,8 @@ from keras_kvcache.attention.scoring import Scoring
 from keras_kvcache.attention.segments import Segment, slots_of
 from keras_kvcache.runtime.concrete import either, is_recorded
 
-# Stands for "nothing seen yet": finite, so that differences of two of them are
-# zero and not NaN, and far below any score.
+# The score of a hidden slot: finite, so that the difference of two of them is zero and
+# not NaN, and far below any other score.
 LOWEST = -1e30
 
 
@@ -57,8 +57,8 @@ def masked_softmax(scores: Any, mask: Any = None, sink: Any = None) -> Any:
     return weights / ops.where(total > 0, total, ops.ones_like(total))
 
 
-# The maximum of no scores: so far above the score of a hidden slot that this weighs
-# nothing, and below any other.
+# The maximum of no scores: far above the score of a hidden slot, whose weight is 0 then,
+# and below any other.
 NOTHING_SEEN = LOWEST / 10
 
 # Slots that many queries are multiplied with at a time: no score is computed beyond
@@ -145,7 +145,7 @@ class _Attended(NamedTuple):
         return slots_of(self.mask, first, count, axis=3)
 
     def add_block(self, running, first, count):
-        """Merges a block in, unless it's hidden; a mask that hides nothing costs."""
+        """Merges a block in unless it's hidden; skips a mask that hides nothing."""
         if is_recorded():
             return _merge(running, self.partial(first, count))
         mask = self.mask_of(first, count)
@@ -163,7 +163,7 @@ class _Attended(NamedTuple):
 
 
 def _add_segment(running, attended, block):
-    """Merges a segment in, unless it's hidden."""
+    """Merges a segment in unless it's hidden."""
     if is_recorded():
         return _add_slots(running, attended, block)
     return _either(
@@ -199,23 +199,23 @@ def _add_slots(running, attended, block):
 
 
 def _begin(query, sink, value_dim, length):
-    """The sum of nothing but a sink, which has a weight and no value."""
-    rows, dtype = ops.shape(query)[:3], sum_dtype(query)
-    output = ops.zeros((*rows, value_dim), dtype)
+    """The initial partial: nothing, or a sink, which has a weight and no value."""
+    shape, dtype = ops.shape(query)[:3], sum_dtype(query)
+    output = ops.zeros((*shape, value_dim), dtype)
     if sink is None:
-        maximum = ops.full((*rows, 1), NOTHING_SEEN, dtype)
-        return _Partial(maximum, ops.zeros((*rows, 1), dtype), output)
+        maximum = ops.full((*shape, 1), NOTHING_SEEN, dtype)
+        return _Partial(maximum, ops.zeros((*shape, 1), dtype), output)
     sink = ops.reshape(ops.cast(sink, dtype), (1, -1, 1, 1))
     sink = _group_query_heads(sink, query, length)
-    maximum = ops.broadcast_to(sink, (*rows, 1))
-    return _Partial(maximum, ops.ones((*rows, 1), dtype), output)
+    maximum = ops.broadcast_to(sink, (*shape, 1))
+    return _Partial(maximum, ops.ones((*shape, 1), dtype), output)
 
 
 def _group_query_heads(x, query, length):
-    """`(1 | B, 1 | N, 1 | T, n)` to what broadcasts to `(B, K, R, n)`."""
-    _, heads, query_rows, _ = ops.shape(query)
+    """Reshapes `(1 | B, 1 | N, 1 | T, n)` so that it broadcasts to `(B, K, R, n)`."""
+    _, heads, queries, _ = ops.shape(query)
     rows, query_heads, _, slots = ops.shape(x)
-    group = query_rows // length
+    group = queries // length
     if query_heads == 1:
         heads = 1
     x = ops.broadcast_to(x, (rows, heads * group, length, slots))

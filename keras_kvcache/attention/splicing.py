@@ -56,12 +56,12 @@ def choose_strategy(
         shape, axis: Of the buffer, and where its slots are.
 
     Returns:
-        A key of `STRATEGIES`. `"slice"` writes one run of slots in all rows;
-        `"scatter"` one in each row, which XLA does in place, but across devices after
-        gathering rows that they can't share evenly, and on a TPU in a copy of the
-        buffer; `"loop"` does what both do in place on a TPU, where slots are on one of
-        the last two axes, turn by turn, and takes no turn if nothing lands. (With a
-        slice XLA would lay the buffer out for writing, and copy it to attend it.)
+        A key of `STRATEGIES`. `"slice"` writes one run of slots in all rows.
+        `"scatter"` writes one run in each row: XLA does it in place, but gathers rows
+        that devices can't share evenly, and copies the buffer on a TPU. `"loop"` writes
+        row by row, in place on a TPU if slots are on one of the last two axes, and
+        takes no turn if nothing lands. (With a slice XLA would lay the buffer out for
+        writing, and copy it to attend it.)
         `"gather"` is for PyTorch, with one index or one a row: no value of the index is
         needed, so it can be recorded.
         `"where"` passes over the whole buffer and needs no support by the backend.
@@ -139,9 +139,9 @@ def _differentiate_loop(axis, primals, tangents):
 
 
 def _splice_slice(buffer, update, index, axis, rows=None, first_row=0):
-    """Reads the slots at a place that exists, keeps or replaces, writes back.
+    """Clamps the window, keeps what must not change in it, and writes it back.
 
-    That is in so many rows from one on, or in all.
+    It does so in `rows` rows from `first_row` on, or in all.
     """
     capacity, length = buffer.shape[axis], update.shape[axis]
     width = min(length, capacity)
@@ -167,7 +167,7 @@ def _start(numbers):
 
 
 def _splice_gather(buffer, update, index, axis):
-    """As `_splice_slice`, by the numbers of each row's slots."""
+    """As `_splice_slice`, by a gather and a scatter."""
     import torch
 
     buffer = ops.convert_to_tensor(buffer)

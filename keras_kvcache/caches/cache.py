@@ -22,7 +22,7 @@ from keras_kvcache.caches.storage import Storage
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Cache(abc.ABC):
-    """Keys and values of one layer, seen through one verb.
+    """Keys and values of one layer, with one verb: `update`.
 
     A cache is immutable: `update` gives a new one, which a compiled program that
     donates the old one writes in place. It is a JAX pytree of arrays, in all of
@@ -31,10 +31,10 @@ class Cache(abc.ABC):
     smaller index.
 
     Attributes:
-        storage: The slots; how they lie and are coded is their affair.
-        residual: `Residual`, entries whose group isn't full, if the codec has groups.
+        storage: The slots, a `Storage`, in its layout and codec.
+        residual: A `Residual`, if the codec has groups; else `None`.
         end: int32 `(B,)`: entries at or past this position are dropped. `None` for
-            a cache in which padding does no harm; see `with_end`.
+            a cache that padding doesn't harm; see `with_end`.
     """
 
     storage: Storage
@@ -70,7 +70,7 @@ class Cache(abc.ABC):
     def check(
         self, batch_size: int | None, heads: int, key_dim: int, value_dim: int
     ) -> None:
-        """Raises unless the cache fits attention of these sizes.
+        """Refuses a cache of other sizes than an attention layer's.
 
         Args:
             batch_size: `B`, or `None` if unknown.
@@ -97,7 +97,7 @@ class Cache(abc.ABC):
 
     @abc.abstractmethod
     def update(self, key: Any, value: Any, index: Any) -> tuple[Cache, View]:
-        """Writes new entries and shows what may now be attended.
+        """Writes new entries, and returns what may now be attended.
 
         It's up to the caller to `check` sizes and to check a known index
         (`keras_kvcache.attention.normalize_index`), as `CachedMultiHeadAttention` does.
@@ -125,19 +125,19 @@ class Cache(abc.ABC):
 
     @abc.abstractmethod
     def check_crop(self, fill: np.ndarray, length: np.ndarray) -> None:
-        """Raises unless the cache can go back from `fill` to `length`, as `crop`.
+        """Refuses to roll back from `fill` to `length` what is overwritten; see `crop`.
 
         Args:
             fill, length: Integer NumPy arrays `()` or `(B,)`.
         """
 
     def with_end(self, end: Any) -> Cache:
-        """The cache with entries at or past a position dropped when they're written.
+        """A cache that drops entries at or past a position when they're written.
 
-        Prompts of unequal lengths are padded on the right. Where a slot is its
-        position's alone what padding leaves there is overwritten before anything
-        attends it. In a ring it would take the place of what is still attended, and
-        in a group it would spoil its range.
+        Prompts of unequal lengths are padded on the right. In a static cache without
+        code groups, later entries overwrite padding before anything attends it. In a
+        ring it would overwrite what is still attended, and in a code group it would
+        widen the range of the codes.
 
         Args:
             end: int32 `(B,)`, or `None` for no end.
@@ -148,7 +148,7 @@ class Cache(abc.ABC):
         return replace(self, end=no_end if end is None else as_int32(end))
 
     def _fill(self, index, length):
-        """Positions below which entries are there once `length` came at `index`.
+        """The fill after `length` entries were written at `index`.
 
         Args:
             index: int32 `(1 | B,)`.
@@ -165,7 +165,7 @@ class Cache(abc.ABC):
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes that arrays take in memory: one, a cache, or a tree of these."""
+    """Bytes in memory of all arrays of a tree."""
     total = 0
     for array in jax.tree_util.tree_leaves(tree):
         dtype = jax.numpy.dtype(keras.backend.standardize_dtype(array.dtype))

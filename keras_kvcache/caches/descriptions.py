@@ -35,13 +35,13 @@ ARRAY_DTYPES = (*codecs.FLOATS, "int32", "int16", "int8", "uint32", "uint8", "bo
 
 
 def is_container(cls: type) -> type:
-    """Decorates a `NamedTuple` that holds caches, so that files may have it."""
+    """Decorates a `NamedTuple` that holds caches, so that files can hold it."""
     RECORDS[cls.__name__] = cls
     return cls
 
 
 def describe(caches: Any, has_others: bool = False) -> dict[str, Any]:
-    """A tree of caches without its arrays.
+    """Describes a tree of caches without its arrays.
 
     Args:
         caches: A cache, a dense tensor `(B, 2, S, K, H)`, or tuples and lists of them.
@@ -49,7 +49,7 @@ def describe(caches: Any, has_others: bool = False) -> dict[str, Any]:
             `None`, too.
 
     Returns:
-        What JSON can hold, from which `shapes_of` makes the tree again.
+        A value for JSON, from which `shapes_of` makes the tree again.
 
     Raises:
         TypeError: It's something else.
@@ -87,13 +87,13 @@ def shapes_of(description: Any, limit: float = math.inf) -> Any:
     """The tree that is described, with shapes in the place of arrays.
 
     Args:
-        description: What `describe` gave, or what may be anything.
-        limit: Bytes that the arrays may take. Shapes of what takes more aren't made:
-            a hostile description takes no more memory than its file does.
+        description: A result of `describe`, or whatever a file holds instead.
+        limit: Bytes that the arrays may take; a description of more is refused, so that
+            a hostile one takes no more memory than its file.
 
     Raises:
-        ValueError, LookupError, TypeError, RecursionError: It's not what `describe`
-            gives.
+        ValueError, LookupError, TypeError, RecursionError: It's no result of
+            `describe`.
     """
     need = 0
 

@@ -1,4 +1,4 @@
-"""Caches in files: a text that was read once need not be read again."""
+"""Caches in files, so that a prompt that ran once need not run again."""
 
 import contextlib
 import hashlib
@@ -207,7 +207,7 @@ def read_tree(
 
 
 def fingerprint(model: keras.Model) -> str:
-    """A text that differs between models that differ.
+    """A digest by which a model is told from others.
 
     It covers what the model and its layers are configured as, where Keras knows that,
     and the name, shape, dtype and all values of every weight. The model's own name
@@ -242,7 +242,7 @@ def _configuration(model):
 
 
 def _without_names(config):
-    """A config without what layers are called, which Keras may have made up."""
+    """A config without the names of layers, which Keras may have made up."""
     if isinstance(config, dict):
         rest = config.keys() - NAMES
         return {key: _without_names(config[key]) for key in rest}
@@ -329,7 +329,7 @@ def _check_arrays(expected, held):
 
 
 def _read_fill(fill, caches):
-    """The fill as an int or a list of them, if the caches can be so full."""
+    """The fill as an int or a list of them; refuses more than the caches hold."""
     known = concrete_integers("fill", fill, batch_size(caches))
     if known is None:
         raise ValueError(
@@ -352,7 +352,7 @@ def _read_fill(fill, caches):
 
 
 def _as_array(tensor):
-    """A NumPy array whose memory is in order, which is how the format takes it."""
+    """A contiguous NumPy array, as the format needs it."""
     return np.ascontiguousarray(ops.convert_to_numpy(tensor))
 
 
@@ -372,7 +372,7 @@ def _bytes_of(array):
 
 
 def _checksum(parts):
-    """Of bytes, one part after the other: it tells damage, not ill will."""
+    """CRC-32 of some pieces of bytes: it detects damage, not forgery."""
     total = 0
     for part in parts:
         total = zlib.crc32(part, total)

@@ -17,7 +17,7 @@ from keras_kvcache.runtime.sharding import distribute
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False, repr=False)
 class Residual:
-    """The group that isn't full yet: its keys are exact until it is.
+    """The code group that isn't full yet; its keys stay exact until it is.
 
     Attributes:
         storage: `Storage` of one group.
@@ -27,18 +27,18 @@ class Residual:
     storage: Storage
     start: Any
 
-    def advance(
+    def append(
         self, coded: Callable[[Any], Storage], entries: Storage, index: Any, fill: Any
     ) -> tuple[Residual, Storage, Any]:
-        """Takes new entries in and codes what they make full.
+        """Appends new entries, and returns them in whole groups, to be quantized.
 
         Args:
-            coded: Function of a position `(1 | B,)` that starts a group: the group
-                as it was coded, a `Storage`. It's needed where a cache was rolled
-                back into a group that was full.
+            coded: Function of the position `(1 | B,)` of a group's first entry that
+                returns the quantized group, a `Storage`. It's called where a cache was
+                rolled back into a group that was full.
             entries: `Storage` of the `T` new entries, keys exact.
             index: int32 `(1 | B,)`, position of the first.
-            fill: int32 `(1 | B,)`; of the entries only those below are there.
+            fill: int32 `(1 | B,)`; entries at or past this position are padding.
 
         Returns:
             `(residual, ahead, start)`: the new `Residual`; the entries with those of
@@ -64,7 +64,7 @@ class Residual:
         ahead = held.map(lengthen).write(entries, index - start)
         newest_start = fill // group * group
         number = ops.clip((newest_start - start) // group, 0, groups - 1)
-        residual = ahead.part(number * group, group)
+        residual = ahead.take(number * group, group)
         # Rows that brought nothing stay as they were.
         brought = fill > index
         arrays = select_rows(brought, residual.segments[0], storage.segments[0])
@@ -77,14 +77,14 @@ class Residual:
         return Residual(self.storage.distributed(), distribute(self.start))
 
     def segment(self) -> Segment:
-        """The group for attention."""
+        """The group as a `Segment` for attention."""
         size = self.storage.slots
         positions = self.start[:, None] + ops.arange(size, dtype="int32")[None, :]
         return self.storage.segment(0, size, positions)
 
 
 def _either_rows(predicate, storage, other):
-    """`storage` in rows where a predicate holds, else `other()`, made if need be."""
+    """`storage` in rows where a predicate holds, `other()` elsewhere, if any is."""
 
     def select():
         arrays = select_rows(predicate, storage.segments[0], other().segments[0])

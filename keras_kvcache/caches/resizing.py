@@ -16,10 +16,10 @@ from keras_kvcache.runtime.concrete import concrete_integers, is_integer
 
 
 def crop(cache: Any, fill: Any, length: Any) -> Any:
-    """Makes sure that a cache can go back to fewer positions.
+    """Checks that a cache can be rolled back to fewer positions.
 
-    No entry is moved or erased: it's by an index of at most `length` that the next
-    call goes back, and what it can't reach this refuses.
+    No entry is moved or erased: it's the next call that rolls back, by an index of at
+    most `length`. This refuses a length whose entries are partly overwritten.
 
     Args:
         cache: A cache or a tree of caches.
@@ -56,9 +56,9 @@ def crop(cache: Any, fill: Any, length: Any) -> Any:
 def resize(cache: Any, capacity: int, fill: Any) -> Any:
     """Gives static caches more or fewer slots.
 
-    Rolling caches, whose slots don't depend on how long the text grows, stay as they
-    are; `resize_window` is for them. So the caches of a model of which some layers
-    slide grow together.
+    Rolling caches stay as they are, as their slots don't depend on the length of the
+    text; `resize_window` is for them. So it can be called with all caches of a model
+    of which only some layers have a sliding window.
 
     Args:
         cache: A cache or a tree of caches.
@@ -115,7 +115,7 @@ def resize_window(cache: Any, window: int, fill: Any) -> Any:
 
 
 def with_end(cache: Any, end: Any) -> Any:
-    """Lets rows drop what comes at or past a position; see `Cache.with_end`.
+    """Lets rows drop entries at or past a position; see `Cache.with_end`.
 
     Args:
         cache: A cache or a tree of caches.

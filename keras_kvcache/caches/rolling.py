@@ -67,8 +67,8 @@ class RollingCache(Cache):
         if residual is None:
             coded, start, end = entries, index, fill
         else:
-            residual, entries, start = residual.advance(
-                lambda slot: self.storage.part(slot % self._ring, self.codec.group),
+            residual, entries, start = residual.append(
+                lambda slot: self.storage.take(slot % self._ring, self.codec.group),
                 entries,
                 index,
                 fill,
@@ -152,7 +152,7 @@ class RollingCache(Cache):
         return self.storage.write(coded, slot)
 
     def _ring_segments(self, fill):
-        """The ring for attention, as it is when positions below `fill` are in it."""
+        """Segments of a ring that holds positions below `fill`."""
         segments = []
         for first, size in self.storage.spans:
             positions = ring_positions(fill, self._ring, first, size)
@@ -161,7 +161,7 @@ class RollingCache(Cache):
         return tuple(segments)
 
     def _segments_of(self, entries, start):
-        """Entries from position `start (1 | B,)` on for attention."""
+        """Segments of entries from position `start (1 | B,)` on."""
         segments = []
         for first, size in entries.spans:
             positions = start[:, None] + first + ops.arange(size, dtype="int32")[None]
@@ -179,7 +179,7 @@ class RollingCache(Cache):
         return tuple(segments)
 
     def _behind_sinks(self, positions):
-        """Positions, but for those that the sinks show."""
+        """Positions, -1 for those that the sinks hold."""
         if self.sinks is None:
             return positions
         return ops.where(positions >= self.sink_count, positions, -1)
@@ -197,5 +197,5 @@ class RollingCache(Cache):
 
 
 def _groups_end(start, index, fill, group):
-    """The end of the last group that gets a new entry; `start` if none gets one."""
+    """The end of the last group with a new entry; `start` if there is none."""
     return ops.where(fill > index, whole_groups(fill, group), start)

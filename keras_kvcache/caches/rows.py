@@ -22,7 +22,7 @@ from keras_kvcache.runtime.concrete import concrete_integers, concrete_value, is
 
 
 def take_rows(cache: Any, rows: Any) -> Any:
-    """Some rows, in any order and as often as wanted, as beam search needs them.
+    """Gathers rows, in any order and with repetitions, as beam search does.
 
     Args:
         cache: A cache or a tree of caches.
@@ -32,8 +32,8 @@ def take_rows(cache: Any, rows: Any) -> Any:
         The same tree, with `B'` rows.
 
     Raises:
-        ValueError: A row isn't there, or `rows` isn't of one axis. Of `rows` that
-            are traced the nearest that is there is taken.
+        ValueError: A row isn't there, or `rows` isn't of one axis. Rows that are traced
+            are clamped instead.
     """
     size = batch_size(cache)
     rows = ops.clip(_check_rows(rows, size), 0, size - 1)
@@ -41,7 +41,7 @@ def take_rows(cache: Any, rows: Any) -> Any:
 
 
 def repeat_rows(cache: Any, repeats: int) -> Any:
-    """Each row so many times, one copy behind the other.
+    """Repeats each row; the copies of a row follow each other.
 
     Args:
         cache: A cache or a tree of caches.
@@ -59,7 +59,7 @@ def repeat_rows(cache: Any, repeats: int) -> Any:
 
 
 def insert_rows(cache: Any, other: Any, row: Any) -> Any:
-    """The rows of one cache in the place of some of another's.
+    """Replaces rows of a cache by those of another one.
 
     Args:
         cache: A cache or a tree of caches, of `B` rows.
@@ -71,7 +71,7 @@ def insert_rows(cache: Any, other: Any, row: Any) -> Any:
 
     Raises:
         ValueError: The two differ in more than rows, `row` isn't one integer, or the
-            rows don't fit. Of a `row` that is traced what doesn't fit is dropped.
+            rows don't fit. If `row` is traced, rows that don't fit are dropped.
     """
     _check_alike("other", other, cache)
     known = concrete_integers("row", row)
@@ -146,7 +146,7 @@ def split_rows(cache: Any, sizes: Sequence[int]) -> list[Any]:
 
 
 def join_rows(caches: Iterable[Any]) -> Any:
-    """Puts batches together.
+    """Concatenates batches.
 
     Args:
         caches: Caches or trees of caches that differ in their rows only.

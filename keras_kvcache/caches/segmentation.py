@@ -39,14 +39,13 @@ def segment_sizes(capacity: int, kernels_read: bool) -> tuple[int, ...]:
 
 
 def whole_groups(slots: Any, group: int) -> Any:
-    """The least multiple of `group` that isn't below `slots`."""
+    """`slots`, rounded up to a multiple of `group`."""
     return -(-slots // group) * group
 
 
 def ring_slots(window: int, group: int) -> int:
     """Slots of a ring in which a window of tokens stays readable.
 
-    A group of tokens that begins takes the place of a whole one, which must be out
-    of sight of all later queries.
+    A new code group overwrites a whole one, which no later query may still attend.
     """
     return whole_groups(window + group - 1, group)

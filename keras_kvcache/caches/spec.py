@@ -85,13 +85,13 @@ class CacheSpec:
     @property
     def bytes_per_token(self) -> float:
         """Bytes of one token of one row, with its share of what a group shares."""
-        parts = [
+        arrays = [
             *self.codec.key_arrays(self.head_dim),
             *self.codec.value_arrays(self.value_dim or self.head_dim),
         ]
         each = (
-            part.width * jax.numpy.dtype(part.dtype).itemsize / part.tokens
-            for part in parts
+            coded.width * jax.numpy.dtype(coded.dtype).itemsize / coded.tokens
+            for coded in arrays
         )
         return self.num_key_value_heads * sum(each)
 

@@ -23,13 +23,13 @@ from keras_kvcache.runtime.concrete import concrete_value
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False, repr=False)
 class StaticCache(Cache):
-    """Keys and values of one layer, each position in the slot of its number.
+    """Keys and values of one layer; position `p` is kept in slot `p`.
 
-    It takes as many positions as it has slots, or fewer where the last group of its
-    codec isn't needed whole.
+    It takes as many positions as it has slots, or fewer if its capacity isn't a
+    multiple of the codec's group.
 
     Attributes:
-        length: How many, if fewer.
+        length: Number of positions, if fewer than slots; else `None`.
     """
 
     length: int | None = field(default=None, metadata={"static": True})
@@ -105,8 +105,8 @@ class StaticCache(Cache):
 
         index = first_positions(slot)
         fill = self._fill(index, key.shape[1])
-        residual, ahead, start = self.residual.advance(
-            lambda slot: self.storage.part(slot, self.codec.group),
+        residual, ahead, start = self.residual.append(
+            lambda slot: self.storage.take(slot, self.codec.group),
             self.storage.encode(key, value, self.codec.residual_codec),
             index,
             fill,

@@ -16,7 +16,7 @@ from keras_kvcache.runtime.sharding import distribute
 
 
 class SlotAxis(NamedTuple):
-    """Where an array has its slots.
+    """The axis of an array that has the slots.
 
     Attributes:
         slots: Axis of the slots.
@@ -64,8 +64,7 @@ class Storage(abc.ABC):
         """Empty slots.
 
         Args:
-            spec: Object with `batch_size`, `num_key_value_heads`, `head_dim` and
-                `value_dim`.
+            spec: A `CacheSpec`.
             slots: How many; a multiple of the codec's group.
             codec: A `Codec`.
             make: Function of a shape, a dtype and the axis of the heads that gives an
@@ -77,11 +76,11 @@ class Storage(abc.ABC):
         segments = tuple(
             tuple(
                 make(
-                    layout.shape(part, axes, rows, heads, size),
-                    part.dtype,
+                    layout.shape(coded, axes, rows, heads, size),
+                    coded.dtype,
                     layout.heads,
                 )
-                for part, axes in layout.arrays(codec, *sizes)
+                for coded, axes in layout.arrays(codec, *sizes)
             )
             for size in cls.sizes_of(slots, codec)
         )
@@ -96,7 +95,7 @@ class Storage(abc.ABC):
     def slot_axes(self) -> tuple[SlotAxis, ...]:
         """A `SlotAxis` for each array of a segment."""
         arrays = self.layout.arrays(self.codec, self.head_dim, self.value_dim)
-        return tuple(SlotAxis(axes.slots, part.tokens) for part, axes in arrays)
+        return tuple(SlotAxis(axes.slots, coded.tokens) for coded, axes in arrays)
 
     @property
     def heads(self) -> int:
@@ -129,7 +128,7 @@ class Storage(abc.ABC):
         Args:
             first, size: One of the pairs that `spans` gives.
             positions: As in `Segment`.
-            first_position: `first` there.
+            first_position: As in `Segment`.
         """
         arrays, offset = self.place_of(first, size)
         sizes = (self.head_dim, self.value_dim)
@@ -167,7 +166,7 @@ class Storage(abc.ABC):
 
     @property
     def spans(self) -> tuple[tuple[int, int], ...]:
-        """How the slots are cut for attention: pairs of first slot and number."""
+        """First slot and number of slots of each segment for attention."""
         first, spans = 0, []
         for size in self.sizes:
             spans.append((first, size))
@@ -230,8 +229,8 @@ class Storage(abc.ABC):
     def distributed(self) -> Storage:
         """The storage laid out over devices as `keras.distribution` has it.
 
-        In a program whose arrays are not told so, XLA might carry them through a loop
-        otherwise, and gather them there.
+        Without this, XLA might choose another layout for the arrays that a loop carries
+        and gather them there.
         """
         segments = (
             tuple(distribute(array, self.layout.heads) for array in arrays)
@@ -240,14 +239,14 @@ class Storage(abc.ABC):
         return replace(self, segments=tuple(segments))
 
     def reroll(self, slots: int, fill: Any) -> Storage:
-        """The entries of a ring in a ring of another size.
+        """Copies the entries of a ring to a ring of another size.
 
         Args:
             slots: How many slots that has; a multiple of the codec's group.
             fill: int32 `(1 | B,)`: positions below it were written.
 
         Returns:
-            A `Storage`, with any entries in slots whose position isn't held.
+            A `Storage`; slots whose position wasn't held have undefined entries.
         """
         ring, group = self.slots, self.codec.group
         whole = self.merge()
@@ -260,15 +259,15 @@ class Storage(abc.ABC):
 
         return whole.map(move).resize(slots)
 
-    def part(self, slot: Any, count: int) -> Storage:
-        """Some slots of each row, as a storage of one segment.
+    def take(self, slot: Any, count: int) -> Storage:
+        """Gathers a run of slots from each row into a storage of one segment.
 
         Args:
             slot: int32 `(1 | B,)`, a multiple of `count`.
             count: How many; it divides the size of every segment.
 
         Returns:
-            A `Storage`. Rows whose slot is out of range get any other slots.
+            A `Storage`; what it holds is undefined in rows whose slot is out of range.
         """
         found, first = None, 0
         for arrays, size in zip(self.segments, self.sizes, strict=True):
@@ -284,11 +283,11 @@ class Storage(abc.ABC):
         return replace(self, segments=(found,))
 
     def map(self, function: Callable[..., Any]) -> Storage:
-        """The storage with `function(array, axis, first slot, slots)` applied to all.
+        """Applies a function to each array of each segment.
 
-        `axis` is the `SlotAxis` of the array.
-
-        Segments may become shorter or longer by it.
+        Args:
+            function: Function of the array, its `SlotAxis`, the segment's first slot
+                and its number of slots. Its result may have more or fewer slots.
         """
         segments, first = [], 0
         for arrays, size in zip(self.segments, self.sizes, strict=True):
@@ -317,12 +316,12 @@ def select_rows(
 
 
 def _part_of_rows(array, number, width, axis):
-    """Of each row the part `number (1 | B,)` of `width` entries on an axis."""
+    """Cuts an axis into parts of `width`; gathers part `number (1 | B,)` of each row."""
     return _parts_of_rows(array, ops.maximum(number, 0)[:, None], width, axis)
 
 
 def _parts_of_rows(array, numbers, width, axis):
-    """Of each row some parts, `numbers (1 | B, any)`, of `width` entries on an axis."""
+    """As `_part_of_rows`, with several parts: `numbers (1 | B, any)`."""
     shape = ops.shape(array)
     parts, count = array.shape[axis] // width, numbers.shape[1]
     array = ops.reshape(array, (*shape[:axis], parts, width, *shape[axis + 1 :]))

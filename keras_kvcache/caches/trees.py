@@ -76,10 +76,10 @@ NARROW = ("bfloat16", "float16")
 
 
 def as_bits(cache: Any) -> Any:
-    """The caches of a tree with what they hold as narrow floats held as `Bits`.
+    """Recodes narrow floats as `Bits`, as `CacheSpec.allocate` has them.
 
-    So are caches that `CacheSpec.allocate` makes. Elsewhere than under JAX on a CPU,
-    and of tensors that are no caches, nothing is changed; nor is any value anywhere.
+    No value changes. Dense tensors stay as they are, and so does everything elsewhere
+    than under JAX on a CPU.
 
     Args:
         cache: A cache or a tree of caches.
@@ -102,7 +102,7 @@ def as_bits(cache: Any) -> Any:
 
 
 def as_floats(cache: Any) -> Any:
-    """The caches of a tree as they are elsewhere: what is held as bits as floats.
+    """The inverse of `as_bits`: caches as they are on other platforms.
 
     Args:
         cache: A cache or a tree of caches.

@@ -43,7 +43,7 @@ def end_process(*_: Any) -> None:
 
 @contextmanager
 def interrupt_raises() -> Iterator[None]:
-    """Within it, Ctrl-C raises `KeyboardInterrupt`."""
+    """Context in which Ctrl-C raises `KeyboardInterrupt`."""
     before = set_handler(signal.default_int_handler)
     try:
         yield

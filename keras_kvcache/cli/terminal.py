@@ -55,14 +55,14 @@ class Notices:
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Within it, warnings are shown as lines."""
+        """Context in which warnings are shown as lines."""
         with warnings.catch_warnings():
             warnings.showwarning = self._take
             yield
 
     @contextmanager
     def held_back(self) -> Iterator[None]:
-        """Within it, warnings wait for its end."""
+        """Context at whose end warnings are shown that came within."""
         self._held = []
         try:
             yield

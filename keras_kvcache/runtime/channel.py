@@ -1,4 +1,4 @@
-"""Messages of a running program to its process.
+"""Messages from a running program to its process.
 
 A program's results are there once it has ended, and on a CPU a call of one with
 hundreds of arrays takes a millisecond or two of a core that could compute. So a program

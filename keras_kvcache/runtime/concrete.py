@@ -1,4 +1,4 @@
-"""Telling integers, and values known now from those that a compiler will fill in."""
+"""Integer checks, and concrete values versus traced ones."""
 
 import numbers
 import sys
@@ -73,10 +73,10 @@ def is_recorded() -> bool:
 def concrete_integers(
     name: str, value: Any, rows: int | None = None
 ) -> np.ndarray | None:
-    """One integer or, if there are rows, one for each of them.
+    """Reads an argument of one integer, or of one for each row.
 
     Args:
-        name: What the argument is called.
+        name: Of the argument.
         value: An int, an array or a tensor `()`, or a list or the like `(rows,)`.
         rows: How many rows; `None` for one integer only.
 

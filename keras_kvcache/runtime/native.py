@@ -1,4 +1,4 @@
-"""C++ of the package's own, compiled for the machine at hand when it's first needed."""
+"""The package's C++, compiled for this machine when it is first needed."""
 
 import contextlib
 import ctypes
@@ -28,15 +28,15 @@ _registration = threading.Lock()
 
 
 def load_handler(name: str, source: Path, symbol: str) -> ctypes.CDLL | None:
-    """A library as `load_library` gives it, with a function that programs can call.
+    """Loads a library as `load_library` does, and lets programs call one function.
 
     Args:
-        name: What programs for the CPU call the function by.
+        name: The name by which programs for the CPU call the function.
         source: As in `load_library`.
         symbol: The function's name in the file.
 
     Returns:
-        A `ctypes.CDLL`, or `None` where there is none, for good.
+        A `ctypes.CDLL`, or `None`, the same in all calls of a process.
     """
     with _registration:
         return _register(name, source, symbol)

@@ -47,7 +47,7 @@ class Platform:
 
 
 def current_platform() -> Platform:
-    """The `Platform` of what is traced or run now."""
+    """The `Platform` that programs are traced for or run on now."""
     if keras.backend.backend() != "jax":
         return Platform()
     import jax

@@ -8,8 +8,8 @@ import keras
 def distribute(array: Any, heads_axis: int | None = None) -> Any:
     """Lays an array out by rows and by key/value heads, if a distribution is set.
 
-    Rows go along the mesh's batch axis and heads along the largest other one, each
-    where the number divides by that axis' size; what doesn't is on all devices.
+    Rows are split along the mesh's batch axis and heads along the largest other one
+    that divides their number; what can't be split evenly is replicated.
 
     Args:
         array: Tensor with rows on axis 0.
@@ -34,7 +34,7 @@ def distribute(array: Any, heads_axis: int | None = None) -> Any:
 
 
 def rows_divide(rows: int) -> bool:
-    """Whether so many rows can be spread evenly; `True` if there is nothing to do."""
+    """Whether rows can be split evenly over devices; `True` without a distribution."""
     distribution = keras.distribution.distribution()
     if distribution is None:
         return True

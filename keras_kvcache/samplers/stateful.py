@@ -38,7 +38,7 @@ _SPREAD = 0x9E3779B1
 )
 @dataclasses.dataclass(frozen=True)
 class Constant:
-    """A sampler with state that isn't a pytree, as a constant of programs.
+    """A sampler with state that isn't a pytree: a constant of compiled programs.
 
     Attributes:
         sampler: Hashable, as functions and plain objects are.
@@ -80,7 +80,7 @@ def sample(sampler: Any, logits: Any, state: Any, key: Any) -> tuple[Any, Any, A
 
     Args:
         sampler: What `samplers.get` gives.
-        logits: float tensor `(B, V)`.
+        logits: Float tensor `(B, V)`.
         state: Of the sampler.
         key: int32 `(B, 3)`, a row's seed and step.
 
@@ -121,17 +121,17 @@ def sample(sampler: Any, logits: Any, state: Any, key: Any) -> tuple[Any, Any, A
 
 
 def row_by_row(sample: Callable[..., Any], logits: Any, key: Any) -> Any:
-    """Calls a function of `(logits, seed)` for each row as if it were alone.
+    """Calls a function of `(logits, seed)` for each row alone.
 
-    What it draws can't depend on a row's place then.
+    So a draw doesn't depend on a row's place in the batch.
 
     Args:
         sample: Function of logits `(1, V)` and of a seed, uint32 `(2,)`.
-        logits: float tensor `(B, V)`.
+        logits: Float tensor `(B, V)`.
         key: int32 `(B, 3)`.
 
     Returns:
-        What the function gives of each row, one after the other.
+        The results of all rows, concatenated.
     """
     if keras.backend.backend() == "jax":
         seeds = _seeds(ops.cast(key, "uint32"), jax.numpy)

@@ -1,4 +1,4 @@
-"""Attention over the slots of caches by a kernel of the platform's.
+"""Attention over the slots of caches by the platform's kernel.
 
 XLA's CPU backend reads keys and values at memory speed only where these are
 head-major and float32 and each key/value head has one query, and it reads whole
@@ -41,7 +41,7 @@ SOURCE = Path(__file__).with_suffix(".cc")
 def suits_kernel(
     query: Any, segments: Sequence[Segment], masks: Sequence[Any], scoring: Scoring
 ) -> bool:
-    """Whether `decode_attention` can be called, and is the fastest way.
+    """Whether a kernel can attend these segments and is faster than the plain path.
 
     Kernels read segments whose codec says so, in any layout but a pair of dense
     tensors, of sizes that are known; they take tables for a bias and no functions.
@@ -105,9 +105,9 @@ def _plain(*operands, tree, length):
 
 
 def _by_cpu_kernel(*operands, tree, length):
-    """The same by the kernel in C++.
+    """Calls the kernel in C++.
 
-    Its operands are the query; arrays and the mask of each segment; the table of a
+    Its operands are the query; the arrays and the mask of each segment; the table of a
     bias, positions of the queries and of the slots of each segment; the sink.
     """
     query, segments, masks, scoring, positions = tree.unflatten(operands)
@@ -123,7 +123,7 @@ def _by_cpu_kernel(*operands, tree, length):
     call = jax.ffi.ffi_call(NAME, jax.ShapeDtypeStruct(shape, "float32"))
     return call(
         *operands,
-        offsets=np.array([segment.offset for segment in segments], np.int64),
+        offsets=np.array([segment.array_offset for segment in segments], np.int64),
         is_dense=np.array(
             [segment.layout.is_one_tensor for segment in segments], np.int64
         ),
@@ -135,23 +135,23 @@ def _by_cpu_kernel(*operands, tree, length):
 
 
 def _by_gpu_kernel(*operands, tree, length):
-    """The same by the kernel for GPUs."""
+    """Calls the kernel for GPUs."""
     query, segments, masks, scoring, positions = tree.unflatten(operands)
     return attend_by_triton(query, segments, masks, length, scoring, positions)
 
 
 def _output_shape(*operands, tree, length):
-    """Abstract evaluation: the output's shape, and what kernels don't check.
+    """Abstract evaluation: the output's shape, and the checks.
 
-    They see bare addresses and rely on it.
+    Kernels see raw pointers and rely on these checks.
     """
     query, segments, masks, scoring, positions = tree.unflatten(operands)
-    batch, heads, rows, head_dim = query.shape
+    batch, heads, queries, head_dim = query.shape
     value_dim = segments[0].value_dim
     for segment, mask in zip(segments, masks, strict=True):
         _check_arrays(segment, batch, heads, (head_dim, value_dim))
         slots = segment.positions.shape[1]
-        shape = (batch, rows // length * heads, length, slots)
+        shape = (batch, queries // length * heads, length, slots)
         _check_broadcast("masks", "(B, N, T, n)", mask, shape)
         if scoring.bias is not None:
             letters, shape = "positions (B, n)", (batch, slots)
@@ -159,7 +159,7 @@ def _output_shape(*operands, tree, length):
     if scoring.bias is not None:
         _check_broadcast("positions", "(B, T)", positions, (batch, length))
     return query.update(
-        shape=(batch, heads, rows, value_dim), dtype=np.dtype("float32")
+        shape=(batch, heads, queries, value_dim), dtype=np.dtype("float32")
     )
 
 
@@ -169,8 +169,8 @@ def _check_arrays(segment, batch, heads, sizes):
     # A dense tensor may have more slots than the segment.
     held = segment.arrays[0].shape[layout.keys.slots] if layout.is_one_tensor else slots
     expected = [
-        (layout.shape(part, axes, batch, heads, held), part.dtype)
-        for part, axes in layout.arrays(segment.codec, *sizes)
+        (layout.shape(coded, axes, batch, heads, held), coded.dtype)
+        for coded, axes in layout.arrays(segment.codec, *sizes)
     ]
     received = [(array.shape, str(array.dtype)) for array in segment.arrays]
     of_segment = (segment.head_dim, segment.value_dim)
@@ -180,10 +180,10 @@ def _check_arrays(segment, batch, heads, sizes):
             f"`segments` must have arrays of {expected} for keys and values of sizes "
             f"{sizes}. Received: {received} for {of_segment}"
         )
-    if not 0 <= segment.offset <= segment.offset + slots <= held:
+    if not 0 <= segment.array_offset <= segment.array_offset + slots <= held:
         raise ValueError(
             f"`segments` must lie within the {held} slots of their arrays. Received: "
-            f"slots {segment.offset} to {segment.offset + slots}"
+            f"slots {segment.array_offset} to {segment.array_offset + slots}"
         )
 
 

@@ -61,7 +61,7 @@ LARGEST_HEAD = 256
 
 
 class Tiling(NamedTuple):
-    """How the queries and the slots of a segment are shared out."""
+    """How queries and slots of a segment are divided among programs."""
 
     groups: int  # of queries of one key/value head
     queries: int  # of a group, a power of two
@@ -71,13 +71,13 @@ class Tiling(NamedTuple):
 
 
 def choose_tiling(
-    heads: int, rows: int, slots: int, head_dim: int, dtype: Any
+    heads: int, queries: int, slots: int, head_dim: int, dtype: Any
 ) -> Tiling:
-    """How work is shared out.
+    """Divides queries and slots among the kernel's programs.
 
     Args:
         heads: `B·K`.
-        rows: `R`, the queries of each of them.
+        queries: `R`, those of each key/value head.
         slots: Those of the segment.
         head_dim: The larger of `H` and `Hv`.
         dtype: What products are made in.
@@ -87,13 +87,13 @@ def choose_tiling(
     """
     nbytes, head_dim = jnp.dtype(dtype).itemsize, padded_size(head_dim)
     most = min(QUERIES, SUMS // head_dim) if nbytes == 2 else LEAST
-    queries = min(most, padded_size(rows))
-    groups = pl.cdiv(rows, queries)
+    each = min(most, padded_size(queries))
+    groups = pl.cdiv(queries, each)
     # Many queries take room, too.
-    tile = max(LEAST, TILE // nbytes // head_dim // (1 if queries == LEAST else 2))
+    tile = max(LEAST, TILE // nbytes // head_dim // (1 if each == LEAST else 2))
     parts = max(1, min(slots // PART, PROGRAMS // (heads * groups)))
     part = pl.cdiv(pl.cdiv(slots, parts), tile) * tile
-    return Tiling(groups, queries, pl.cdiv(slots, part), part, tile)
+    return Tiling(groups, each, pl.cdiv(slots, part), part, tile)
 
 
 def product_dtype(query: Any, slots: Any) -> Any:
@@ -174,7 +174,7 @@ def _attend_parts(query, segment, mask, sizes, scoring, positions, interpret):
         sizes=sizes,
         tiling=tiling,
         layout=segment.layout,
-        offset=segment.offset,
+        offset=segment.array_offset,
         soft_cap=scoring.soft_cap,
         has_bias=scoring.bias is not None,
     )
@@ -227,7 +227,7 @@ def _kernel(
         padded_range(sizes.value_dim),
     )
 
-    is_query = queries < sizes.rows
+    is_query = queries < sizes.queries
     query = load(
         query_ref,
         (row, head, queries[:, None], features[None, :]),
@@ -235,7 +235,7 @@ def _kernel(
     )
     dtype = product_dtype(query.dtype, slot_refs[0].dtype)
     query = query.astype(dtype)
-    own_queries = Queries(row, head, jnp.minimum(queries, sizes.rows - 1))
+    own_queries = Queries(row, head, jnp.minimum(queries, sizes.queries - 1))
     mask = Mask(mask_ref, own_queries)
     bias = Bias(*bias_refs, own_queries) if has_bias else None
 

@@ -9,19 +9,19 @@ import jax.numpy as jnp
 
 from keras_kvcache.attention.layouts import Layout
 
-# A matrix unit's least rows and columns.
+# The least size of a matrix that a matrix unit multiplies.
 LEAST = 16
 
 
 def load(ref: Any, place: tuple[Any, ...], is_there: Any) -> Any:
-    """The numbers at a place of an array; 0 where `is_there` is false."""
+    """Loads numbers of an array; 0 where `is_there` is false."""
     from jax.experimental.pallas import triton
 
     return triton.load(ref.at[place], mask=is_there, other=jnp.zeros((), ref.dtype))
 
 
 def store(ref: Any, place: tuple[Any, ...], value: Any, is_there: Any) -> None:
-    """Writes numbers to a place of an array where `is_there` is true."""
+    """Stores numbers in an array where `is_there` is true."""
     from jax.experimental.pallas import triton
 
     triton.store(ref.at[place], value, mask=is_there)
@@ -52,19 +52,19 @@ def divide(number: Any, by: int) -> tuple[Any, Any]:
 
 
 def padded_range(size: int) -> Any:
-    """At least so many numbers from 0 on, as many as a tile has on an axis."""
+    """`arange(size)`, padded to the power of two that a tile needs."""
     return jnp.arange(padded_size(size), dtype=jnp.int32)
 
 
 def padded_size(size: int) -> int:
-    """The least power of two that isn't below the size and that tiles may have."""
+    """The size of a tile's axis: a power of two that isn't below `size`."""
     return max(LEAST, 1 << (size - 1).bit_length())
 
 
 class Sizes(NamedTuple):
     """Sizes of the operands that the kernel is compiled for."""
 
-    rows: int  # R
+    queries: int  # R
     head_dim: int  # H
     value_dim: int  # Hv
     length: int  # T
@@ -75,12 +75,12 @@ class Queries(NamedTuple):
 
     row: jax.Array
     head: jax.Array  # of keys and values
-    numbers: jax.Array  # among the head's rows, its group's heads times the tokens
+    numbers: jax.Array  # among the R of a head
 
     def heads_and_tokens(self, sizes: Sizes) -> tuple[Any, Any]:
         """The query head and the token of each query."""
         of_group, token = divide(self.numbers, sizes.length)
-        return self.head * (sizes.rows // sizes.length) + of_group, token
+        return self.head * (sizes.queries // sizes.length) + of_group, token
 
 
 class Bias(NamedTuple):
@@ -92,7 +92,7 @@ class Bias(NamedTuple):
     queries: Queries
 
     def of(self, slots: Any, sizes: Sizes) -> Any:
-        """For some slots: `(queries, slots)`."""
+        """The bias of some slots, `(queries, slots)`."""
         head, token = self.queries.heads_and_tokens(sizes)
         rows, _ = self.query_positions.shape
         row = own(self.queries.row, rows)
@@ -118,7 +118,7 @@ class Mask(NamedTuple):
         return self.ref.shape[1] == self.ref.shape[2] == 1
 
     def of(self, slots: Any, sizes: Sizes) -> Any:
-        """For some slots: `(1 | queries, slots)`."""
+        """The mask of some slots, `(1 | queries, slots)`."""
         batch, heads, length, count = self.ref.shape
         queries = self.queries
         if self.is_one_mask:
@@ -173,5 +173,5 @@ class Slots(NamedTuple):
 
 
 def own(number: Any, count: int) -> Any:
-    """The number, or 0 where there is one for all."""
+    """The index on an axis that may be broadcast: 0 if its size is 1."""
     return number if count > 1 else number * 0
