@@ -29,7 +29,7 @@ def make_view(fill=None, **rules):
     # Masks don't look at what the slots hold.
     held = dict(layout=None, codec=None, head_dim=1, value_dim=1)
     segments = (
-        Segment((), first, **held, first=0),
+        Segment((), first, **held, first_position=0),
         *(Segment((), positions, **held) for positions in others),
     )
     fill = None if fill is None else cases.int32(fill)

@@ -22,8 +22,8 @@ from keras_kvcache.attention.quantize import (
 from keras_kvcache.known_names import CODED, FLOATS
 from keras_kvcache.runtime.platform import current_platform
 
-# bfloat16 scales are stored bit-cast to int16: on a CPU, XLA would widen all of an array
-# of them for every slot it writes (see `Bits`).
+# bfloat16 scales are stored bit-cast to int16: on a CPU, XLA would widen a whole array
+# of them for each slot it writes (see `Bits`).
 BITS = "int16"
 
 # Slots of head-major storage that are decoded at a time: their floats fit a processor's

@@ -57,8 +57,8 @@ def masked_softmax(scores: Any, mask: Any = None, sink: Any = None) -> Any:
     return weights / ops.where(total > 0, total, ops.ones_like(total))
 
 
-# The maximum of no scores: far above the score of a hidden slot, whose weight is 0 then,
-# and below any other.
+# The maximum of no scores: far above the score of a hidden slot, whose weight is then
+# 0, and below any other.
 NOTHING_SEEN = LOWEST / 10
 
 # Slots that many queries are multiplied with at a time: no score is computed beyond

@@ -316,7 +316,7 @@ def select_rows(
 
 
 def _part_of_rows(array, number, width, axis):
-    """Cuts an axis into parts of `width`; gathers part `number (1 | B,)` of each row."""
+    """Gathers part `number (1 | B,)` of each row, an axis being cut into `width`s."""
     return _parts_of_rows(array, ops.maximum(number, 0)[:, None], width, axis)
 
 
