@@ -601,7 +601,11 @@ def reshape(arrays, description):
     arrays["caches.end"] = arrays["caches.end"][:, None]
 
 
-def recast(arrays, description):
+def narrow(arrays, description):
+    arrays["caches.end"] = arrays["caches.end"].astype("int16")
+
+
+def widen(arrays, description):
     arrays["caches.end"] = arrays["caches.end"].astype("int64")
 
 
@@ -611,7 +615,8 @@ def recast(arrays, description):
         (drop, ["missing ['caches.end']"]),
         (add, ["left over ['caches.more']"]),
         (reshape, ["caches.end must have the shape (3,)", "(3, 1)"]),
-        (recast, ["dtype int32", "I64"]),
+        (narrow, ["dtype int32", "int16"]),
+        (widen, ["one of the dtypes", "int32", "I64"]),
     ],
 )
 def test_arrays_that_do_not_fit(path, change, words):
