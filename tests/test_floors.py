@@ -11,7 +11,8 @@ import keras_kvcache
 PACKAGE = Path(keras_kvcache.__file__).parent
 
 # A module may import from floors below its own, and from its own folder. Generation
-# and loaders lie below the models: they know none, and a model offers both.
+# and loaders lie below the models: they know none, and a model offers both. All
+# of these ask the families.
 FLOORS = {
     "errors": -2,
     "known_names": -2,
@@ -21,6 +22,7 @@ FLOORS = {
     "tokenizers": 0,
     "caches": 1,
     "samplers": 1,
+    "families": 2,
     "layers": 2,
     "generation": 3,
     "loaders": 3,

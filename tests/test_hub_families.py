@@ -1,6 +1,7 @@
 """Every family of keras-hub, decoded here with the weights that are there."""
 
 import copy
+import dataclasses
 import gc
 import json
 import re
@@ -15,8 +16,8 @@ from keras import ops
 
 from keras_kvcache import DecoderLM, accelerate, from_keras_hub
 from keras_kvcache.caches import Rolling
+from keras_kvcache.families import keras_hub_families
 from keras_kvcache.hub import sharing
-from keras_kvcache.hub.families import FAMILIES
 from keras_kvcache.models import own_copy
 
 # Each family has programs of keras-hub's and of ours to compile.
@@ -372,14 +373,16 @@ def test_attention_to_what_follows_is_refused():
 
 
 def test_a_weight_that_is_not_shared_is_refused(monkeypatch):
-    llama = FAMILIES["LlamaBackbone"]
+    families = keras_hub_families()
+    llama = families["LlamaBackbone"]
 
     def without_a_norm(block):
         parts = llama.block_parts(block)
         return {name: parts[name] for name in parts if name != "feedforward_norm"}
 
-    changed = llama._replace(block_parts=without_a_norm)
-    monkeypatch.setitem(FAMILIES, "LlamaBackbone", changed)
+    changed = dataclasses.replace(llama, block_parts=without_a_norm)
+    families = {**families, "LlamaBackbone": changed}
+    monkeypatch.setattr(sharing, "keras_hub_families", lambda: families)
     with pytest.raises(ValueError, match="all weights.*lacks .*feedforward_norm"):
         from_keras_hub(shared_hub_lm("llama"))
 

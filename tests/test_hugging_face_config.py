@@ -165,7 +165,7 @@ def rope(**values):
 @pytest.mark.parametrize(
     "model_type, changes, message",
     [
-        ("smollm3", {}, "`model_type` must be one of llama, .*'smollm3'"),
+        ("smollm3", {}, "`model_type` must be one of .*llama, .*'smollm3'"),
         ("llama", dict(model_type=["llama"]), "`model_type` must be one of"),
         ("llama", dict(hidden_size=...), "`hidden_size` must be given. Received: none"),
         ("llama", dict(hidden_size=True), "`hidden_size`.*positive integer.*True"),

@@ -4,7 +4,7 @@ import difflib
 from pathlib import Path
 
 from keras_kvcache import loaders
-from keras_kvcache.hub.families import FAMILIES
+from keras_kvcache.families import keras_hub_families
 from keras_kvcache.hub.sharing import make_shared
 from keras_kvcache.models.preset_kinds import loads
 
@@ -103,10 +103,11 @@ def _check_name(hub, preset):
             f"{_what_is_known()}, or one of keras-hub's {len(names)} names in "
             f"`keras_hub.models.CausalLM.presets`. Received: {preset!r}{hint}"
         )
-    known = (getattr(hub.models, name, None) for name in FAMILIES)
+    decoders = [n for n, one in keras_hub_families().items() if not one.has_encoder]
+    known = (getattr(hub.models, name, None) for name in decoders)
     if not any(preset in backbone.presets for backbone in known if backbone):
         raise ValueError(
-            f"`preset` must be of one of the families {', '.join(FAMILIES)}. Received: "
+            f"`preset` must be of one of the families {', '.join(decoders)}. Received: "
             f"{preset!r}, which isn't"
         )
 

@@ -3,10 +3,10 @@
 import inspect
 import sys
 
-from keras_kvcache.hub.encoder_decoder import ENCODER_DECODERS, share_encoder_decoder
-from keras_kvcache.hub.families import FAMILIES, OPTIONS
+from keras_kvcache.families import all_families, keras_hub_families
+from keras_kvcache.hub.encoder_decoder import share_encoder_decoder
 from keras_kvcache.hub.hub_tokenizer import HubTokenizer
-from keras_kvcache.hub.position_table import PositionTable
+from keras_kvcache.hub.parts import block_parts, model_parts
 from keras_kvcache.models.decoder_lm import DecoderLM
 from keras_kvcache.models.own_copy import QUANTIZATIONS
 
@@ -19,13 +19,34 @@ METHODS = (
     "generate_step",
     "make_generate_function",
 )
-# What keeps a family out that looks like one that is in.
-UNFIT = {
-    "T5Backbone": ", whose relative positions are a bias added to attention scores, "
-    "which no option of the models here hands to their attention yet",
-}
+# Arguments of all families' backbones that are read here, or of training alone. One
+# that is new to keras-hub may change numbers in ways that nobody here has heard of.
+OPTIONS = frozenset(
+    """
+    dropout dtype hidden_dim intermediate_dim layer_norm_epsilon max_sequence_length
+    name num_heads num_key_value_heads num_layers num_query_heads trainable
+    vocabulary_size
+    """.split()
+)
 
 
+def _naming_families(function):
+    """Fills the families that there are into the docstring of a function."""
+    known = [family for family in all_families().values() if family.keras_hub]
+    if function.__doc__ is not None:
+        function.__doc__ = function.__doc__.format(
+            families=", ".join(family.name for family in known),
+            backbones=" or ".join(_backbones_without_task()),
+        )
+    return function
+
+
+def _backbones_without_task():
+    """Names of backbones that keras-hub has no `CausalLM` for."""
+    return [name for name, one in keras_hub_families().items() if not one.has_task]
+
+
+@_naming_families
 def from_keras_hub(causal_lm, max_sequence_length=None):
     """A model of ours that has the very weights of a keras-hub model.
 
@@ -33,17 +54,16 @@ def from_keras_hub(causal_lm, max_sequence_length=None):
     `quantize` or `load_weights` does to one is seen by the other.
 
     Args:
-        causal_lm: A `keras_hub.models.CausalLM` of the family GPT-2, OPT, Llama,
-            Llama 3, Mistral, Mixtral, Phi-3, Qwen 2 and 2.5, Qwen 3, Gemma, Gemma 2
-            or Gemma 3 (text), or BART. Of Whisper, which keras-hub has no such class
-            for, a `keras_hub.models.WhisperBackbone`.
+        causal_lm: A `keras_hub.models.CausalLM` of one of the families
+            {families};
+            where keras-hub has no such class, the backbone itself: {backbones}.
         max_sequence_length: The most positions; `None` for what the model says,
             or 8192 if it doesn't. It takes no memory by itself.
 
     Returns:
         A `DecoderLM`, with the tokenizer of the keras-hub model if there is one.
         Its `save`, `save_weights` and `save_to_preset` write a `DecoderLM` with
-        weights of its own. Of BART and Whisper an `EncoderDecoderLM`, which isn't
+        weights of its own. Of an encoder-decoder an `EncoderDecoderLM`, which isn't
         saved: the keras-hub model is.
 
     Raises:
@@ -87,18 +107,18 @@ def share(causal_lm, max_sequence_length, cls=DecoderLM):
     backbone = _backbone_of(causal_lm)
     check_quantization(backbone)
     kind = type(backbone).__name__
-    if kind in ENCODER_DECODERS:
+    family = keras_hub_families()[kind]
+    if family.has_encoder:
         if cls is not DecoderLM:
             raise ValueError(
                 f"`{cls.__name__}` must be loaded from a model without an encoder. "
                 f"Received: a {kind}"
             )
         policy = _plain_policy(backbone.dtype_policy)
-        model = share_encoder_decoder(causal_lm, backbone, max_sequence_length, policy)
+        model = share_encoder_decoder(family, causal_lm, max_sequence_length, policy)
         _check_shared(model, causal_lm)
         return model
-    family = FAMILIES[kind]
-    blocks = [family.block_parts(block) for block in backbone.transformer_layers]
+    blocks = [block_parts(family, block) for block in backbone.transformer_layers]
     sizes = dict(
         vocabulary_size=backbone.vocabulary_size,
         num_layers=len(blocks),
@@ -116,11 +136,9 @@ def share(causal_lm, max_sequence_length, cls=DecoderLM):
     parts = dict(
         token_embedding=backbone.token_embedding,
         final_norm=backbone.layer_norm,
+        **model_parts(family, backbone),
         **{f"block_{i}": block for i, block in enumerate(blocks)},
     )
-    if options.get("position_embedding") == "learned":
-        embeddings = getattr(backbone, "embeddings", backbone)
-        parts["position_table"] = PositionTable(embeddings.position_embedding)
     preprocessor = causal_lm.preprocessor
     model = cls(
         **{**sizes, **_told_by_parts(blocks[0]), **_ends(backbone), **options},
@@ -139,27 +157,32 @@ def share(causal_lm, max_sequence_length, cls=DecoderLM):
 def _backbone_of(causal_lm):
     """The backbone of a model that can be decoded here."""
     hub = sys.modules.get("keras_hub")
-    if hub is not None and isinstance(causal_lm, hub.models.WhisperBackbone):
-        backbone = causal_lm
-    elif hub is not None and isinstance(causal_lm, hub.models.CausalLM):
+    families, alone = keras_hub_families(), _backbones_without_task()
+    if hub is not None and isinstance(causal_lm, hub.models.CausalLM):
         backbone = causal_lm.backbone
+    elif hub is not None and any(
+        isinstance(causal_lm, getattr(hub.models, name)) for name in alone
+    ):
+        backbone = causal_lm
     else:
         raise TypeError(
             "`causal_lm` must be a `keras_hub.models.CausalLM` or a "
-            f"`keras_hub.models.WhisperBackbone`. Received: {type(causal_lm).__name__}"
+            f"{' or a '.join(f'`keras_hub.models.{name}`' for name in alone)}. "
+            f"Received: {type(causal_lm).__name__}"
         )
     # A class of one's own may do anything, so no subclass passes for its base.
     kind, name = type(backbone), type(backbone).__name__
     is_theirs = kind is getattr(hub.models, name, None)
-    if not is_theirs or name not in (*FAMILIES, *ENCODER_DECODERS):
-        why = UNFIT.get(name, "") if is_theirs else ""
+    if not is_theirs or name not in families:
+        refused = [family.refused for family in all_families().values()]
+        reasons = {key: why for one in refused for key, why in one.items()}
         raise ValueError(
             "`causal_lm` must have a backbone of one of the families "
-            f"{', '.join((*FAMILIES, *ENCODER_DECODERS))}. Received: a "
-            f"{type(causal_lm).__name__} with a {name}{why}"
+            f"{', '.join(families)}. Received: a {type(causal_lm).__name__} with a "
+            f"{name}{reasons.get(name, '') if is_theirs else ''}"
         )
     _check_methods(hub, causal_lm)
-    _check_options(backbone)
+    _check_options(backbone, families[name].knows)
     return backbone
 
 
@@ -175,11 +198,11 @@ def _check_methods(hub, causal_lm):
             )
 
 
-def _check_options(backbone):
+def _check_options(backbone, knows):
     """Refuses what a later keras-hub has and this package never heard of."""
     defaults = inspect.signature(type(backbone).__init__).parameters
     for name, value in backbone.get_config().items():
-        if name in OPTIONS or name not in defaults:
+        if name in OPTIONS or name in knows or name not in defaults:
             continue
         if value != defaults[name].default:
             raise ValueError(

@@ -1,10 +1,8 @@
-"""GGUF files of the llama architecture as checkpoints."""
+"""GGUF files as checkpoints."""
 
 from __future__ import annotations
 
-import math
 import os
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,17 +10,20 @@ from typing import Any
 import numpy as np
 
 from keras_kvcache.errors import quoted, shortened
+from keras_kvcache.families import Gguf, gguf_families
+from keras_kvcache.families.gguf_keys import Keys, get_value
+from keras_kvcache.families.tensors import Source, weight_sources
 from keras_kvcache.loaders.checkpoint import Checkpoint
 from keras_kvcache.loaders.dequantize import dequantize, dequantize_transposed
-from keras_kvcache.loaders.gguf_config import read_config
 from keras_kvcache.loaders.gguf_header import Header, TensorInfo, read_header
 from keras_kvcache.loaders.gguf_tokenizer import build_tokenizer
+from keras_kvcache.loaders.tensor_checks import check_tensors
 
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
 def read_gguf(path: str | os.PathLike) -> Checkpoint:
-    """Reads a GGUF file of the llama architecture.
+    """Reads a GGUF file of an architecture that a family knows.
 
     The file is checked whole, every tensor's presence, shape and place
     included, before anything is yielded. Weights are read and dequantized one
@@ -42,8 +43,9 @@ def read_gguf(path: str | os.PathLike) -> Checkpoint:
     path = Path(path)
     header = read_header(path)
     try:
-        config = read_config(header)
-        sources = _weight_sources(config)
+        family = _find_family(header)
+        config = _read_config(header, family)
+        sources = weight_sources(config, family.names, header.tensors)
         _check_tensors(header, config, sources)
         if _ROPE_FACTORS in header.tensors:
             info = header.tensors[_ROPE_FACTORS]
@@ -64,79 +66,48 @@ def read_gguf(path: str | os.PathLike) -> Checkpoint:
     except ValueError as error:
         raise ValueError(f"{path} can't be loaded: {shortened(error, 500)}") from error
     weights = {
-        name: partial(_read_weight, path, header.tensors[source.tensor], source)
+        name: partial(_read_weight, path, header.tensors[source.tensors[0]], source)
         for name, source in sources.items()
     }
     return Checkpoint(config, weights, tokenizer)
 
 
-@dataclass(frozen=True)
-class _Source:
-    """The tensor that one weight of the model is read from, and how.
-
-    Attributes:
-        tensor: Its name in the file.
-        stored: The shape it must have there.
-        shape: The shape the model wants, after the transposition if any.
-        transposed: Whether the file stores `(outputs, inputs)`.
-        rotated: For a query or key projection its heads, head size and how many
-            dimensions of a head are rotated; else None.
-    """
-
-    tensor: str
-    stored: tuple[int, ...]
-    shape: tuple[int, ...]
-    transposed: bool = False
-    rotated: tuple[int, int, int] | None = None
-
-
-def _weight_sources(config: dict[str, Any]) -> dict[str, _Source]:
-    """Maps the model's weight names to the file's tensors."""
-    V, D = config["vocabulary_size"], config["hidden_dim"]
-    N, K = config["num_query_heads"], config["num_key_value_heads"]
-    H, F = config["head_dim"], config["intermediate_dim"]
-    rotary_dim = config["rotary_dim"] or H
-
-    def kernel(tensor, inputs, outputs, rotated=None):
-        stored = (math.prod(outputs), math.prod(inputs))
-        return _Source(tensor, stored, inputs + outputs, True, rotated)
-
-    def scale(tensor):
-        return _Source(tensor, (D,), (D,))
-
-    sources = {
-        "token_embedding/embeddings": _Source("token_embd.weight", (V, D), (V, D))
-    }
-    if not config["tie_word_embeddings"]:
-        sources["token_embedding/reverse_embeddings"] = kernel(
-            "output.weight", (D,), (V,)
+def _find_family(header: Header) -> Gguf:
+    """Who reads files of this architecture."""
+    architecture = get_value(header.metadata, "general.architecture", str)
+    families = gguf_families()
+    if architecture not in families:
+        raise ValueError(
+            f"'general.architecture' must be one of {tuple(families)}. Received: "
+            f"{quoted(architecture)}"
         )
-    for i in range(config["num_layers"]):
-        block = {
-            "attention_norm/scale": scale("attn_norm"),
-            "attention/query/kernel": kernel(
-                "attn_q", (D,), (N, H), (N, H, rotary_dim)
-            ),
-            "attention/key/kernel": kernel("attn_k", (D,), (K, H), (K, H, rotary_dim)),
-            "attention/value/kernel": kernel("attn_v", (D,), (K, H)),
-            "attention/attention_output/kernel": kernel("attn_output", (N, H), (D,)),
-            "feedforward_norm/scale": scale("ffn_norm"),
-            "feedforward/gate/kernel": kernel("ffn_gate", (D,), (F,)),
-            "feedforward/intermediate/kernel": kernel("ffn_up", (D,), (F,)),
-            "feedforward/output/kernel": kernel("ffn_down", (F,), (D,)),
-        }
-        for name, source in block.items():
-            sources[f"block_{i}/{name}"] = replace(
-                source, tensor=f"blk.{i}.{source.tensor}.weight"
-            )
-    sources["final_norm/scale"] = scale("output_norm.weight")
-    return sources
+    return families[architecture]
+
+
+def _read_config(header: Header, family: Gguf) -> dict[str, Any]:
+    """The decoder's arguments, by the metadata."""
+    parts = get_value(header.metadata, "split.count", int, 1)
+    if parts > 1:
+        raise ValueError(
+            "the model must be in one file: 'split.count' must be at most 1. "
+            f"Received: {parts}"
+        )
+    shapes = {name: info.shape for name, info in header.tensors.items()}
+    config = family.read(Keys(header.metadata, shapes, family.architecture))
+    # The tensors of every layer are listed before any is looked up, so a bogus
+    # count has to be caught here.
+    if config["num_layers"] > len(shapes):
+        raise ValueError(
+            f"'{family.architecture}.block_count' must match the tensors. Received: "
+            f"{config['num_layers']} in a file of {len(shapes)} tensors"
+        )
+    return config
 
 
 def _half_split_order(heads: int, head_dim: int, rotary_dim: int) -> np.ndarray:
     """The stored row of each row of a query or key projection.
 
-    A llama file keeps the two dimensions of a rotary pair side by side
+    The file keeps the two dimensions of a rotary pair side by side
     (2j, 2j + 1); the model pairs dimension j with j + rotary_dim / 2.
     Dimensions from `rotary_dim` on aren't rotated and stay where they are.
     """
@@ -146,31 +117,16 @@ def _half_split_order(heads: int, head_dim: int, rotary_dim: int) -> np.ndarray:
 
 
 def _check_tensors(
-    header: Header, config: dict[str, Any], sources: dict[str, _Source]
+    header: Header, config: dict[str, Any], sources: dict[str, Source]
 ) -> None:
     """Raises unless the file's tensors are exactly those the model has."""
-    wanted = {source.tensor: source.stored for source in sources.values()}
+    others = {}
     if _ROPE_FACTORS in header.tensors:
         rotary_dim = config["rotary_dim"] or config["head_dim"]
-        wanted[_ROPE_FACTORS] = (rotary_dim // 2,)
-    _refuse("it must hold these tensors, but doesn't", wanted, header.tensors)
-    # A tensor left over (a bias, a query norm, an expert) would change the
-    # model's answers, so it is never skipped in silence.
-    _refuse("it holds tensors the decoder has no place for", header.tensors, wanted)
-    for name, shape in wanted.items():
-        info = header.tensors[name]
-        if info.shape != shape:
-            raise ValueError(
-                f"tensor {quoted(name)} must have shape {shape}. Received: {info.shape}"
-            )
+        others[_ROPE_FACTORS] = (rotary_dim // 2,)
+    shapes = {name: info.shape for name, info in header.tensors.items()}
+    check_tensors(shapes, sources, others)
     _check_quantizations(header.tensors)
-
-
-def _refuse(reason: str, names: dict, known: dict) -> None:
-    found = [name for name in names if name not in known]
-    if found:
-        more = f" and {len(found) - 6} more" if len(found) > 6 else ""
-        raise ValueError(f"{reason}: {', '.join(found[:6])}{more}.")
 
 
 def _check_quantizations(tensors: dict[str, TensorInfo]) -> None:
@@ -188,13 +144,16 @@ def _check_quantizations(tensors: dict[str, TensorInfo]) -> None:
             ) from error
 
 
-def _read_weight(path: Path, info: TensorInfo, source: _Source) -> np.ndarray:
+def _read_weight(path: Path, info: TensorInfo, source: Source) -> np.ndarray:
     """One weight, float32, in the model's layout."""
     rows = _read_rows(path, info)
-    if source.rotated:
-        rows = rows[_half_split_order(*source.rotated)]
     widen = dequantize_transposed if source.transposed else dequantize
-    return widen(rows, info.quantization).reshape(source.shape)
+    if source.interleaved is None:
+        return widen(rows, info.quantization).reshape(source.shape)
+    order = _half_split_order(*source.interleaved)
+    if len(info.shape) == 1:
+        return dequantize(rows, info.quantization)[0, order].reshape(source.shape)
+    return widen(rows[order], info.quantization).reshape(source.shape)
 
 
 def _read_rows(path: Path, info: TensorInfo) -> np.ndarray:

@@ -45,9 +45,6 @@ _MIN_PAIR = 8 + 4 + 1
 _MIN_TENSOR = 8 + 4 + 4 + 8
 
 
-REQUIRED = object()
-
-
 @dataclass(frozen=True)
 class TensorInfo:
     """Where one tensor lies and how it is stored.
@@ -107,29 +104,6 @@ def read_header(path: str | os.PathLike) -> Header:
         raise ValueError(
             f"{path} is not a usable GGUF file: {shortened(error, 500)}"
         ) from error
-
-
-def get_value(
-    metadata: dict[str, Any], key: str, kind: type, default: Any = REQUIRED
-) -> Any:
-    """The metadata value of a key, whose type is checked.
-
-    Raises:
-        ValueError: The value isn't a `kind`, or is missing and has no default.
-    """
-    value = metadata.get(key, default)
-    if value is REQUIRED:
-        raise ValueError(
-            f"the metadata must have the key {quoted(key)}. Received: metadata "
-            "without it"
-        )
-    # Not isinstance: a bool is no number here. A default may be None.
-    if type(value) is not kind and value is not default:
-        found = repr(value)
-        raise ValueError(
-            f"{quoted(key)} must be of type {kind.__name__}. Received: {found[:60]}"
-        )
-    return value
 
 
 class _Cursor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from keras_kvcache.errors import quoted
-from keras_kvcache.loaders.gguf_header import REQUIRED, get_value
+from keras_kvcache.families.gguf_keys import REQUIRED, get_value
 from keras_kvcache.tokenizers.bpe import (
     WHOLE_WORDS,
     byte_level_backend,

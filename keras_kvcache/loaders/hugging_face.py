@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from keras_kvcache.errors import shortened
+import numpy as np
+
+from keras_kvcache.errors import quoted, shortened
+from keras_kvcache.families import hugging_face_families
+from keras_kvcache.families.fields import Fields
+from keras_kvcache.families.tensors import Source, TensorNames, weight_sources
 from keras_kvcache.loaders.checkpoint import Checkpoint
-from keras_kvcache.loaders.hugging_face_config import read_config
 from keras_kvcache.loaders.hugging_face_files import TensorFiles
 from keras_kvcache.loaders.hugging_face_tokenizer import read_tokenizer
-from keras_kvcache.loaders.hugging_face_weights import check_sources, read_source
 from keras_kvcache.loaders.json_file import read_json
+from keras_kvcache.loaders.tensor_checks import check_tensors
 
 
 def read_hugging_face(
@@ -44,7 +49,7 @@ def read_hugging_face(
     folder = Path(folder)
     try:
         values = read_json(folder / "config.json")
-        config, layout = read_config(values)
+        config, names = _read_config(values)
         weights = {}
         if load_weights:
             files = TensorFiles(folder)
@@ -54,10 +59,10 @@ def read_hugging_face(
                     "the number of layers must match the tensors. Received: "
                     f"{config['num_layers']} layers, {len(files.shapes)} tensors"
                 )
-            sources = layout(config, files.shapes)
-            check_sources(files, sources)
+            sources = weight_sources(config, names, files.shapes)
+            check_tensors(files.shapes, sources, ignored=names.ignored)
             weights = {
-                name: partial(read_source, files, source)
+                name: partial(_read_weight, files, source)
                 for name, source in sources.items()
             }
         tokenizer = read_tokenizer(folder, values) if load_tokenizer else None
@@ -66,3 +71,42 @@ def read_hugging_face(
             f"{folder} can't be loaded: {shortened(error, 500)}"
         ) from error
     return Checkpoint(config, weights, tokenizer)
+
+
+def _read_config(values: dict[str, Any]) -> tuple[dict[str, Any], TensorNames]:
+    """The decoder's arguments and the names of the tensors, by `config.json`."""
+    fields, families = Fields(values), hugging_face_families()
+    model_type = values.get("model_type")
+    if not isinstance(model_type, str) or model_type not in families:
+        raise ValueError(
+            f"`model_type` must be one of {', '.join(families)}. Received: "
+            f"{quoted(model_type)}"
+        )
+    family = families[model_type]
+    fields.must_be("architectures", *([name] for name in family.architectures), [])
+    # Variants that other code than the family's own would have to run.
+    fields.must_be("quantization_config")
+    fields.must_be("is_encoder_decoder", False)
+    fields.must_be("add_cross_attention", False)
+    fields.must_be("rope_interleaved", False)
+    fields.must_be("use_bidirectional_attention", False)
+    return family.read(fields)
+
+
+def _read_weight(files: TensorFiles, source: Source) -> np.ndarray:
+    """One weight, float32, in the decoder's layout."""
+    if not source.tensors:
+        return np.zeros(source.shape, "float32")
+    arrays = [files.read(name, source.part) for name in source.tensors]
+    if source.twin in files.shapes and not np.array_equal(
+        arrays[0], files.read(source.twin)
+    ):
+        raise ValueError(
+            "`tie_word_embeddings` must be false for a model whose "
+            f"{quoted(source.twin)} differs from {quoted(source.tensors[0])}. "
+            "Received: true"
+        )
+    if source.transposed:
+        arrays = [array.swapaxes(-1, -2) for array in arrays]
+    array = np.stack(arrays) if len(arrays) > 1 else arrays[0]
+    return array.reshape(source.shape)

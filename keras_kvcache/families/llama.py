@@ -1,0 +1,61 @@
+"""Llama 1 to 3 (Touvron et al., 2023, https://arxiv.org/abs/2302.13971).
+
+SmolLM2 is one, and many a Mistral is stored as one in GGUF.
+"""
+
+from dataclasses import replace
+
+from keras_kvcache.attention.rotary import llama3_frequency_factors
+from keras_kvcache.families.family import Family, Gguf, HuggingFace, KerasHub, classes
+from keras_kvcache.families.keras_hub_parts import llama_decoder
+from keras_kvcache.families.llama_like import (
+    GGUF_TENSORS,
+    read_fields,
+    read_keys,
+    with_biases,
+)
+from keras_kvcache.families.rope_fields import rope_options
+
+
+def _read(fields):
+    fields.must_be("sliding_window")
+    config = read_fields(fields)
+    config |= rope_options(fields, config["head_dim"], 10_000.0)
+    return with_biases(fields, config)
+
+
+def _options(backbone):
+    # Its `rope_position_scaling_factor` is kept, but keras-hub doesn't scale by it.
+    max_wavelength, factors = backbone.rope_max_wavelength, None
+    if backbone.rope_frequency_adjustment_factor is not None:
+        factors = llama3_frequency_factors(
+            backbone.hidden_dim // backbone.num_query_heads,
+            max_wavelength,
+            backbone.rope_frequency_adjustment_factor,
+            backbone.rope_low_freq_factor,
+            backbone.rope_high_freq_factor,
+            backbone.rope_pretraining_sequence_length,
+        )
+    return dict(rope_max_wavelength=max_wavelength, rope_frequency_factors=factors)
+
+
+def _backbone(name):
+    knows = (
+        "rope_max_wavelength",
+        "rope_position_scaling_factor",
+        "rope_frequency_adjustment_factor",
+        "rope_low_freq_factor",
+        "rope_high_freq_factor",
+        "rope_pretraining_sequence_length",
+        "tie_word_embeddings",
+    )
+    return KerasHub(name, _options, llama_decoder, knows=knows)
+
+
+FAMILY = Family(
+    "Llama",
+    hugging_face=(HuggingFace("llama", classes("Llama"), _read),),
+    # The converter of llama.cpp permutes the rows of queries and keys.
+    gguf=(Gguf("llama", read_keys, replace(GGUF_TENSORS, interleaved=True)),),
+    keras_hub=(_backbone("LlamaBackbone"), _backbone("Llama3Backbone")),
+)

@@ -1,0 +1,115 @@
+"""Qwen 2, 2.5 and 3 without experts (Yang et al., 2024 and 2025).
+
+https://arxiv.org/abs/2407.10671, https://arxiv.org/abs/2505.09388
+"""
+
+import sys
+
+from keras_kvcache.errors import quoted
+from keras_kvcache.families.family import Family, HuggingFace, KerasHub, classes
+from keras_kvcache.families.keras_hub_parts import (
+    attention_of,
+    linear_rope,
+    llama_decoder,
+)
+from keras_kvcache.families.llama_like import (
+    QUERY_KEY_NORMS,
+    TENSORS,
+    read_fields,
+    with_biases,
+    with_parts,
+)
+from keras_kvcache.families.rope_fields import rope_options
+from keras_kvcache.families.window_fields import layer_types, window_options
+
+
+def _read2(fields):
+    config = read_fields(fields, default_groups=32)
+    config |= rope_options(fields, config["head_dim"], 10_000.0)
+    config |= _windows(fields, config["num_layers"])
+    return config | {"attention_bias": True}, TENSORS
+
+
+def _read3(fields):
+    config = read_fields(fields, default_groups=32, default_head_dim=128)
+    config |= rope_options(fields, config["head_dim"], 10_000.0)
+    config |= _windows(fields, config["num_layers"])
+    config["query_key_norm"] = True
+    return with_biases(fields, config, with_parts(TENSORS, QUERY_KEY_NORMS))
+
+
+def _windows(fields, layers):
+    """A window, which the first `max_window_layers` layers don't have."""
+    window = None
+    if fields.flag("use_sliding_window", False):
+        window = fields.size("sliding_window", 4096, null=None)
+    first, named = fields.values.get("max_window_layers", 28), "max_window_layers"
+    if not isinstance(first, int):
+        raise ValueError(f"`{named}` must be an integer. Received: {quoted(first)}")
+    slides = [window is not None and i >= first for i in range(layers)]
+    types = fields.values.get("layer_types")
+    told_by = (named, first) if types is None else ("layer_types", types)
+    return window_options(window, layer_types(fields, slides), *told_by)
+
+
+def _options2(backbone):
+    window = backbone.sliding_window_size
+    if not backbone.use_sliding_window_attention:
+        window = None
+    attention = attention_of(backbone)
+    return dict(
+        linear_rope(attention.rotary_embedding_layer),
+        sliding_window=_unfused_window(attention, window),
+    )
+
+
+def _options3(backbone):
+    attention = attention_of(backbone)
+    return dict(
+        linear_rope(attention.rotary_embedding_layer),
+        head_dim=attention.head_dim,
+        sliding_window=_unfused_window(attention, backbone.sliding_window_size or None),
+    )
+
+
+def _unfused_window(attention, sliding_window):
+    """The window of an attention layer that has one outside of fused kernels only.
+
+    keras-hub's layers pass it over wherever there is a fused kernel, as there always
+    is on JAX. The numbers are to be those of the model at hand, so we do as it does.
+    """
+    module = sys.modules[type(attention).__module__]
+    return None if module.fused_attention_op_available() else sliding_window
+
+
+def _parts3(block):
+    attention = block._self_attention_layer
+    return dict(
+        llama_decoder(block),
+        query_norm=attention._query_dense_layer_norm,
+        key_norm=attention._key_dense_layer_norm,
+    )
+
+
+_KNOWS = (
+    "rope_max_wavelength",
+    "rope_scaling_factor",
+    "tie_word_embeddings",
+    "sliding_window_size",
+)
+FAMILY = Family(
+    "Qwen 2 to 3",
+    hugging_face=(
+        HuggingFace("qwen2", classes("Qwen2"), _read2),
+        HuggingFace("qwen3", classes("Qwen3"), _read3),
+    ),
+    keras_hub=(
+        KerasHub(
+            "QwenBackbone",
+            _options2,
+            llama_decoder,
+            knows=(*_KNOWS, "use_sliding_window_attention"),
+        ),
+        KerasHub("Qwen3Backbone", _options3, _parts3, knows=(*_KNOWS, "head_dim")),
+    ),
+)

@@ -1,0 +1,11 @@
+"""T5 (Raffel et al., 2020, https://arxiv.org/abs/1910.10683), which is refused."""
+
+from keras_kvcache.families.family import Family
+
+FAMILY = Family(
+    "T5",
+    refused={
+        "T5Backbone": ", whose relative positions are a bias added to attention "
+        "scores, which no option of the models here hands to their attention yet"
+    },
+)
