@@ -5,6 +5,7 @@ import functools
 import keras
 import numpy as np
 import pytest
+from family_cases import collect
 from keras import ops
 from program_cases import made
 
@@ -14,17 +15,9 @@ from keras_kvcache.generation import make_program
 
 hub = pytest.importorskip("keras_hub")
 
-V, MELS = 101, 13
-SIZES = dict(
-    vocabulary_size=V, num_layers=2, num_heads=7, hidden_dim=42, intermediate_dim=59
-)
-BART = dict(SIZES, max_sequence_length=113)
-WHISPER = dict(
-    SIZES,
-    num_mels=MELS,
-    max_encoder_sequence_length=107,
-    max_decoder_sequence_length=109,
-)
+CASES = collect("HUB_PAIRS")
+BART, WHISPER = CASES["bart"][1], CASES["whisper"][1]
+V, MELS = BART["vocabulary_size"], WHISPER["num_mels"]
 START = [3, 17, 29]
 
 
@@ -526,7 +519,7 @@ def test_other_models_are_refused():
 
 @pytest.mark.skipif(not hasattr(hub.models, "T5Seq2SeqLM"), reason="newer keras-hub's")
 def test_t5_is_refused():
-    backbone = hub.models.T5Backbone(V, 1, 2, 8, 16)
+    backbone = hub.models.T5Backbone(**collect("HUB_REFUSED")["t5"][1])
     with pytest.raises(ValueError, match="T5Backbone, whose relative positions are a"):
         from_keras_hub(hub.models.T5Seq2SeqLM(backbone, preprocessor=None))
 

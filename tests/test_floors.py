@@ -121,6 +121,7 @@ ANNOTATED = (
     "caches",
     "cli",
     "errors",
+    "families",
     "known_names",
     "registration",
     "runtime",

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 import safetensors
+from family_cases import collect
 
 from keras_kvcache import DecoderLM, cli
 from keras_kvcache.loaders import hugging_face_files, read_hugging_face
@@ -15,141 +16,9 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors.torch")
 
-SIZES = dict(
-    vocab_size=101,
-    hidden_size=84,
-    intermediate_size=59,
-    num_hidden_layers=2,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    max_position_embeddings=613,
-    rms_norm_eps=1e-3,
-    bos_token_id=3,
-    eos_token_id=5,
-    pad_token_id=0,
-)
-WIDE_HEADS = dict(SIZES, head_dim=22)
-THETA = dict(rope_theta=503.0)
-LLAMA3_ROPE = dict(
-    rope_type="llama3",
-    rope_theta=503.0,
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=31,
-)
-SLIDING, FULL = "sliding_attention", "full_attention"
-QWEN = dict(use_sliding_window=True, sliding_window=13, max_window_layers=0)
-GEMMA = dict(WIDE_HEADS, rms_norm_eps=1e-2, attention_bias=True)
-GEMMA2 = dict(
-    GEMMA,
-    query_pre_attn_scalar=17,
-    final_logit_softcapping=3.0,
-    sliding_window=13,
-)
+CASES = collect("TRANSFORMERS")
 # Of these the logits are compared, no tokens: they differ from another in a detail.
-DETAILS = (
-    "llama_tied_linear",
-    "llama_mlp_bias",
-    "llama_both_biases",
-    "qwen2_by_layer",
-    "phi3_partial",
-    "gpt2_unscaled",
-)
-# By the name of a case: the family, as transformers' classes begin, and its config.
-CASES = {
-    "llama": ("Llama", dict(SIZES, rope_parameters=LLAMA3_ROPE)),
-    "llama_tied_linear": (
-        "Llama",
-        dict(
-            SIZES,
-            head_dim=22,
-            hidden_act="gelu",
-            tie_word_embeddings=True,
-            attention_bias=True,
-            rope_parameters=dict(rope_type="linear", factor=1.7, **THETA),
-        ),
-    ),
-    "llama_mlp_bias": ("Llama", dict(SIZES, mlp_bias=True)),
-    "llama_both_biases": ("Llama", dict(SIZES, mlp_bias=True, attention_bias=True)),
-    "mistral": (
-        "Mistral",
-        dict(WIDE_HEADS, sliding_window=13, rope_parameters=dict(THETA)),
-    ),
-    "mixtral": (
-        "Mixtral",
-        dict(SIZES, num_local_experts=5, num_experts_per_tok=3, sliding_window=13),
-    ),
-    "qwen2": ("Qwen2", dict(SIZES, **QWEN, rope_parameters=dict(THETA))),
-    "qwen2_by_layer": (
-        "Qwen2",
-        dict(SIZES, **QWEN, layer_types=[SLIDING, FULL], tie_word_embeddings=True),
-    ),
-    "qwen3": ("Qwen3", dict(WIDE_HEADS, **QWEN, attention_bias=True)),
-    "phi3": ("Phi3", dict(SIZES, sliding_window=13, rope_parameters=dict(THETA))),
-    "phi3_partial": (
-        "Phi3",
-        dict(
-            SIZES,
-            rope_parameters=dict(THETA, rope_type="default", partial_rotary_factor=0.6),
-        ),
-    ),
-    "gpt2": (
-        "GPT2",
-        dict(
-            vocab_size=101,
-            n_embd=42,
-            n_inner=61,
-            n_layer=2,
-            n_head=7,
-            n_positions=113,
-            layer_norm_epsilon=1e-3,
-            bos_token_id=3,
-            eos_token_id=5,
-        ),
-    ),
-    "gpt2_unscaled": (
-        "GPT2",
-        dict(
-            vocab_size=101,
-            n_embd=42,
-            n_layer=2,
-            n_head=3,
-            n_positions=67,
-            scale_attn_weights=False,
-            tie_word_embeddings=False,
-            activation_function="relu",
-            bos_token_id=3,
-            eos_token_id=5,
-        ),
-    ),
-    "opt": (
-        "OPT",
-        dict(
-            vocab_size=101,
-            hidden_size=42,
-            ffn_dim=61,
-            num_hidden_layers=2,
-            num_attention_heads=7,
-            max_position_embeddings=113,
-            word_embed_proj_dim=42,
-        ),
-    ),
-    "gemma": ("Gemma", dict(GEMMA, rope_parameters=dict(THETA))),
-    "gemma2": ("Gemma2", dict(GEMMA2, attn_logit_softcapping=2.0)),
-    "gemma3": (
-        "Gemma3",
-        dict(
-            GEMMA2,
-            num_hidden_layers=4,
-            layer_types=[SLIDING, SLIDING, FULL, SLIDING],
-            rope_parameters=dict(
-                full_attention=dict(rope_type="linear", factor=1.7, rope_theta=5003.0),
-                sliding_attention=dict(rope_type="default", rope_theta=503.0),
-            ),
-        ),
-    ),
-}
+DETAILS = collect("DETAILS")
 IDS = np.random.default_rng(11).integers(1, 101, (3, 29))
 PROMPT = IDS[0, :5].tolist()
 

@@ -21,15 +21,7 @@ def _model_parts(backbone):
     )
 
 
-FAMILY = Family(
-    "BART",
-    keras_hub=(
-        KerasHub(
-            "BartBackbone",
-            _options,
-            attending_decoder,
-            _model_parts,
-            has_encoder=True,
-        ),
-    ),
+_BACKBONE = KerasHub(
+    "BartBackbone", _options, attending_decoder, _model_parts, has_encoder=True
 )
+FAMILY = Family("BART", keras_hub=(_BACKBONE,))

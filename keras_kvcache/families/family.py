@@ -7,7 +7,7 @@ several entries where versions of a family are named apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,7 +80,7 @@ class KerasHub:
     options: Callable[[Any], dict[str, Any]]
     block_parts: Callable[[Any], dict[str, Any]]
     model_parts: Callable[[Any], dict[str, Any]] = lambda backbone: {}
-    knows: tuple[str, ...] = ()
+    knows: Collection[str] = ()
     end_of_turn: str | None = None
     has_encoder: bool = False
     has_task: bool = True

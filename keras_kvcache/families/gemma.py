@@ -5,18 +5,12 @@ https://arxiv.org/abs/2503.19786
 """
 
 import math
+from dataclasses import replace
 
 from keras_kvcache.errors import quoted
+from keras_kvcache.families import keras_hub_parts, llama_like
 from keras_kvcache.families.family import Family, HuggingFace, KerasHub, classes
 from keras_kvcache.families.fields import ACTIVATIONS, Fields
-from keras_kvcache.families.keras_hub_parts import linear_rope, projections
-from keras_kvcache.families.llama_like import (
-    QUERY_KEY_NORMS,
-    TENSORS,
-    read_fields,
-    with_biases,
-    with_parts,
-)
 from keras_kvcache.families.rope_fields import (
     as_rope_arguments,
     read_rotation,
@@ -32,15 +26,19 @@ from keras_kvcache.families.window_fields import (
 # The first files say "gelu" and mean the approximation.
 _ACTIVATIONS = {**ACTIVATIONS, "gelu": "gelu_tanh"}
 _FOUR_NORMS = {
+    **llama_like.PARTS,
     "post_attention_norm": "post_attention_layernorm",
     "feedforward_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_SIX_NORMS = {**_FOUR_NORMS, **llama_like.QUERY_KEY_NORMS}
+_TENSORS2 = replace(llama_like.TENSORS, parts=_FOUR_NORMS)
+_TENSORS3 = replace(llama_like.TENSORS, parts=_SIX_NORMS)
 
 
 def _read_shared(fields, activation, default_groups=4):
     """Reads the fields that all three share."""
-    config = read_fields(
+    config = llama_like.read_fields(
         fields,
         default_groups=default_groups,
         default_head_dim=256,
@@ -63,7 +61,7 @@ def _read1(fields):
             f"{quoted(fields.values['hidden_activation'])}"
         )
     config |= rope_options(fields, config["head_dim"], 10_000.0)
-    return with_biases(fields, config)
+    return llama_like.with_biases(fields, config)
 
 
 def _read2(fields):
@@ -73,7 +71,7 @@ def _read2(fields):
     config["attention_logit_soft_cap"] = fields.real(
         "attn_logit_softcapping", 50.0, null=None
     )
-    return with_biases(fields, config, with_parts(TENSORS, _FOUR_NORMS))
+    return llama_like.with_biases(fields, config, _TENSORS2)
 
 
 def _read3(fields):
@@ -86,8 +84,7 @@ def _read3(fields):
     slides = config["sliding_window"] is not None
     config |= _two_rotations(fields, config["head_dim"], slides)
     config["query_key_norm"] = True
-    names = with_parts(TENSORS, {**_FOUR_NORMS, **QUERY_KEY_NORMS})
-    return with_biases(fields, config, names)
+    return llama_like.with_biases(fields, config, _TENSORS3)
 
 
 def _extras(fields, config, default_cap, default_pattern):
@@ -143,7 +140,7 @@ def _options(backbone):
     head_dim, width = backbone.head_dim, backbone.hidden_dim // backbone.num_query_heads
     scaled_by = head_dim if attention.query_head_dim_normalize else width
     return dict(
-        linear_rope(attention.rope_layer),
+        keras_hub_parts.linear_rope(attention.rope_layer),
         normalization="unit_offset_rms_norm",
         activation="gelu_tanh",
         intermediate_dim=backbone.intermediate_dim // 2,
@@ -179,7 +176,7 @@ def _options3(backbone):
         return options
     by_layer = [block.attention for block in backbone.transformer_layers]
     others = [one for one in by_layer if not one.use_sliding_window_attention]
-    every = linear_rope((others or by_layer)[0].rope_layer)
+    every = keras_hub_parts.linear_rope((others or by_layer)[0].rope_layer)
     return dict(
         options,
         **every,
@@ -193,7 +190,7 @@ def _parts(block):
     """The norms are those that a block has."""
     parts = dict(
         attention_norm=block.pre_attention_norm,
-        attention=projections(block.attention),
+        attention=keras_hub_parts.projections(block.attention),
         feedforward_norm=block.pre_ffw_norm,
         feedforward=dict(
             gate=block.gating_ffw,
@@ -211,27 +208,26 @@ def _parts(block):
     return parts
 
 
-_KNOWS = (
-    "head_dim",
-    "query_head_dim_normalize",
-    "use_post_ffw_norm",
-    "use_post_attention_norm",
-    "attention_logit_soft_cap",
-    "final_logit_soft_cap",
-    "use_sliding_window_attention",
-    "sliding_window_size",
-)
-_KNOWS3 = (
-    "use_query_key_norm",
-    "local_rope_scaling_factor",
-    "global_rope_scaling_factor",
-    "vision_encoder",
-    "use_bidirectional_attention",
-    "is_embedding_model",
-    # Of models that are refused.
-    "image_size",
-    "pooling_intermediate_dim",
-    "embedding_dim",
+_KNOWS = """
+    head_dim query_head_dim_normalize use_post_ffw_norm use_post_attention_norm
+    attention_logit_soft_cap final_logit_soft_cap use_sliding_window_attention
+    sliding_window_size
+""".split()
+# The last three are of models that are refused.
+_KNOWS3 = """
+    use_query_key_norm local_rope_scaling_factor global_rope_scaling_factor
+    vision_encoder use_bidirectional_attention is_embedding_model
+    image_size pooling_intermediate_dim embedding_dim
+""".split()
+_BACKBONES = (
+    KerasHub("GemmaBackbone", _options, _parts, knows=_KNOWS),
+    KerasHub(
+        "Gemma3Backbone",
+        _options3,
+        _parts,
+        knows=_KNOWS + _KNOWS3,
+        end_of_turn="<end_of_turn>",
+    ),
 )
 FAMILY = Family(
     "Gemma 1 to 3 (text)",
@@ -240,14 +236,5 @@ FAMILY = Family(
         HuggingFace("gemma2", classes("Gemma2"), _read2),
         HuggingFace("gemma3_text", ("Gemma3ForCausalLM", "Gemma3TextModel"), _read3),
     ),
-    keras_hub=(
-        KerasHub("GemmaBackbone", _options, _parts, knows=_KNOWS),
-        KerasHub(
-            "Gemma3Backbone",
-            _options3,
-            _parts,
-            knows=_KNOWS + _KNOWS3,
-            end_of_turn="<end_of_turn>",
-        ),
-    ),
+    keras_hub=_BACKBONES,
 )

@@ -48,15 +48,14 @@ def _read(fields):
     return config, TENSORS
 
 
+_BACKBONE = KerasHub(
+    "GPT2Backbone",
+    lambda backbone: backbone_options(backbone, "gelu_tanh"),
+    transformer_decoder,
+    lambda backbone: dict(position_table=backbone.position_embedding),
+)
 FAMILY = Family(
     "GPT-2",
     hugging_face=(HuggingFace("gpt2", ("GPT2LMHeadModel", "GPT2Model"), _read),),
-    keras_hub=(
-        KerasHub(
-            "GPT2Backbone",
-            lambda backbone: backbone_options(backbone, "gelu_tanh"),
-            transformer_decoder,
-            lambda backbone: dict(position_table=backbone.position_embedding),
-        ),
-    ),
+    keras_hub=(_BACKBONE,),
 )

@@ -64,3 +64,13 @@ def linear_rope(rotary: Any) -> dict[str, float]:
         rope_max_wavelength=rotary.max_wavelength,
         rope_position_scaling_factor=rotary.scaling_factor,
     )
+
+
+def windowed_options(backbone: Any) -> dict[str, Any]:
+    """Arguments of the decoder that equal a backbone of Mistral or Mixtral."""
+    attention = attention_of(backbone)
+    return dict(
+        linear_rope(attention.rotary_embedding_layer),
+        head_dim=attention._head_dim,
+        sliding_window=backbone.sliding_window,
+    )

@@ -6,22 +6,16 @@ SmolLM2 is one, and many a Mistral is stored as one in GGUF.
 from dataclasses import replace
 
 from keras_kvcache.attention.rotary import llama3_frequency_factors
+from keras_kvcache.families import keras_hub_parts, llama_like
 from keras_kvcache.families.family import Family, Gguf, HuggingFace, KerasHub, classes
-from keras_kvcache.families.keras_hub_parts import llama_decoder
-from keras_kvcache.families.llama_like import (
-    GGUF_TENSORS,
-    read_fields,
-    read_keys,
-    with_biases,
-)
 from keras_kvcache.families.rope_fields import rope_options
 
 
 def _read(fields):
     fields.must_be("sliding_window")
-    config = read_fields(fields)
+    config = llama_like.read_fields(fields)
     config |= rope_options(fields, config["head_dim"], 10_000.0)
-    return with_biases(fields, config)
+    return llama_like.with_biases(fields, config)
 
 
 def _options(backbone):
@@ -39,23 +33,20 @@ def _options(backbone):
     return dict(rope_max_wavelength=max_wavelength, rope_frequency_factors=factors)
 
 
-def _backbone(name):
-    knows = (
-        "rope_max_wavelength",
-        "rope_position_scaling_factor",
-        "rope_frequency_adjustment_factor",
-        "rope_low_freq_factor",
-        "rope_high_freq_factor",
-        "rope_pretraining_sequence_length",
-        "tie_word_embeddings",
-    )
-    return KerasHub(name, _options, llama_decoder, knows=knows)
-
-
+_KNOWS = """
+    rope_max_wavelength rope_position_scaling_factor rope_frequency_adjustment_factor
+    rope_low_freq_factor rope_high_freq_factor rope_pretraining_sequence_length
+    tie_word_embeddings
+""".split()
+_HUB = (_options, keras_hub_parts.llama_decoder)
+# The converter of llama.cpp permutes the rows of queries and keys.
+_GGUF_TENSORS = replace(llama_like.GGUF_TENSORS, interleaved=True)
 FAMILY = Family(
     "Llama",
     hugging_face=(HuggingFace("llama", classes("Llama"), _read),),
-    # The converter of llama.cpp permutes the rows of queries and keys.
-    gguf=(Gguf("llama", read_keys, replace(GGUF_TENSORS, interleaved=True)),),
-    keras_hub=(_backbone("LlamaBackbone"), _backbone("Llama3Backbone")),
+    gguf=(Gguf("llama", llama_like.read_keys, _GGUF_TENSORS),),
+    keras_hub=(
+        KerasHub("LlamaBackbone", *_HUB, knows=_KNOWS),
+        KerasHub("Llama3Backbone", *_HUB, knows=_KNOWS),
+    ),
 )

@@ -12,49 +12,46 @@ from keras_kvcache.families.gguf_keys import Keys
 from keras_kvcache.families.tensors import TensorNames
 from keras_kvcache.families.window_fields import layer_types
 
+PARTS = {
+    "attention/query": "self_attn.q_proj",
+    "attention/key": "self_attn.k_proj",
+    "attention/value": "self_attn.v_proj",
+    "attention/attention_output": "self_attn.o_proj",
+    "attention_norm": "input_layernorm",
+    "feedforward_norm": "post_attention_layernorm",
+    "feedforward/gate": "mlp.gate_proj",
+    "feedforward/intermediate": "mlp.up_proj",
+    "feedforward/output": "mlp.down_proj",
+}
 TENSORS = TensorNames(
     prefix="model.",
     token_embedding="embed_tokens",
     final_norm="norm",
     block="layers.{}",
-    parts={
-        "attention/query": "self_attn.q_proj",
-        "attention/key": "self_attn.k_proj",
-        "attention/value": "self_attn.v_proj",
-        "attention/attention_output": "self_attn.o_proj",
-        "attention_norm": "input_layernorm",
-        "feedforward_norm": "post_attention_layernorm",
-        "feedforward/gate": "mlp.gate_proj",
-        "feedforward/intermediate": "mlp.up_proj",
-        "feedforward/output": "mlp.down_proj",
-    },
+    parts=PARTS,
     # Tables of frequencies that older files have.
     ignored=r"(.*\.)?rotary_emb\.inv_freq",
 )
 QUERY_KEY_NORMS = {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
+GGUF_PARTS = {
+    "attention/query": "attn_q",
+    "attention/key": "attn_k",
+    "attention/value": "attn_v",
+    "attention/attention_output": "attn_output",
+    "attention_norm": "attn_norm",
+    "feedforward_norm": "ffn_norm",
+    "feedforward/gate": "ffn_gate",
+    "feedforward/intermediate": "ffn_up",
+    "feedforward/output": "ffn_down",
+}
 GGUF_TENSORS = TensorNames(
     token_embedding="token_embd",
     final_norm="output_norm",
     lm_head="output",
     block="blk.{}",
-    parts={
-        "attention/query": "attn_q",
-        "attention/key": "attn_k",
-        "attention/value": "attn_v",
-        "attention/attention_output": "attn_output",
-        "attention_norm": "attn_norm",
-        "feedforward_norm": "ffn_norm",
-        "feedforward/gate": "ffn_gate",
-        "feedforward/intermediate": "ffn_up",
-        "feedforward/output": "ffn_down",
-    },
+    parts=GGUF_PARTS,
 )
 _ROPE_SCALINGS = ("none", "linear")
-
-
-def with_parts(names: TensorNames, parts: Mapping[str, Any]) -> TensorNames:
-    """Names with those of more parts, or others for some."""
-    return replace(names, parts={**names.parts, **parts})
 
 
 def read_fields(

@@ -47,17 +47,14 @@ def _read(fields):
     return config, TENSORS
 
 
+_BACKBONE = KerasHub(
+    "OPTBackbone",
+    lambda backbone: backbone_options(backbone, "relu"),
+    transformer_decoder,
+    lambda backbone: dict(position_table=backbone.embeddings.position_embedding),
+)
 FAMILY = Family(
     "OPT",
     hugging_face=(HuggingFace("opt", classes("OPT"), _read),),
-    keras_hub=(
-        KerasHub(
-            "OPTBackbone",
-            lambda backbone: backbone_options(backbone, "relu"),
-            transformer_decoder,
-            lambda backbone: dict(
-                position_table=backbone.embeddings.position_embedding
-            ),
-        ),
-    ),
+    keras_hub=(_BACKBONE,),
 )

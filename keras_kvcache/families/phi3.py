@@ -1,18 +1,14 @@
 """Phi-3 (Abdin et al., 2024, https://arxiv.org/abs/2404.14219)."""
 
+from dataclasses import replace
+
+from keras_kvcache.families import keras_hub_parts, llama_like
 from keras_kvcache.families.family import Family, HuggingFace, KerasHub, classes
-from keras_kvcache.families.keras_hub_parts import linear_rope, projections
-from keras_kvcache.families.llama_like import (
-    TENSORS,
-    one_window,
-    read_fields,
-    with_parts,
-)
 from keras_kvcache.families.rope_fields import rope_options
 
-_FUSED = {
-    "attention/query": "self_attn.qkv_proj",
-    "attention/key": "self_attn.qkv_proj",
+_PARTS = {
+    **llama_like.PARTS,
+    **dict.fromkeys(("attention/query", "attention/key"), "self_attn.qkv_proj"),
     "attention/value": "self_attn.qkv_proj",
     "feedforward/gate": "mlp.gate_up_proj",
     "feedforward/intermediate": "mlp.gate_up_proj",
@@ -20,15 +16,15 @@ _FUSED = {
 
 
 def _read(fields):
-    config = read_fields(fields, default_epsilon=1e-5)
+    config = llama_like.read_fields(fields, default_epsilon=1e-5)
     config |= rope_options(fields, config["head_dim"], 10_000.0, may_be_partial=True)
-    config |= one_window(fields, config["num_layers"])
-    return config, with_parts(TENSORS, _FUSED)
+    config |= llama_like.one_window(fields, config["num_layers"])
+    return config, replace(llama_like.TENSORS, parts=_PARTS)
 
 
 def _options(backbone):
     rotary = backbone.transformer_layers[0].attention.rotary_embedding_layer
-    options = linear_rope(rotary)
+    options = keras_hub_parts.linear_rope(rotary)
     if backbone.rope_scaling_type is None:
         return options
     # Within the length of the pretraining the short factors hold; past it keras-hub
@@ -42,11 +38,11 @@ def _options(backbone):
     )
 
 
-def _parts(block):
-    # What it calls the norm after attention is the one before the feed-forward part.
+def _block_parts(block):
+    # The one that it calls the norm after attention is before the feed-forward part.
     return dict(
         attention_norm=block.pre_attention_layernorm,
-        attention=projections(block.attention),
+        attention=keras_hub_parts.projections(block.attention),
         feedforward_norm=block.post_attention_layernorm,
         feedforward=dict(
             gate=block.feedforward_gate_dense,
@@ -56,22 +52,18 @@ def _parts(block):
     )
 
 
+_BACKBONE = KerasHub(
+    "Phi3Backbone",
+    _options,
+    _block_parts,
+    knows="""
+        pretraining_sequence_length rope_max_wavelength rope_scaling_type
+        rope_scaling_short_factor rope_scaling_long_factor
+    """.split(),
+    end_of_turn="<|end|>",
+)
 FAMILY = Family(
     "Phi-3",
     hugging_face=(HuggingFace("phi3", classes("Phi3"), _read),),
-    keras_hub=(
-        KerasHub(
-            "Phi3Backbone",
-            _options,
-            _parts,
-            knows=(
-                "pretraining_sequence_length",
-                "rope_max_wavelength",
-                "rope_scaling_type",
-                "rope_scaling_short_factor",
-                "rope_scaling_long_factor",
-            ),
-            end_of_turn="<|end|>",
-        ),
-    ),
+    keras_hub=(_BACKBONE,),
 )

@@ -4,38 +4,30 @@ https://arxiv.org/abs/2407.10671, https://arxiv.org/abs/2505.09388
 """
 
 import sys
+from dataclasses import replace
 
 from keras_kvcache.errors import quoted
+from keras_kvcache.families import keras_hub_parts, llama_like
 from keras_kvcache.families.family import Family, HuggingFace, KerasHub, classes
-from keras_kvcache.families.keras_hub_parts import (
-    attention_of,
-    linear_rope,
-    llama_decoder,
-)
-from keras_kvcache.families.llama_like import (
-    QUERY_KEY_NORMS,
-    TENSORS,
-    read_fields,
-    with_biases,
-    with_parts,
-)
 from keras_kvcache.families.rope_fields import rope_options
 from keras_kvcache.families.window_fields import layer_types, window_options
 
 
 def _read2(fields):
-    config = read_fields(fields, default_groups=32)
+    config = llama_like.read_fields(fields, default_groups=32)
     config |= rope_options(fields, config["head_dim"], 10_000.0)
     config |= _windows(fields, config["num_layers"])
-    return config | {"attention_bias": True}, TENSORS
+    return config | {"attention_bias": True}, llama_like.TENSORS
 
 
 def _read3(fields):
-    config = read_fields(fields, default_groups=32, default_head_dim=128)
+    config = llama_like.read_fields(fields, default_groups=32, default_head_dim=128)
     config |= rope_options(fields, config["head_dim"], 10_000.0)
     config |= _windows(fields, config["num_layers"])
     config["query_key_norm"] = True
-    return with_biases(fields, config, with_parts(TENSORS, QUERY_KEY_NORMS))
+    parts = {**llama_like.PARTS, **llama_like.QUERY_KEY_NORMS}
+    names = replace(llama_like.TENSORS, parts=parts)
+    return llama_like.with_biases(fields, config, names)
 
 
 def _windows(fields, layers):
@@ -56,17 +48,17 @@ def _options2(backbone):
     window = backbone.sliding_window_size
     if not backbone.use_sliding_window_attention:
         window = None
-    attention = attention_of(backbone)
+    attention = keras_hub_parts.attention_of(backbone)
     return dict(
-        linear_rope(attention.rotary_embedding_layer),
+        keras_hub_parts.linear_rope(attention.rotary_embedding_layer),
         sliding_window=_unfused_window(attention, window),
     )
 
 
 def _options3(backbone):
-    attention = attention_of(backbone)
+    attention = keras_hub_parts.attention_of(backbone)
     return dict(
-        linear_rope(attention.rotary_embedding_layer),
+        keras_hub_parts.linear_rope(attention.rotary_embedding_layer),
         head_dim=attention.head_dim,
         sliding_window=_unfused_window(attention, backbone.sliding_window_size or None),
     )
@@ -85,17 +77,19 @@ def _unfused_window(attention, sliding_window):
 def _parts3(block):
     attention = block._self_attention_layer
     return dict(
-        llama_decoder(block),
+        keras_hub_parts.llama_decoder(block),
         query_norm=attention._query_dense_layer_norm,
         key_norm=attention._key_dense_layer_norm,
     )
 
 
-_KNOWS = (
-    "rope_max_wavelength",
-    "rope_scaling_factor",
-    "tie_word_embeddings",
-    "sliding_window_size",
+_KNOWS = """
+    rope_max_wavelength rope_scaling_factor tie_word_embeddings sliding_window_size
+""".split()
+_KNOWS2 = [*_KNOWS, "use_sliding_window_attention"]
+_BACKBONES = (
+    KerasHub("QwenBackbone", _options2, keras_hub_parts.llama_decoder, knows=_KNOWS2),
+    KerasHub("Qwen3Backbone", _options3, _parts3, knows=[*_KNOWS, "head_dim"]),
 )
 FAMILY = Family(
     "Qwen 2 to 3",
@@ -103,13 +97,5 @@ FAMILY = Family(
         HuggingFace("qwen2", classes("Qwen2"), _read2),
         HuggingFace("qwen3", classes("Qwen3"), _read3),
     ),
-    keras_hub=(
-        KerasHub(
-            "QwenBackbone",
-            _options2,
-            llama_decoder,
-            knows=(*_KNOWS, "use_sliding_window_attention"),
-        ),
-        KerasHub("Qwen3Backbone", _options3, _parts3, knows=(*_KNOWS, "head_dim")),
-    ),
+    keras_hub=_BACKBONES,
 )

@@ -19,21 +19,13 @@ def _model_parts(backbone):
     )
 
 
-FAMILY = Family(
-    "Whisper",
-    keras_hub=(
-        KerasHub(
-            "WhisperBackbone",
-            _options,
-            attending_decoder,
-            _model_parts,
-            knows=(
-                "num_mels",
-                "max_encoder_sequence_length",
-                "max_decoder_sequence_length",
-            ),
-            has_encoder=True,
-            has_task=False,
-        ),
-    ),
+_BACKBONE = KerasHub(
+    "WhisperBackbone",
+    _options,
+    attending_decoder,
+    _model_parts,
+    knows="num_mels max_encoder_sequence_length max_decoder_sequence_length".split(),
+    has_encoder=True,
+    has_task=False,
 )
+FAMILY = Family("Whisper", keras_hub=(_BACKBONE,))
