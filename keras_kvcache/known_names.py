@@ -96,7 +96,7 @@ def get_preset(name: str) -> Preset:
     """The preset of a name.
 
     Raises:
-        ValueError: If there is none; the message lists those there are.
+        ValueError: There is none; the message lists those there are.
     """
     if name not in PRESETS:
         raise ValueError(

@@ -253,11 +253,11 @@ def _by_head(product, equation, x, y):
     if keras.distribution.distribution() is not None:
         return product(f"bk{of_x},bk{of_y}->bk{result}", x, y)
     shape = ops.shape(x)[:2]
-    merged = product(f"x{of_x},x{of_y}->x{result}", _merge(x), _merge(y))
+    merged = product(f"x{of_x},x{of_y}->x{result}", _merge_heads(x), _merge_heads(y))
     return ops.reshape(merged, (*shape, *ops.shape(merged)[1:]))
 
 
-def _merge(x):
+def _merge_heads(x):
     """`(B, K, …)` to `(B·K, …)`."""
     batch, heads, *rest = ops.shape(x)
     return ops.reshape(x, (batch * heads, *rest))

@@ -147,7 +147,7 @@ class _Attended(NamedTuple):
     def add_block(self, running, first, count):
         """Merges a block in unless it's hidden; skips a mask that hides nothing."""
         if is_recorded():
-            return _merge(running, self.partial(first, count))
+            return _merge_partials(running, self.partial(first, count))
         mask = self.mask_of(first, count)
 
         def add(running):
@@ -157,7 +157,7 @@ class _Attended(NamedTuple):
                 lambda: unmasked.partial(first, count),
                 lambda: self.partial(first, count),
             )
-            return _merge(running, part)
+            return _merge_partials(running, part)
 
         return _either(_any(mask), lambda: add(running), lambda: running)
 
@@ -178,7 +178,7 @@ def _add_slots(running, attended, block):
     slots = attended.segment.positions.shape[1]
     if not isinstance(slots, int) or block is None or slots <= block:
         slots = ops.shape(attended.segment.positions)[1]
-        return _merge(running, attended.partial(0, slots))
+        return _merge_partials(running, attended.partial(0, slots))
 
     # A rest would be one more piece of program to compile, for every layer.
     if slots % block and slots % (block // 2) == 0:
@@ -222,7 +222,7 @@ def _group_query_heads(x, query, length):
     return ops.reshape(x, (rows, heads, group * length, slots))
 
 
-def _merge(a, b):
+def _merge_partials(a, b):
     maximum = ops.maximum(a.maximum, b.maximum)
     keep_a, keep_b = ops.exp(a.maximum - maximum), ops.exp(b.maximum - maximum)
     return _Partial(

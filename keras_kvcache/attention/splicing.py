@@ -8,7 +8,8 @@ import jax
 import keras
 from keras import ops
 
-from keras_kvcache.attention.positions import as_int32
+from keras_kvcache.attention.positions import first_positions
+from keras_kvcache.attention.segments import start_of_slice
 from keras_kvcache.runtime.platform import current_platform
 from keras_kvcache.runtime.sharding import rows_divide
 
@@ -40,7 +41,7 @@ def splice(buffer: Any, update: Any, index: Any, axis: int = 2) -> Any:
     is_known = isinstance(update.shape[axis], int)
     if isinstance(index, int) and is_known:
         return _splice_known(buffer, update, index, axis)
-    index = ops.reshape(as_int32(ops.convert_to_tensor(index)), (-1,))
+    index = first_positions(index)
     strategy = choose_strategy(index.shape[0] == 1, is_known, buffer.shape, axis)
     return STRATEGIES[strategy](buffer, update, index, axis)
 
@@ -123,7 +124,7 @@ def _splice_loop(buffer, update, index, axis):
     rows = 1 if turns > 1 else buffer.shape[0]
 
     def write(turn, buffer):
-        start = _start([turn] + [0] * (len(update.shape) - 1))
+        start = start_of_slice([turn] + [0] * (len(update.shape) - 1))
         entries = ops.slice(update, start, (rows, *update.shape[1:]))
         return _splice_slice(buffer, entries, index[turn], axis, rows, turn)
 
@@ -148,7 +149,7 @@ def _splice_slice(buffer, update, index, axis, rows=None, first_row=0):
     first = ops.clip(index, 0, capacity - width)
     start = [first_row] + [0] * (len(buffer.shape) - 1)
     start[axis] = first
-    start = _start(start)
+    start = start_of_slice(start)
     window = list(ops.shape(buffer))
     window[axis] = width
     window[0] = window[0] if rows is None else rows
@@ -159,11 +160,6 @@ def _splice_slice(buffer, update, index, axis, rows=None, first_row=0):
     stored = ops.slice(buffer, start, window)
     fits = ops.reshape(fits, [-1] + [1] * (len(buffer.shape) - axis - 1))
     return ops.slice_update(buffer, start, ops.where(fits, update, stored))
-
-
-def _start(numbers):
-    """Of one dtype, as JAX wants it with `jax_enable_x64`, too."""
-    return [ops.cast(number, "int32") for number in numbers]
 
 
 def _splice_gather(buffer, update, index, axis):

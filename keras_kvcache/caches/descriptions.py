@@ -217,7 +217,13 @@ def _name_in(table, wanted):
 
 
 NODES = (StaticCache, RollingCache, DenseStorage, HeadMajorStorage, Residual)
-CODECS = (codecs.Exact, codecs.Int8, codecs.Int4, codecs.Int4Residual, codecs.Bits)
+EXPORTED = (
+    codecs.Exact,
+    codecs.Int8,
+    codecs.Int4,
+    codecs.Int4Residual,
+    codecs.Bits,
+)
 
 
 def register() -> None:
@@ -254,4 +260,4 @@ def _restore(value):
     if not isinstance(value, dict):
         return value
     name = value.pop("codec")
-    return next(codec for codec in CODECS if codec.__name__ == name)(**value)
+    return next(codec for codec in EXPORTED if codec.__name__ == name)(**value)

@@ -10,7 +10,7 @@ import jax
 from keras import ops
 
 from keras_kvcache.attention.segments import Segment
-from keras_kvcache.caches.storage import Storage, select_rows
+from keras_kvcache.caches.storage import Storage, select_rows, slot_positions
 from keras_kvcache.runtime.sharding import distribute
 
 
@@ -79,8 +79,9 @@ class Residual:
     def segment(self) -> Segment:
         """The group as a `Segment` for attention."""
         size = self.storage.slots
-        positions = self.start[:, None] + ops.arange(size, dtype="int32")[None, :]
-        return self.storage.segment(0, size, positions)
+        return self.storage.segment(
+            0, size, self.start[:, None] + slot_positions(0, size)
+        )
 
 
 def _either_rows(predicate, storage, other):

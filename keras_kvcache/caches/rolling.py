@@ -14,7 +14,7 @@ from keras_kvcache.attention.positions import first_positions
 from keras_kvcache.caches.cache import Cache
 from keras_kvcache.caches.kinds import Rolling
 from keras_kvcache.caches.segmentation import ring_slots, whole_groups
-from keras_kvcache.caches.storage import Storage
+from keras_kvcache.caches.storage import Storage, slot_positions
 from keras_kvcache.runtime.concrete import concrete_value
 
 
@@ -153,30 +153,18 @@ class RollingCache(Cache):
 
     def _ring_segments(self, fill):
         """Segments of a ring that holds positions below `fill`."""
-        segments = []
-        for first, size in self.storage.spans:
-            positions = ring_positions(fill, self._ring, first, size)
-            positions = self._behind_sinks(positions)
-            segments.append(self.storage.segment(first, size, positions))
-        return tuple(segments)
+        return self.storage.all_segments(
+            lambda *span: self._behind_sinks(ring_positions(fill, self._ring, *span))
+        )
 
     def _segments_of(self, entries, start):
         """Segments of entries from position `start (1 | B,)` on."""
-        segments = []
-        for first, size in entries.spans:
-            positions = start[:, None] + first + ops.arange(size, dtype="int32")[None]
-            positions = self._behind_sinks(positions)
-            segments.append(entries.segment(first, size, positions))
-        return tuple(segments)
+        return entries.all_segments(
+            lambda *span: self._behind_sinks(start[:, None] + slot_positions(*span))
+        )
 
     def _sink_segments(self):
-        if self.sinks is None:
-            return ()
-        segments = []
-        for first, size in self.sinks.spans:
-            positions = first + ops.arange(size, dtype="int32")[None]
-            segments.append(self.sinks.segment(first, size, positions))
-        return tuple(segments)
+        return () if self.sinks is None else self.sinks.all_segments(slot_positions)
 
     def _behind_sinks(self, positions):
         """Positions, -1 for those that the sinks hold."""

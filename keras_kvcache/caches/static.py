@@ -17,6 +17,7 @@ from keras_kvcache.caches.cache import Cache
 from keras_kvcache.caches.dense import DenseStorage
 from keras_kvcache.caches.head_major import HeadMajorStorage
 from keras_kvcache.caches.segmentation import whole_groups
+from keras_kvcache.caches.storage import slot_positions
 from keras_kvcache.runtime.concrete import concrete_value
 
 
@@ -120,18 +121,22 @@ class StaticCache(Cache):
     def view(self, fill: Any = None) -> View:
         if fill is None and self.length is not None:
             fill = ops.full((1,), self.length, "int32")
-        segments = []
-        for first, size in self.storage.spans:
-            positions = first + ops.arange(size, dtype="int32")[None]
-            known = first
-            if self.residual is not None:
-                coded = positions < self.residual.start[:, None]
-                positions, known = ops.where(coded, positions, -1), None
-            segments.append(self.storage.segment(first, size, positions, known))
-        if self.residual is not None:
-            segments.append(self.residual.segment())
+
+        def coded_positions(*span):
+            positions = slot_positions(*span)
+            is_coded = positions < self.residual.start[:, None]
+            return ops.where(is_coded, positions, -1)
+
         storage = self.storage
-        return View(tuple(segments), storage.heads, storage.value_dim, fill)
+        if self.residual is None:
+            segments = tuple(
+                storage.segment(*span, slot_positions(*span), first_position=span[0])
+                for span in storage.spans
+            )
+        else:
+            segments = storage.all_segments(coded_positions)
+            segments += (self.residual.segment(),)
+        return View(segments, storage.heads, storage.value_dim, fill)
 
     def check_crop(self, fill: np.ndarray, length: np.ndarray) -> None:
         self._check_fill(fill, self.capacity)

@@ -135,6 +135,17 @@ class Storage(abc.ABC):
         static = (self.layout, self.codec, *sizes, offset, first_position)
         return Segment(arrays, positions, *static)
 
+    def all_segments(
+        self, positions_of: Callable[[int, int], Any]
+    ) -> tuple[Segment, ...]:
+        """All slots for attention.
+
+        Args:
+            positions_of: Function of a first slot and of a number of slots that gives
+                their positions, as `Segment` has them.
+        """
+        return tuple(self.segment(*span, positions_of(*span)) for span in self.spans)
+
     @abc.abstractmethod
     def merge(self) -> Storage:
         """The same slots in one segment."""
@@ -295,6 +306,11 @@ class Storage(abc.ABC):
             segments.append(tuple(function(*pair, first, size) for pair in pairs))
             first += size
         return replace(self, segments=tuple(segments))
+
+
+def slot_positions(first: int, size: int) -> Any:
+    """Positions `(1, size)` of slots from `first` on, where slot `p` has position `p`."""
+    return first + ops.arange(size, dtype="int32")[None]
 
 
 def _distribute_rows(positions):

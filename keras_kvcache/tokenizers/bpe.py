@@ -69,7 +69,7 @@ def byte_level_backend(
         pre_type: How text is split before merging, by the name GGUF files use.
 
     Raises:
-        ValueError: If `pre_type` is unknown or a merge isn't a pair whose parts
+        ValueError: `pre_type` is unknown or a merge isn't a pair whose parts
             and result are tokens.
     """
     import tokenizers

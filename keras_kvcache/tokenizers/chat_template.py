@@ -56,7 +56,7 @@ def render_chat_template(
         The text, special tokens written out.
 
     Raises:
-        TypeError: If `template` isn't a string, `messages`, `tools` or `documents`
+        TypeError: `template` isn't a string, `messages`, `tools` or `documents`
             not a list of dictionaries, or one of them holds other than JSON types.
         ValueError: The template is too long, has a syntax error, tries to
             leave the sandbox, uses what isn't defined, refuses the messages or

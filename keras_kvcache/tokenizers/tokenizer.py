@@ -107,8 +107,8 @@ class Tokenizer:
         A BOS or EOS id that the model expects is added unless it is there.
 
         Raises:
-            TypeError: If `text` isn't a string.
-            ValueError: If `text` can't be written as UTF-8.
+            TypeError: `text` isn't a string.
+            ValueError: `text` can't be written as UTF-8.
         """
         if not isinstance(text, str):
             raise TypeError(f"`text` must be a string. Received: {quoted(text)}")
@@ -134,7 +134,7 @@ class Tokenizer:
             skip_special_tokens: Whether to leave out special tokens.
 
         Raises:
-            TypeError: If `ids` aren't integers.
+            TypeError: `ids` aren't integers.
             ValueError: There is more than one axis, or an id is no int32
                 from 0 on.
         """
@@ -203,7 +203,7 @@ class Tokenizer:
                 they replace special tokens of the same names.
 
         Raises:
-            TypeError: If `messages` isn't a list of such dictionaries, or an argument
+            TypeError: `messages` isn't a list of such dictionaries, or an argument
                 is one of transformers' that has no meaning here.
             ValueError: The model has no template, or the template fails.
         """

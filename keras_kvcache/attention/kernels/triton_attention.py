@@ -137,7 +137,7 @@ def attend_by_triton(
         partials.append(_sink_part(query, scoring.sink, sizes))
     partials = [jnp.concatenate(part, axis=2) for part in zip(*partials, strict=True)]
     # Layers make it as narrow as the queries; the casts there and back cancel out.
-    return _merge(*partials, query.dtype, interpret).astype(jnp.float32)
+    return _merge_parts(*partials, query.dtype, interpret).astype(jnp.float32)
 
 
 def _sink_part(query, sink, sizes):
@@ -289,7 +289,7 @@ def _kernel(
     )
 
 
-def _merge(maximum, total, output, dtype, interpret):
+def _merge_parts(maximum, total, output, dtype, interpret):
     """Merges the parts that `_attend_parts` gives; output `(B, K, R, Hv)`.
 
     One kernel, of which XLA would make four.
@@ -301,7 +301,7 @@ def _merge(maximum, total, output, dtype, interpret):
         total = total[:, :, 0, :, None]
         return (output[:, :, 0] / jnp.where(total > 0, total, 1)).astype(dtype)
     call = pl.pallas_call(
-        _merge_kernel,
+        _merge_parts_kernel,
         grid=(rows, heads, batch),
         out_shape=jax.ShapeDtypeStruct((batch, heads, rows, value_dim), dtype),
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
@@ -311,7 +311,7 @@ def _merge(maximum, total, output, dtype, interpret):
     return call(maximum, total, output)
 
 
-def _merge_kernel(maximum_ref, total_ref, output_ref, merged_ref):
+def _merge_parts_kernel(maximum_ref, total_ref, output_ref, merged_ref):
     """One query of a row and head, some parts at a time."""
     query, head, row = (pl.program_id(axis) for axis in range(3))
     _, _, count, _, value_dim = output_ref.shape
