@@ -309,7 +309,7 @@ class Storage(abc.ABC):
 
 
 def slot_positions(first: int, size: int) -> Any:
-    """Positions `(1, size)` of slots from `first` on, where slot `p` has position `p`."""
+    """Positions `(1, size)` of slots from `first` on if slot `p` has position `p`."""
     return first + ops.arange(size, dtype="int32")[None]
 
 
