@@ -16,7 +16,8 @@ import pytest
 from gguf_files import PRIMES, metadata, random_tensors, write
 
 from keras_kvcache import DecoderLM, cli
-from keras_kvcache.caches import Rolling, Static, get_codec, read_options
+from keras_kvcache.caches import Rolling, Static, get_codec
+from keras_kvcache.caches.kinds import read_options
 from keras_kvcache.cli import arguments, commands, interrupt, timing
 
 

@@ -26,7 +26,7 @@ from keras_kvcache.attention.quantize import (
 from keras_kvcache.attention.ring import ring_positions, write_ring
 from keras_kvcache.attention.rotary import inverse_frequencies, rotate
 from keras_kvcache.attention.scoring import Scoring
-from keras_kvcache.attention.segments import Segment, View, slots_of, start_of_slice
+from keras_kvcache.attention.segments import Segment, View, slots_of
 from keras_kvcache.attention.splicing import splice
 from keras_kvcache.attention.trigonometry import tanh
 
@@ -54,7 +54,6 @@ __all__ = [
     "sequence_view",
     "slots_of",
     "splice",
-    "start_of_slice",
     "sum_dtype",
     "tanh",
     "token_positions",

@@ -4,7 +4,7 @@ from keras_kvcache.attention.codecs import CODECS, Codec, Exact, Int4, Int8, get
 from keras_kvcache.caches.cache import Cache
 from keras_kvcache.caches.descriptions import register as _register
 from keras_kvcache.caches.files import load_caches, save_caches
-from keras_kvcache.caches.kinds import Rolling, Static, choose_kind, read_options
+from keras_kvcache.caches.kinds import Rolling, Static
 from keras_kvcache.caches.resizing import crop, resize, resize_window, with_end
 from keras_kvcache.caches.rolling import RollingCache
 from keras_kvcache.caches.rows import (
@@ -37,13 +37,11 @@ __all__ = [
     "StaticCache",
     "as_cache",
     "batch_size",
-    "choose_kind",
     "crop",
     "get_codec",
     "insert_rows",
     "join_rows",
     "load_caches",
-    "read_options",
     "repeat_rows",
     "reset_rows",
     "resize",

@@ -79,9 +79,8 @@ class Residual:
     def segment(self) -> Segment:
         """The group as a `Segment` for attention."""
         size = self.storage.slots
-        return self.storage.segment(
-            0, size, self.start[:, None] + slot_positions(0, size)
-        )
+        positions = self.start[:, None] + slot_positions(0, size)
+        return self.storage.segment(0, size, positions)
 
 
 def _either_rows(predicate, storage, other):

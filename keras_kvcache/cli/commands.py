@@ -8,7 +8,8 @@ from typing import Any
 import keras
 
 from keras_kvcache import loaders, samplers
-from keras_kvcache.caches import CODECS, DTYPES, Rolling, Static, read_options
+from keras_kvcache.caches import CODECS, DTYPES, Rolling, Static
+from keras_kvcache.caches.kinds import read_options
 from keras_kvcache.cli.interrupt import Interrupt, interrupt_raises
 from keras_kvcache.cli.terminal import Notices, check_input, prepare_streams
 from keras_kvcache.cli.timing import AnswerClock

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from keras_kvcache import samplers
-from keras_kvcache.caches import read_options
+from keras_kvcache.caches.kinds import read_options
 from keras_kvcache.generation.buckets import capacity_for, growing_capacities
 from keras_kvcache.generation.engine import Engine, Plan
 from keras_kvcache.generation.multi_step import LONGEST_BURST

@@ -1,7 +1,7 @@
 """The `CacheSpec` of an attention layer, from its heads, window and dtype."""
 
-from keras_kvcache.caches import CacheSpec, Codec, choose_kind, get_codec
-from keras_kvcache.caches.kinds import Rolling, Static
+from keras_kvcache.caches import CacheSpec, Codec, get_codec
+from keras_kvcache.caches.kinds import Rolling, Static, choose_kind
 
 
 def attention_cache_spec(

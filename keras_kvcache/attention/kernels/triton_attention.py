@@ -142,10 +142,10 @@ def attend_by_triton(
 
 def _sink_part(query, sink, sizes):
     """The sink as one more part, which has a weight and no value."""
-    batch, heads, rows, _ = query.shape
-    maximum = jnp.reshape(jnp.float32(sink), (1, heads, 1, rows // sizes.length, 1))
+    batch, heads, queries, _ = query.shape
+    maximum = jnp.reshape(jnp.float32(sink), (1, heads, 1, queries // sizes.length, 1))
     maximum = jnp.broadcast_to(maximum, (batch, *maximum.shape[1:4], sizes.length))
-    maximum = jnp.reshape(maximum, (batch, heads, 1, rows))
+    maximum = jnp.reshape(maximum, (batch, heads, 1, queries))
     output = jnp.zeros((*maximum.shape, sizes.value_dim), jnp.float32)
     return maximum, jnp.ones_like(maximum), output
 
@@ -154,14 +154,14 @@ def _attend_parts(query, segment, mask, sizes, scoring, positions, interpret):
     """Maxima and sums `(B, K, P, R)`, outputs `(B, K, P, R, Hv)` of `P` parts."""
     from jax.experimental.pallas import triton
 
-    batch, heads, rows, _ = query.shape
+    batch, heads, queries, _ = query.shape
     mask = whole_mask(segment, mask)
     # Some hold the bits of narrow floats.
     dtype = segment.codec.dtype
     arrays = [a.view(dtype) if a.dtype == "int16" else a for a in segment.arrays]
     tiling = choose_tiling(
         batch * heads,
-        rows,
+        queries,
         mask.shape[3],
         max(sizes.head_dim, sizes.value_dim),
         product_dtype(query.dtype, arrays[0].dtype),
@@ -178,7 +178,7 @@ def _attend_parts(query, segment, mask, sizes, scoring, positions, interpret):
         soft_cap=scoring.soft_cap,
         has_bias=scoring.bias is not None,
     )
-    shape = (batch, heads, tiling.parts, rows)
+    shape = (batch, heads, tiling.parts, queries)
     call = pl.pallas_call(
         kernel,
         grid=(tiling.parts, heads * tiling.groups, batch),
@@ -296,14 +296,14 @@ def _merge_parts(maximum, total, output, dtype, interpret):
     """
     from jax.experimental.pallas import triton
 
-    batch, heads, parts, rows, value_dim = output.shape
+    batch, heads, parts, queries, value_dim = output.shape
     if parts == 1:
         total = total[:, :, 0, :, None]
         return (output[:, :, 0] / jnp.where(total > 0, total, 1)).astype(dtype)
     call = pl.pallas_call(
         _merge_parts_kernel,
-        grid=(rows, heads, batch),
-        out_shape=jax.ShapeDtypeStruct((batch, heads, rows, value_dim), dtype),
+        grid=(queries, heads, batch),
+        out_shape=jax.ShapeDtypeStruct((batch, heads, queries, value_dim), dtype),
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="merge_parts",
