@@ -327,8 +327,8 @@ def wrong_arguments():
     query, keys, values = make_case(sizes=(7, 7))
     dense = make_view(keys, values, "dense")
     changes = [
-        *({"offset": segment.array_offset + 1} for segment in dense.segments[2:]),
-        {"offset": -1},
+        *({"array_offset": segment.array_offset + 1} for segment in dense.segments[2:]),
+        {"array_offset": -1},
         {"head_dim": 11},
         {"layout": HEAD_MAJOR},
         {"codec": Exact("bfloat16")},

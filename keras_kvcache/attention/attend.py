@@ -61,7 +61,7 @@ def attend_with_scores(
     positions: Any = None,
     dropout: Callable[[Any], Any] | None = None,
 ) -> tuple[Any, Any]:
-    """As `attend`, but with all weights at once, to return them or to drop some.
+    """As `attend`, but with all weights at once, to return them or to apply dropout.
 
     Args:
         query: Tensor `(B, T, N, H)`.

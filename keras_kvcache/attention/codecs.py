@@ -63,7 +63,7 @@ def rotate_back(values: Any, rotation: Any) -> Any:
 
 
 class CodedArray(NamedTuple):
-    """One of the arrays that coded keys or values consist of.
+    """The shape and dtype of one of the arrays of coded keys or values.
 
     Attributes:
         width: Size of the axis that takes the place of the head size.
@@ -158,7 +158,7 @@ class Exact(Codec):
 
     @property
     def block(self) -> int | None:
-        """All slots where nothing need be widened for a product, as on a CPU."""
+        """`None` unless entries are widened for a product, as on a CPU."""
         is_wide = self.dtype in ("float32", "float64")
         return None if is_wide or current_platform().multiplies_narrow else CODED_BLOCK
 

@@ -84,7 +84,7 @@ def mask_of_positions(attention_mask: Any, segment: Segment, first: int) -> Any:
 
 
 def hide_new_entries(entry_mask: Any, slot_positions: Any, index: Any) -> Any:
-    """Hides slots that hold entries written in this call but masked out.
+    """A mask that hides slots of new entries that the caller masked out.
 
     Args:
         entry_mask: Boolean `(B, T)`: `False` hides new entry `t` of row `b`.
@@ -130,7 +130,7 @@ def check_mask_shape(mask: Any, shape: Sequence[int | None]) -> None:
 
 
 def align_mask(mask: Any) -> Any:
-    """An `attention_mask` of two, three or four axes as a boolean one of four.
+    """Converts an `attention_mask` of two to four axes to a boolean one of four.
 
     Raises:
         ValueError: Its values are known and not all 0 or 1, as those of a mask that

@@ -44,7 +44,7 @@ def in_blocks(make: Callable[[Any, int], Any], like: Any) -> Any:
 
 
 def contract(equation: str, x: Any, y: Any, dtype: str) -> Any:
-    """`einsum` that sums in `dtype`; JAX can without widening the operands first."""
+    """`einsum` that sums in `dtype`; on JAX, operands aren't widened for it."""
     if keras.backend.backend() == "jax":
         import jax.numpy as jnp
 
@@ -53,7 +53,7 @@ def contract(equation: str, x: Any, y: Any, dtype: str) -> Any:
 
 
 def mix_all(equation: str, weights: Any, values: Any) -> Any:
-    """The product. Weights become as narrow as the values; their sum doesn't."""
+    """The product, with weights cast to the values' dtype and sums in their own."""
     return contract(equation, ops.cast(weights, values.dtype), values, weights.dtype)
 
 

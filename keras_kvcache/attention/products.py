@@ -31,7 +31,7 @@ DENSE_BLOCK = 1024
 
 
 def is_few(query: Any) -> bool:
-    """Whether queries `(B, K, R, H)` are few enough to be bound by reading."""
+    """Whether queries `(B, K, R, H)` are so few that reading slots takes longest."""
     _, heads, queries, _ = query.shape
     return isinstance(queries, int) and heads * queries <= FEW_QUERIES
 
@@ -64,7 +64,7 @@ def few_block(segment: Segment) -> int | None:
 
 
 def keys_of(segment: Segment, first: Any, count: int) -> Operand:
-    """`count` slots of the keys of a segment, an `Operand`.
+    """Reads `count` slots of a segment's keys.
 
     Args:
         segment: A `Segment`.
@@ -79,7 +79,7 @@ def keys_of(segment: Segment, first: Any, count: int) -> Operand:
 
 
 def values_of(segment: Segment, first: Any, count: int) -> Operand:
-    """As `keys_of`, of values `(B, K, count, Hv)` or `(B, count, K, Hv)`."""
+    """As `keys_of`, for values `(B, K, count, Hv)` or `(B, count, K, Hv)`."""
     arrays, axes = _cut(segment, 1, first, count)
     return segment.codec.read_values(arrays, segment.value_dim, *axes)
 
@@ -105,7 +105,7 @@ def scores_of(segment: Segment, query: Any, first: Any, count: int) -> Any:
 def mix(
     segment: Segment, weights: Any, first: Any, count: int, hides: bool = True
 ) -> Any:
-    """Sums of values, to which hidden slots, whose weight is 0, add nothing.
+    """Weighted sums of values; hidden slots, whose weight is 0, add nothing.
 
     Args:
         segment: A `Segment`.
@@ -131,7 +131,7 @@ def mix(
 
 
 def _cut(segment, half, first, count):
-    """Some slots of the arrays of keys (0) or values (1), and their axes."""
+    """Slices the arrays of keys (`half` 0) or values (1); also returns their axes."""
     layout, offset = segment.layout, segment.array_offset
     first = first + offset if offset else first
     if layout.is_one_tensor:
@@ -149,7 +149,7 @@ def _cut(segment, half, first, count):
 
 
 def _half(array, half, first, count):
-    """Some slots of the keys or values of an array `(B, 2, S, K, H)`."""
+    """Slices the keys (`half` 0) or values (1) of an array `(B, 2, S, K, H)`."""
     batch, _, slots, heads, width = ops.shape(array)
     if count == slots:
         return array[:, half]
@@ -221,7 +221,7 @@ def _dense_mix(product, weights, values, count):
 
 
 def _mix_in_blocks(segment, weights, first, count):
-    """`mix` in little memory, each query by itself."""
+    """`mix` block by block, with each query's own zeros, which takes little memory."""
     if not is_cut(count, BLOCK):
         return _mix(segment, mix_weighed, weights, first, count)
 

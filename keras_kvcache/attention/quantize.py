@@ -24,7 +24,7 @@ HALF_RANGE = 7.5
 
 
 def quantize_int8(x: Any, axis: int) -> tuple[Any, Any]:
-    """8-bit codes with one scale for all of an axis.
+    """Quantizes to 8 bits with one scale for all entries of an axis.
 
     Args:
         x: Float tensor.
@@ -41,7 +41,7 @@ def quantize_int8(x: Any, axis: int) -> tuple[Any, Any]:
 
 
 def quantize_int4(x: Any, axis: int) -> tuple[Any, Any]:
-    """4-bit codes with one scale for all of an axis.
+    """Quantizes to 4 bits with one scale for all entries of an axis.
 
     Args:
         x: Float tensor.
@@ -60,7 +60,7 @@ def quantize_int4(x: Any, axis: int) -> tuple[Any, Any]:
 
 
 def quantize_int4_groups(x: Any, axis: int, group: int) -> tuple[Any, Any, Any]:
-    """4-bit codes with one scale and one lowest value for each group on an axis.
+    """Quantizes to 4 bits with a scale and a lowest value for each group on an axis.
 
     Args:
         x: Float tensor with a multiple of `group` on `axis`.
@@ -90,7 +90,7 @@ def quantize_int4_groups(x: Any, axis: int, group: int) -> tuple[Any, Any, Any]:
 def dequantize_int4_groups(
     codes: Any, scale: Any, lowest: Any, axis: int, group: int, dtype: str
 ) -> Any:
-    """The values that `quantize_int4_groups` stands for."""
+    """The inverse of `quantize_int4_groups`, up to rounding."""
     # The sum of two numbers of which each may be beyond float16, as it was rounded.
     wide = "float32" if dtype == "float16" else dtype
     scale = ops.repeat(ops.cast(scale, wide), group, axis=axis)
@@ -103,7 +103,7 @@ def dequantize_int4_groups(
 
 @functools.cache
 def rotation(size: int) -> np.ndarray:
-    """An orthogonal matrix that leaves no channel large by itself.
+    """An orthogonal matrix that spreads a large channel over all channels.
 
     A cosine transform of channels with arbitrary but fixed signs: like a Hadamard
     matrix, but of any size, and the same on every machine.
@@ -123,7 +123,7 @@ def rotation(size: int) -> np.ndarray:
 
 
 def pack_int4(codes: Any, axis: int) -> Any:
-    """Two codes a byte: entry `j` of an axis with entry `j + half`."""
+    """Packs two codes into a byte: entry `j` of an axis with entry `j + half`."""
     size = codes.shape[axis]
     half = -(-size // 2)
     low, high = ops.split(_pad_one(codes, axis) if size % 2 else codes, [half], axis)
@@ -131,7 +131,7 @@ def pack_int4(codes: Any, axis: int) -> Any:
 
 
 def unpack_int4(packed: Any, axis: int, size: int) -> Any:
-    """The `size` codes that `pack_int4` was given."""
+    """Unpacks the `size` codes that `pack_int4` packed."""
     low, high = ops.bitwise_and(packed, 15), ops.right_shift(packed, 4)
     codes = ops.concatenate([low, high], axis=axis)
     return codes if size % 2 == 0 else ops.split(codes, [size], axis)[0]

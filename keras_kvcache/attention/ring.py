@@ -29,7 +29,7 @@ def ring_positions(
 def write_ring(
     buffer: Any, update: Any, start: Any, end: Any, ring: int, first: int, axis: int
 ) -> Any:
-    """Writes entries into a part of a ring, each into the slot of its position.
+    """Writes entries into some slots of a ring, each into the slot of its position.
 
     This passes over the whole buffer, as those who attend the entries do.
 

@@ -13,7 +13,7 @@ from keras_kvcache.attention.trigonometry import cos, sin
 def inverse_frequencies(
     rotary_dim: int, max_wavelength: float, frequency_factors: Any = None
 ) -> np.ndarray:
-    """Angle in radians per position of each rotated pair.
+    """The angle per position of each rotated pair, in radians.
 
     Args:
         rotary_dim: How many components are rotated; even.
@@ -62,7 +62,7 @@ def llama3_frequency_factors(
 
 
 def rotate(inputs: Any, positions: Any, inverse_frequencies: Any) -> Any:
-    """Turns each pair of components by an angle that grows with the position.
+    """Rotates each pair of components by an angle proportional to the position.
 
     Component `j` of the first half of the rotated part is paired with component
     `j` of its second half. Components past the rotated part stay as they are.

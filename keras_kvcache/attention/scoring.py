@@ -15,7 +15,7 @@ from keras_kvcache.attention.trigonometry import tanh
 @jax.tree_util.register_pytree_node_class
 @dataclass(frozen=True, eq=False)
 class Scoring:
-    """How scores are made of the products of queries and keys.
+    """How products of queries and keys become scores.
 
     `score = cap(scale · product) + bias`, and a sink is one more score in the softmax.
 

@@ -67,7 +67,7 @@ class View(NamedTuple):
 
 
 def slots_of(tensor: Any, first: Any, count: int, axis: int) -> Any:
-    """`count` slots on an axis; the tensor itself if these are all."""
+    """Slices `count` slots on an axis; returns the tensor itself if these are all."""
     if tensor.shape[axis] in (None, count):
         return tensor
     start, shape = [0] * len(tensor.shape), list(ops.shape(tensor))
@@ -76,7 +76,7 @@ def slots_of(tensor: Any, first: Any, count: int, axis: int) -> Any:
 
 
 def start_of_slice(numbers: Sequence[Any]) -> Sequence[Any]:
-    """Where a slice begins on each axis, all int32 if one of them is a tensor.
+    """The start indices of a slice, all int32 if one of them is a tensor.
 
     JAX wants one dtype, and with `jax_enable_x64` takes a Python integer for an int64.
     """

@@ -29,7 +29,7 @@ LOWEST = -1e30
 
 
 def masked_softmax(scores: Any, mask: Any = None, sink: Any = None) -> Any:
-    """Softmax in which masked scores weigh nothing, even if all are masked.
+    """Softmax in which masked scores have weight 0, even if all are masked.
 
     Args:
         scores: Float tensor.
@@ -84,7 +84,7 @@ def attend_segments(
             where every slot may be attended.
         length: `T`.
         scoring: A `Scoring`, whose scale is in the queries already.
-        positions: int32 `(1 | B, T)`, positions of the queries; `None` will do for a
+        positions: int32 `(1 | B, T)`, positions of the queries; may be `None` for a
             scoring without a bias.
 
     Returns:
@@ -102,7 +102,7 @@ def attend_segments(
 
 
 class _Partial(NamedTuple):
-    """Attention over some of the slots, not yet divided by the sum of weights."""
+    """Attention over some slots, not yet divided by the sum of weights."""
 
     maximum: Any  # (B, K, R, 1), the largest score
     total: Any  # (B, K, R, 1), the sum of exp(score - maximum)
@@ -110,7 +110,7 @@ class _Partial(NamedTuple):
 
 
 class _Attended(NamedTuple):
-    """Queries, and what they attend of a segment."""
+    """Queries and the segment that they attend."""
 
     query: Any  # (B, K, R, H), scaled
     segment: Any

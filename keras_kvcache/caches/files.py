@@ -101,7 +101,7 @@ def write_tree(
     """
     from safetensors.numpy import save_file
 
-    # How narrow floats are held is no concern of files.
+    # Files are the same on all platforms.
     path, caches = Path(path), as_floats(caches)
     structure = describe(caches, has_others=holds != CACHES)
     # What isn't as its description has it could not be loaded.
@@ -236,7 +236,7 @@ def _configuration(model):
     """A model's config as JSON: what its weights don't tell, such as its windows."""
     try:
         config = keras.saving.serialize_keras_object(dict(model.get_config()))
-    except NotImplementedError:  # by a class of one's own
+    except NotImplementedError:  # by a user's class
         return ""
     return json.dumps(_without_names(config), sort_keys=True)
 

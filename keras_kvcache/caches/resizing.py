@@ -2,7 +2,7 @@
 
 All of these are pure functions of a cache or of any tree of caches, such as the tuple
 of one a layer that `init_cache` gives; a dense tensor counts as a cache. They may run
-in a program of one's own, under `jax.jit`.
+in a compiled program, under `jax.jit`.
 """
 
 from typing import Any

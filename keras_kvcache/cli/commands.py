@@ -162,7 +162,7 @@ def _as_typed(message, options):
 
 
 def _keep_compiled_programs(notices):
-    """Lets a second start find what the first one compiled."""
+    """Keeps compiled programs in the cache folder, for the next start."""
     if keras.backend.backend() != "jax" or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     import jax
@@ -215,7 +215,7 @@ def _load_shape(model):
 
 
 def _check_rolling(model):
-    """Refuses `rolling` for layers without a window, before the model is loaded."""
+    """Refuses `rolling` for a model with layers without a window."""
     if any(block.sliding_window is None for block in _load_shape(model).blocks):
         raise ValueError(
             "`cache` must be rolling:W, with how many tokens to keep, such as "
@@ -246,7 +246,7 @@ class _Answerer:
 
     @property
     def chat_template(self):
-        """The template, or `None`: keras-hub's tokenizers have no such thing."""
+        """The template, or `None`, as of keras-hub's tokenizers."""
         return getattr(self._lm.tokenizer, "chat_template", None)
 
     def render(self, messages):

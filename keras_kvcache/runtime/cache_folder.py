@@ -15,7 +15,7 @@ _UNUSABLE = (
 
 
 def cache_folder() -> Path:
-    """The folder of all that is kept from run to run, which may not exist yet.
+    """The folder of downloads and compiled programs, which may not exist yet.
 
     It is the environment variable `KERAS_KVCACHE_HOME` if that is set, else
     `keras-kvcache` in `XDG_CACHE_HOME`, else `~/.cache/keras-kvcache`.

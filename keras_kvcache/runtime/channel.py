@@ -22,7 +22,7 @@ from keras_kvcache.runtime.platform import current_platform
 NAME = "keras_kvcache_announce"
 SOURCE = Path(__file__).with_suffix(".cc")
 
-# The number of a channel that nobody listens to.
+# Messages to this number are dropped.
 NO_CHANNEL = 0
 
 
@@ -38,7 +38,7 @@ def can_announce() -> bool:
 
 
 def announce(message: Any, channel: Any) -> Any:
-    """Sends a message, within a program.
+    """Sends a message from a program.
 
     Args:
         message: int32 tensor of any shape.
@@ -91,7 +91,7 @@ class Channel:
         return message if has_come else None
 
     def close(self) -> None:
-        """Lets programs know, by what `announce` returns, that nobody listens."""
+        """Closes the channel: `announce` returns `False` from now on."""
         self._library.CloseChannel(self.number)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 
 def is_integer(value: Any) -> bool:
-    """Whether a value is an integer of Python's or NumPy's and no truth value."""
+    """Whether a value is an integer of Python or NumPy, and no boolean."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
@@ -51,7 +51,7 @@ def concrete_value(value: Any) -> np.ndarray | None:
 def either(
     predicate: Any, then: Callable[[], Any], otherwise: Callable[[], Any]
 ) -> Any:
-    """`then()` where a predicate holds, else `otherwise()`; the other isn't computed.
+    """Computes `then()` if a predicate holds, else `otherwise()`.
 
     Args:
         predicate: A bool, or a boolean tensor that may be traced.

@@ -12,7 +12,7 @@ import keras
 
 @dataclass(frozen=True)
 class Platform:
-    """A platform: all that the package decides by it.
+    """The properties of a platform that the package's decisions depend on.
 
     Attributes:
         kernel: Which kernel of the package attends, `"cpu"` or `"gpu"`; `None` where
@@ -86,8 +86,8 @@ def is_jax_on_cpu() -> bool:
 def has_triton() -> bool:
     """Whether JAX is the backend and compiles Triton's kernels for what it runs on.
 
-    That is a GPU of NVIDIA's since Ampere (A100), by itself. A JAX without Triton, as
-    is announced, leaves attention to XLA.
+    That is a single NVIDIA GPU, Ampere (A100) or later. In a JAX without Triton, which
+    is announced, XLA attends.
     """
     if keras.backend.backend() != "jax" or keras.distribution.distribution():
         return False
@@ -116,8 +116,8 @@ def compiler_options() -> dict[str, Any] | None:
     """XLA's options for programs that decode, for `jax.jit`.
 
     On a CPU a product of one row is a loop in vectors of 256 bits unless XLA is told
-    otherwise. In those of 512 bits, where there are such, it reads weights of a few
-    megabytes at the memory's speed, not at four fifths of it.
+    otherwise. In vectors of 512 bits, on processors that have them, it reads weights of
+    a few megabytes at the memory's speed, not at four fifths of it.
 
     Returns:
         A dictionary, or `None`.
@@ -128,15 +128,15 @@ def compiler_options() -> dict[str, Any] | None:
 
 
 def preferred_dtype() -> str:
-    """The dtype policy that a published model is decoded in unless told otherwise.
+    """The default dtype policy of a published model that is decoded.
 
     An accelerator computes in bfloat16 at least as fast as it reads, so that half the
     bytes take half the time. XLA's products of bfloat16 on a CPU are several times
     slower than those of float32.
 
     Returns:
-        `"bfloat16"` on an accelerator under JAX; else Keras' own policy, as ever if
-        that was set to something other than float32.
+        `"bfloat16"` on an accelerator under JAX; else Keras' own policy,
+        also where that was set to something other than float32.
     """
     policy = keras.config.dtype_policy().name
     return "bfloat16" if policy == "float32" and is_accelerator() else policy

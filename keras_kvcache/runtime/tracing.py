@@ -70,10 +70,10 @@ def _trace_torch(function, arguments, donated):
 
 
 def _refuse_reads():
-    """A context in which nothing leaves a tensor but by operations.
+    """A context in which values of tensors can be read by operations only.
 
     PyTorch itself refuses `item` and `bool` of a tensor that is traced. By the methods
-    below it hands out memory that nobody filled, which then would be a constant.
+    below it hands out uninitialized memory, which would become a constant.
     """
     import torch
     from torch.overrides import TorchFunctionMode
@@ -155,7 +155,7 @@ def _is_view(target):
 
 
 def _fold_constants(program):
-    """Computes now all that depends on no argument."""
+    """Computes all that depends on no argument, once."""
     import torch
 
     constants, number = {}, 0

@@ -1,6 +1,6 @@
 """keras-hub's samplers as samplers of this package.
 
-Nothing here imports keras-hub: whoever holds one of its samplers already has.
+This imports no keras-hub: the caller, who has one of its samplers, already did.
 """
 
 import dataclasses

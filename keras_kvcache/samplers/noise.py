@@ -93,7 +93,7 @@ def row_keys(seed: Any, num_rows: Any) -> Any:
 
 
 def gumbel(seed: Any, num_rows: Any, num_columns: int) -> Any:
-    """Standard Gumbel noise, the same for a row wherever it is, whatever the others.
+    """Standard Gumbel noise, which depends on a row's key alone.
 
     Args:
         seed: Integer, two integers, or a key a row, as in `row_keys`.
@@ -122,5 +122,5 @@ def _rotate_left(words, distance):
 
 
 def _shift_right(words, distance):
-    """Shifts zeros in from the left, where int32 would repeat its sign."""
+    """A logical right shift; that of int32 is arithmetic and repeats the sign."""
     return ops.bitwise_and(ops.right_shift(words, distance), (1 << (32 - distance)) - 1)

@@ -76,7 +76,7 @@ def start(sampler: Any, rows: Any) -> Any:
 
 
 def sample(sampler: Any, logits: Any, state: Any, key: Any) -> tuple[Any, Any, Any]:
-    """Calls any sampler as one with state.
+    """Samples with any sampler, in the form of those with state.
 
     Args:
         sampler: What `samplers.get` gives.

@@ -159,7 +159,7 @@ def sentence_piece_backend(
 def _merges(
     tokens: Sequence[str], scores: Sequence[float], normal: Sequence[bool]
 ) -> list[tuple[str, str]]:
-    """The merges that the scores imply.
+    """Derives the merges from the scores.
 
     A file of this kind lists no merges: any two neighbours whose union is a
     token may merge, the best-scored union first. Of the ways to split one token

@@ -1,4 +1,4 @@
-"""Text from tokens that come in parts, the same as if they were decoded together.
+"""Decodes tokens that come in parts to the text that they have together.
 
 The `tokenizers` library has its own `DecodeStream`. It raises where bytes that made a
 character become invalid by the next byte, never gives what it held back at the end, and

@@ -63,7 +63,7 @@ def new_text(
 
 
 def shown_text(tokenizer: Any, prompt_ids: Iterable[int], prompt: str | None) -> str:
-    """The text of a prompt as decoding gives it, such as without special tokens.
+    """The text of a prompt as decoded, without special tokens for example.
 
     Some decoders write a space only with the word that follows it. So spaces at the end
     of the prompt are added: else they would count as new text.
@@ -76,7 +76,7 @@ def shown_text(tokenizer: Any, prompt_ids: Iterable[int], prompt: str | None) ->
 
 
 class WindowedStream:
-    """Decodes in parts by a function that decodes whole rows.
+    """A decoder in parts, made of a function that decodes whole rows.
 
     The newest tokens are decoded again and again, behind as many of those before
     them as the decoder needs to see what they follow. U+FFFD at the end of a text is

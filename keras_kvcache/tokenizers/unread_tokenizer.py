@@ -19,7 +19,7 @@ _OLDER_FILES = (
 
 
 class UnreadTokenizer:
-    """Has the stop ids of a model's tokenizer, and says why text can't be used.
+    """Stands for a tokenizer whose files aren't read: it has its stop ids, no text.
 
     Args:
         folder: Of the model.
@@ -68,7 +68,7 @@ class UnreadTokenizer:
         raise ValueError(f"{self._reason}. Received: a chat")
 
     def get_config(self) -> dict[str, Any]:
-        """Constructor arguments, of the folder its name alone."""
+        """Constructor arguments; of the folder only its name."""
         return {
             "folder": Path(self._folder).name,
             "files": list(self._files),

@@ -77,7 +77,7 @@ def decode_attention(
     scoring: Scoring,
     positions: Any,
 ) -> Any:
-    """Attention as by `attend_segments`, whose arguments these are.
+    """Attention by a kernel; arguments as of `attend_segments`.
 
     A piece of a segment, such as 512 slots or 64 of a dense tensor on a CPU, isn't read
     if it lies before the first slot that is attended or past the last.
@@ -231,7 +231,7 @@ def _lower_for_cpu(context, *operands, **parameters):
 
 
 def _is_export(context):
-    """Whether others will load the program, who may not have what it would call."""
+    """Whether the program is exported: who loads it may lack the kernel."""
     return context.module_context.lowering_parameters.for_export
 
 

@@ -52,7 +52,7 @@ PART = 256
 TILE = 2**14
 
 # The most queries of a program, and the most numbers of their sums: all that stays in
-# registers. Those of float32 are multiplied there, too, with no room for more than few.
+# registers. float32 is multiplied in registers, too, so that only few queries fit.
 QUERIES = 64
 SUMS = 2**13
 
@@ -78,7 +78,7 @@ def choose_tiling(
     Args:
         heads: `B·K`.
         queries: `R`, those of each key/value head.
-        slots: Those of the segment.
+        slots: How many the segment has.
         head_dim: The larger of `H` and `Hv`.
         dtype: What products are made in.
 
@@ -151,7 +151,7 @@ def _sink_part(query, sink, sizes):
 
 
 def _attend_parts(query, segment, mask, sizes, scoring, positions, interpret):
-    """Maxima and sums `(B, K, P, R)`, outputs `(B, K, P, R, Hv)` of `P` parts."""
+    """Attends `P` parts: maxima, sums `(B, K, P, R)` and outputs `(B, K, P, R, Hv)`."""
     from jax.experimental.pallas import triton
 
     batch, heads, queries, _ = query.shape
@@ -195,7 +195,7 @@ def _attend_parts(query, segment, mask, sizes, scoring, positions, interpret):
 
 
 def _ends(mask):
-    """The first slot that a row attends and that past its last, int32 `(1 | B, 2)`."""
+    """First slot that a row attends and end of its last, int32 `(1 | B, 2)`."""
     seen = jnp.any(mask, axis=(1, 2))
     slots = jnp.arange(seen.shape[1], dtype=jnp.int32)
     first = jnp.min(jnp.where(seen, slots, seen.shape[1]), axis=1)
@@ -215,7 +215,7 @@ def _kernel(
     soft_cap,
     has_bias,
 ):
-    """Some queries of a row and head over one part of the slots, tile by tile."""
+    """The kernel: queries of a row and head attend one part of the slots, by tiles."""
     *bias_refs, maximum_ref, total_ref, output_ref = refs
     bias_refs, slot_refs = bias_refs[: 3 * has_bias], bias_refs[3 * has_bias :]
     part, head_and_group, row = (pl.program_id(axis) for axis in range(3))
@@ -290,7 +290,7 @@ def _kernel(
 
 
 def _merge_parts(maximum, total, output, dtype, interpret):
-    """Merges the parts that `_attend_parts` gives; output `(B, K, R, Hv)`.
+    """Merges the results of `_attend_parts` to an output `(B, K, R, Hv)`.
 
     One kernel, of which XLA would make four.
     """
@@ -312,7 +312,7 @@ def _merge_parts(maximum, total, output, dtype, interpret):
 
 
 def _merge_parts_kernel(maximum_ref, total_ref, output_ref, merged_ref):
-    """One query of a row and head, some parts at a time."""
+    """The kernel: merges one query of a row and head, some parts at a time."""
     query, head, row = (pl.program_id(axis) for axis in range(3))
     _, _, count, _, value_dim = output_ref.shape
     features = padded_range(value_dim)

@@ -33,7 +33,7 @@ def dot(x: Any, y: Any) -> Any:
 
 
 def dot_of_weighed(weights: Any, values: Any) -> Any:
-    """`dot`, to which infinite values and NaN add nothing where their weight is 0.
+    """`dot` in which infinite values and NaN of weight 0 add nothing.
 
     A query with another weight for one gets NaN.
     """
@@ -46,7 +46,7 @@ def dot_of_weighed(weights: Any, values: Any) -> Any:
 
 
 def divide(number: Any, by: int) -> tuple[Any, Any]:
-    """Quotient and rest of an int32 from 0 on; int32 with `jax_enable_x64`, too."""
+    """Quotient and remainder of an int32 >= 0, int32 even with `jax_enable_x64`."""
     by = jnp.int32(by)
     return jax.lax.div(number, by), jax.lax.rem(number, by)
 
