@@ -8,7 +8,7 @@ import reference
 from keras_kvcache.attention import Scoring, Segment, View
 from keras_kvcache.attention.codecs import Exact
 from keras_kvcache.attention.kernels.triton_attention import attend_by_triton
-from keras_kvcache.attention.layouts import DENSE, HEAD_MAJOR
+from keras_kvcache.attention.segments import DENSE, HEAD_MAJOR
 from keras_kvcache.runtime.platform import has_triton
 
 SCALE = 0.3

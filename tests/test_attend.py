@@ -16,7 +16,7 @@ from keras_kvcache.attention import (
     view_masks,
 )
 from keras_kvcache.attention.codecs import AsGiven
-from keras_kvcache.attention.layouts import HEAD_MAJOR
+from keras_kvcache.attention.segments import HEAD_MAJOR
 
 B, T, N, K, H, HV = 3, 5, 6, 2, 7, 11
 SIZES = (3, 1, 13)

@@ -29,7 +29,7 @@ from program_cases import (
 from keras_kvcache.attention import Scoring, Segment
 from keras_kvcache.attention.codecs import Exact, Int8
 from keras_kvcache.attention.kernels.triton_attention import attend_by_triton
-from keras_kvcache.attention.layouts import HEAD_MAJOR
+from keras_kvcache.attention.segments import HEAD_MAJOR
 from keras_kvcache.runtime.platform import has_triton
 
 PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")

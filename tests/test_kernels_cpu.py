@@ -28,7 +28,7 @@ from keras_kvcache.attention import (
 )
 from keras_kvcache.attention.codecs import AsGiven, Exact
 from keras_kvcache.attention.kernels.decode_attention import NAME, suits_kernel
-from keras_kvcache.attention.layouts import HEAD_MAJOR
+from keras_kvcache.attention.segments import HEAD_MAJOR
 from keras_kvcache.caches import CacheSpec
 from keras_kvcache.caches.trees import as_bits
 from keras_kvcache.runtime import native

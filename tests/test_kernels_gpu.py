@@ -33,7 +33,7 @@ from keras_kvcache.attention.kernels.triton_attention import (
     choose_tiling,
     suits_triton,
 )
-from keras_kvcache.attention.layouts import HEAD_MAJOR
+from keras_kvcache.attention.segments import HEAD_MAJOR
 from keras_kvcache.caches import CacheSpec
 from keras_kvcache.runtime import platform
 

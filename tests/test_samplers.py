@@ -8,7 +8,7 @@ import pytest
 from keras import ops
 
 from keras_kvcache import samplers
-from keras_kvcache.samplers import noise
+from keras_kvcache.samplers import draws
 
 BACKEND = keras.backend.backend()
 jax_only = pytest.mark.skipif(BACKEND != "jax", reason="jit and vmap are JAX's")
@@ -177,13 +177,13 @@ def test_threefry_known_answers():
         ),
     ]
     for key, counter, expected in vectors:
-        words = noise.threefry(noise.seed_words(key), noise.seed_words(counter))
+        words = draws.threefry(draws.seed_words(key), draws.seed_words(counter))
         got = [int(to_numpy(word)) % 2**32 for word in words]
         assert got == expected
 
 
 def test_gumbel_noise_is_finite_and_gumbel():
-    values = to_numpy(noise.gumbel(5, 7, 30011)).astype("float64")
+    values = to_numpy(draws.gumbel(5, 7, 30011)).astype("float64")
     assert np.isfinite(values).all()
     assert np.unique(values).size > 0.99 * values.size
     # Mean, variance and two quantiles of the standard Gumbel distribution, each

@@ -7,7 +7,6 @@ import keras
 from keras import ops
 
 from keras_kvcache.attention.codecs import AsGiven, Operand, rotate_back
-from keras_kvcache.attention.layouts import DENSE_PAIR, HEAD_MAJOR
 from keras_kvcache.attention.mix import (
     BLOCK,
     contract,
@@ -17,7 +16,14 @@ from keras_kvcache.attention.mix import (
     mix_seen,
     mix_weighed,
 )
-from keras_kvcache.attention.segments import Segment, View, slots_of, start_of_slice
+from keras_kvcache.attention.segments import (
+    DENSE_PAIR,
+    HEAD_MAJOR,
+    Segment,
+    View,
+    slots_of,
+    start_of_slice,
+)
 from keras_kvcache.runtime.concrete import either, is_recorded
 from keras_kvcache.runtime.platform import current_platform
 

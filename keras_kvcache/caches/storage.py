@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_kvcache.attention import Segment, ring_positions, splice, write_ring
 from keras_kvcache.attention.codecs import Codec
-from keras_kvcache.attention.layouts import Layout
+from keras_kvcache.attention.segments import Layout
 from keras_kvcache.runtime.sharding import distribute
 
 

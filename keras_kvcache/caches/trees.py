@@ -8,7 +8,7 @@ import jax
 from keras import ops
 
 from keras_kvcache.attention.codecs import BITS, Bits, Exact
-from keras_kvcache.attention.layouts import DENSE
+from keras_kvcache.attention.segments import DENSE
 from keras_kvcache.caches.cache import Cache
 from keras_kvcache.caches.static import StaticCache
 from keras_kvcache.caches.storage import Storage

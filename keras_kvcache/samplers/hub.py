@@ -12,7 +12,7 @@ import jax
 import keras
 from keras import ops
 
-from keras_kvcache.samplers.noise import seed_words, threefry
+from keras_kvcache.samplers.draws import seed_words, threefry
 
 
 @functools.partial(

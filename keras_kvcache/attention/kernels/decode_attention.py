@@ -25,11 +25,10 @@ from keras_kvcache.attention.kernels.triton_attention import (
     attend_by_triton,
     suits_triton,
 )
-from keras_kvcache.attention.layouts import DENSE_PAIR
 from keras_kvcache.attention.masks import whole_mask
 from keras_kvcache.attention.products import is_few, sum_dtype
 from keras_kvcache.attention.scoring import Scoring
-from keras_kvcache.attention.segments import Segment
+from keras_kvcache.attention.segments import DENSE_PAIR, Segment
 from keras_kvcache.attention.softmax import attend_segments
 from keras_kvcache.runtime.native import load_handler
 from keras_kvcache.runtime.platform import current_platform

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from keras_kvcache.attention.layouts import Layout
+from keras_kvcache.attention.segments import Layout
 
 # The least size of a matrix that a matrix unit multiplies.
 LEAST = 16
