@@ -1,4 +1,4 @@
-"""Segments and views: slots that one call may attend, and the layout of their arrays."""
+"""Segments and views: the slots that a call may attend; layouts of their arrays."""
 
 from __future__ import annotations
 
