@@ -1,7 +1,8 @@
-"""Functions that keep float64; those of `keras.ops` return float32 for it."""
+"""Functions that keep float64; on JAX, those of `keras.ops` return float32 for it."""
 
 from typing import Any
 
+import jax
 import keras
 from keras import ops
 
@@ -22,13 +23,6 @@ def tanh(x: Any) -> Any:
 
 
 def _elementwise(name, x):
-    if keras.backend.standardize_dtype(x.dtype) != "float64":
-        return getattr(ops, name)(x)
-    backend = keras.backend.backend()
-    if backend == "jax":
-        import jax.numpy as functions
-    elif backend == "tensorflow":
-        import tensorflow as functions
-    else:
-        import torch as functions
-    return getattr(functions, name)(x)
+    is_float64 = keras.backend.standardize_dtype(x.dtype) == "float64"
+    is_jax = keras.backend.backend() == "jax"
+    return getattr(jax.numpy if is_float64 and is_jax else ops, name)(x)
