@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_kvcache.attention import quantize_int4, quantize_int4_groups, rotation
 from keras_kvcache.attention.codecs import CodedArray, Int4Residual, Operand
+from keras_kvcache.attention.quantize import (
+    quantize_int4,
+    quantize_int4_groups,
+    rotation,
+)
 from keras_kvcache.caches import CacheSpec, Int4
 from keras_kvcache.generation import make_program
 

@@ -5,13 +5,8 @@ import keras
 import numpy as np
 import pytest
 
-from keras_kvcache.attention import (
-    Segment,
-    View,
-    align_mask,
-    check_mask_shape,
-    view_masks,
-)
+from keras_kvcache.attention import Segment, View, view_masks
+from keras_kvcache.attention.masks import align_mask, check_mask_shape
 from keras_kvcache.attention.softmax import masked_softmax
 
 QUERY = np.array([[3, 4], [0, 1], [9, 10]])  # positions of 2 queries in 3 rows

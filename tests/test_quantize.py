@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import reference_codecs
 
-from keras_kvcache.attention import (
+from keras_kvcache.attention.quantize import (
     dequantize_int4_groups,
     pack_int4,
     quantize_int4,

@@ -5,7 +5,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_kvcache.attention import ring_positions, write_ring
+from keras_kvcache.attention.ring import ring_positions, write_ring
 
 B, K, H = 3, 2, 5
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_kvcache.attention import splice, write_slot
+from keras_kvcache.attention import splice
+from keras_kvcache.attention.positions import write_slot
 from keras_kvcache.attention.splicing import STRATEGIES, choose_strategy
 
 

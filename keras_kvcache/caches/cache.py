@@ -12,9 +12,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_kvcache.attention import as_int32
 from keras_kvcache.attention.codecs import Codec
-from keras_kvcache.attention.positions import FAR
+from keras_kvcache.attention.positions import FAR, as_int32
 from keras_kvcache.attention.segments import View
 from keras_kvcache.caches.residual import Residual
 from keras_kvcache.caches.storage import Storage

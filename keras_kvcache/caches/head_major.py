@@ -9,9 +9,9 @@ from typing import Any
 import jax
 from keras import ops
 
-from keras_kvcache.attention import keys_of, slots_of, values_of
 from keras_kvcache.attention.codecs import Codec
-from keras_kvcache.attention.segments import HEAD_MAJOR, Layout
+from keras_kvcache.attention.products import keys_of, values_of
+from keras_kvcache.attention.segments import HEAD_MAJOR, Layout, slots_of
 from keras_kvcache.caches.segmentation import segment_sizes
 from keras_kvcache.caches.storage import Storage
 

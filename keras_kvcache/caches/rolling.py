@@ -9,8 +9,9 @@ import jax
 import numpy as np
 from keras import ops
 
-from keras_kvcache.attention import View, ring_positions
+from keras_kvcache.attention import View
 from keras_kvcache.attention.positions import first_positions
+from keras_kvcache.attention.ring import ring_positions
 from keras_kvcache.caches.cache import Cache
 from keras_kvcache.caches.kinds import Rolling
 from keras_kvcache.caches.segmentation import ring_slots, whole_groups

@@ -10,9 +10,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_kvcache.attention import View, token_positions, write_slot
+from keras_kvcache.attention import View, token_positions
 from keras_kvcache.attention.codecs import Exact
-from keras_kvcache.attention.positions import first_positions
+from keras_kvcache.attention.positions import first_positions, write_slot
 from keras_kvcache.caches.cache import Cache
 from keras_kvcache.caches.dense import DenseStorage
 from keras_kvcache.caches.head_major import HeadMajorStorage

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_kvcache.attention import Segment, ring_positions, splice, write_ring
+from keras_kvcache.attention import Segment, splice
 from keras_kvcache.attention.codecs import Codec
+from keras_kvcache.attention.ring import ring_positions, write_ring
 from keras_kvcache.attention.segments import Layout
 from keras_kvcache.runtime.sharding import distribute
 

@@ -2,7 +2,8 @@
 
 import keras
 
-from keras_kvcache.attention import check_mask_shape, normalize_index
+from keras_kvcache.attention import normalize_index
+from keras_kvcache.attention.masks import check_mask_shape
 from keras_kvcache.caches import as_cache
 from keras_kvcache.layers.scoring import asked_of_scores, check_scoring_arguments
 from keras_kvcache.runtime.concrete import is_integer

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_kvcache.attention import sum_dtype
+from keras_kvcache.attention.products import sum_dtype
 
 
 @keras.saving.register_keras_serializable(package="keras_kvcache")

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_kvcache.attention import tanh
+from keras_kvcache.attention.trigonometry import tanh
 
 
 def vocabulary_logits(embedding, hidden_states):
