@@ -85,12 +85,10 @@ from dataclasses import replace
 
 from keras_kvcache.families import llama_like
 from keras_kvcache.families.family import Family, Gguf, HuggingFace
-from keras_kvcache.families.rope_fields import rope_options
 
 
 def _read(fields):
-    config = llama_like.read_fields(fields)
-    config |= rope_options(fields, config["head_dim"], 503.0)
+    config = llama_like.read_fields(fields, default_theta=503.0)
     return config, replace(llama_like.TENSORS, block="toys.{}")
 
 

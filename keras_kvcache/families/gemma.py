@@ -11,11 +11,7 @@ from keras_kvcache.errors import quoted
 from keras_kvcache.families import keras_hub_parts, llama_like
 from keras_kvcache.families.family import Family, HuggingFace, KerasHub, classes
 from keras_kvcache.families.fields import ACTIVATIONS, Fields
-from keras_kvcache.families.rope_fields import (
-    as_rope_arguments,
-    read_rotation,
-    rope_options,
-)
+from keras_kvcache.families.rope_fields import as_rope_arguments, read_rotation
 from keras_kvcache.families.window_fields import (
     FULL,
     SLIDING,
@@ -36,12 +32,13 @@ _TENSORS2 = replace(llama_like.TENSORS, parts=_FOUR_NORMS)
 _TENSORS3 = replace(llama_like.TENSORS, parts=_SIX_NORMS)
 
 
-def _read_shared(fields, activation, default_groups=4):
+def _read_shared(fields, activation, default_groups=4, default_theta=10_000.0):
     """Reads the fields that all three share."""
     config = llama_like.read_fields(
         fields,
         default_groups=default_groups,
         default_head_dim=256,
+        default_theta=default_theta,
         is_tied=True,
         activation=(activation, "gelu_pytorch_tanh"),
         activations=_ACTIVATIONS,
@@ -60,13 +57,11 @@ def _read1(fields):
             "`hidden_activation` must go with `hidden_act`. Received: "
             f"{quoted(fields.values['hidden_activation'])}"
         )
-    config |= rope_options(fields, config["head_dim"], 10_000.0)
     return llama_like.with_biases(fields, config)
 
 
 def _read2(fields):
     config = _read_shared(fields, "hidden_activation")
-    config |= rope_options(fields, config["head_dim"], 10_000.0)
     config |= _extras(fields, config, 30.0, default_pattern=2)
     config["attention_logit_soft_cap"] = fields.real(
         "attn_logit_softcapping", 50.0, null=None
@@ -77,7 +72,7 @@ def _read2(fields):
 def _read3(fields):
     # transformers reads it and doesn't apply it, so what is meant isn't known.
     fields.must_be("attn_logit_softcapping")
-    config = _read_shared(fields, "hidden_activation")
+    config = _read_shared(fields, "hidden_activation", default_theta=None)
     pattern = fields.size("_sliding_window_pattern", 6)
     pattern = fields.size("sliding_window_pattern", pattern)
     config |= _extras(fields, config, None, default_pattern=pattern)

@@ -8,14 +8,11 @@ from dataclasses import replace
 from keras_kvcache.attention.rotary import llama3_frequency_factors
 from keras_kvcache.families import keras_hub_parts, llama_like
 from keras_kvcache.families.family import Family, Gguf, HuggingFace, KerasHub, classes
-from keras_kvcache.families.rope_fields import rope_options
 
 
 def _read(fields):
     fields.must_be("sliding_window")
-    config = llama_like.read_fields(fields)
-    config |= rope_options(fields, config["head_dim"], 10_000.0)
-    return llama_like.with_biases(fields, config)
+    return llama_like.with_biases(fields, llama_like.read_fields(fields))
 
 
 def _options(backbone):

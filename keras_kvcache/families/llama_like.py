@@ -9,6 +9,7 @@ from typing import Any
 from keras_kvcache.errors import quoted
 from keras_kvcache.families.fields import ACTIVATIONS, Fields
 from keras_kvcache.families.gguf_keys import Keys
+from keras_kvcache.families.rope_fields import rope_options
 from keras_kvcache.families.tensors import TensorNames
 from keras_kvcache.families.window_fields import layer_types
 
@@ -60,17 +61,22 @@ def read_fields(
     default_epsilon: float = 1e-6,
     default_groups: int | None = None,
     default_head_dim: int | None = None,
+    default_theta: float | None = 10_000.0,
+    may_rotate_partly: bool = False,
     is_tied: bool = False,
     activation: tuple[str, str] = ("hidden_act", "silu"),
     activations: Mapping[str, str] = ACTIVATIONS,
 ) -> dict[str, Any]:
-    """Reads the fields of `config.json` that all share, but rotation and windows.
+    """Reads the fields of `config.json` that all share, but windows.
 
     Args:
         fields: Of the config.
         default_epsilon: Of the normalization.
         default_groups: `K` if it isn't given; `None` for `N`, as is `null`.
         default_head_dim: `H` if it isn't given; `None` for `D / N`.
+        default_theta: Base of the rotary frequencies; `None` for a family that says
+            otherwise how it rotates.
+        may_rotate_partly: Whether it rotates but a part of a head if it's told to.
         is_tied: Whether the language head is the embedding if nothing is said.
         activation: The key of the activation, and its default.
         activations: What their names stand for.
@@ -88,6 +94,9 @@ def read_fields(
             "`num_attention_heads` must be a multiple of `num_key_value_heads`. "
             f"Received: {N} and {K}"
         )
+    H, rope = H or D // N, {}
+    if default_theta is not None:
+        rope = rope_options(fields, H, default_theta, may_rotate_partly)
     return {
         "vocabulary_size": fields.size("vocab_size"),
         "num_layers": fields.size("num_hidden_layers"),
@@ -95,7 +104,7 @@ def read_fields(
         "num_key_value_heads": K,
         "hidden_dim": D,
         "intermediate_dim": fields.size("intermediate_size"),
-        "head_dim": H or D // N,
+        "head_dim": H,
         "max_sequence_length": fields.size("max_position_embeddings"),
         "layer_norm_epsilon": fields.real("rms_norm_eps", default_epsilon),
         "activation": fields.choice(activation[0], activations, activation[1]),
@@ -104,10 +113,8 @@ def read_fields(
         "gated_feedforward": True,
         "use_bias": False,
         "attention_bias": False,
-        "query_key_norm": False,
-        "use_post_attention_norm": False,
-        "num_experts": None,
         "position_embedding": "rotary",
+        **rope,
     }
 
 

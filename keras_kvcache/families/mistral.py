@@ -2,12 +2,10 @@
 
 from keras_kvcache.families import keras_hub_parts, llama_like
 from keras_kvcache.families.family import Family, HuggingFace, KerasHub, classes
-from keras_kvcache.families.rope_fields import rope_options
 
 
 def _read(fields):
     config = llama_like.read_fields(fields, default_groups=8)
-    config |= rope_options(fields, config["head_dim"], 10_000.0)
     config |= llama_like.one_window(fields, config["num_layers"], 4096)
     return config, llama_like.TENSORS
 

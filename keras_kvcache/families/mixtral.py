@@ -4,7 +4,6 @@ from dataclasses import replace
 
 from keras_kvcache.families import keras_hub_parts, llama_like
 from keras_kvcache.families.family import Family, HuggingFace, KerasHub, classes
-from keras_kvcache.families.rope_fields import rope_options
 
 _APART, _JOINED = "block_sparse_moe.experts.{}", "mlp.experts"
 _EXPERTS = {
@@ -21,8 +20,9 @@ _PARTS = {
 
 
 def _read(fields):
-    config = llama_like.read_fields(fields, default_epsilon=1e-5, default_groups=8)
-    config |= rope_options(fields, config["head_dim"], 1_000_000.0)
+    config = llama_like.read_fields(
+        fields, default_epsilon=1e-5, default_groups=8, default_theta=1_000_000.0
+    )
     config |= llama_like.one_window(fields, config["num_layers"])
     config["num_experts"] = fields.size("num_local_experts", 8)
     config["num_experts_per_token"] = fields.size("num_experts_per_tok", 2)

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 from keras_kvcache.families import keras_hub_parts, llama_like
 from keras_kvcache.families.family import Family, HuggingFace, KerasHub, classes
-from keras_kvcache.families.rope_fields import rope_options
 
 _PARTS = {
     **llama_like.PARTS,
@@ -16,8 +15,9 @@ _PARTS = {
 
 
 def _read(fields):
-    config = llama_like.read_fields(fields, default_epsilon=1e-5)
-    config |= rope_options(fields, config["head_dim"], 10_000.0, may_be_partial=True)
+    config = llama_like.read_fields(
+        fields, default_epsilon=1e-5, may_rotate_partly=True
+    )
     config |= llama_like.one_window(fields, config["num_layers"])
     return config, replace(llama_like.TENSORS, parts=_PARTS)
 

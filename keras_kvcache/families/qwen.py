@@ -8,26 +8,31 @@ from dataclasses import replace
 
 from keras_kvcache.errors import quoted
 from keras_kvcache.families import keras_hub_parts, llama_like
-from keras_kvcache.families.family import Family, HuggingFace, KerasHub, classes
-from keras_kvcache.families.rope_fields import rope_options
+from keras_kvcache.families.family import Family, Gguf, HuggingFace, KerasHub, classes
 from keras_kvcache.families.window_fields import layer_types, window_options
 
 
 def _read2(fields):
     config = llama_like.read_fields(fields, default_groups=32)
-    config |= rope_options(fields, config["head_dim"], 10_000.0)
     config |= _windows(fields, config["num_layers"])
     return config | {"attention_bias": True}, llama_like.TENSORS
 
 
 def _read3(fields):
     config = llama_like.read_fields(fields, default_groups=32, default_head_dim=128)
-    config |= rope_options(fields, config["head_dim"], 10_000.0)
     config |= _windows(fields, config["num_layers"])
     config["query_key_norm"] = True
     parts = {**llama_like.PARTS, **llama_like.QUERY_KEY_NORMS}
     names = replace(llama_like.TENSORS, parts=parts)
     return llama_like.with_biases(fields, config, names)
+
+
+def _read_keys2(keys):
+    return {**llama_like.read_keys(keys), "attention_bias": True}
+
+
+def _read_keys3(keys):
+    return {**llama_like.read_keys(keys), "query_key_norm": True}
 
 
 def _windows(fields, layers):
@@ -83,6 +88,12 @@ def _parts3(block):
     )
 
 
+_GGUF_PARTS3 = {
+    **llama_like.GGUF_PARTS,
+    "query_norm": "attn_q_norm",
+    "key_norm": "attn_k_norm",
+}
+_GGUF_TENSORS3 = replace(llama_like.GGUF_TENSORS, parts=_GGUF_PARTS3)
 _KNOWS = """
     rope_max_wavelength rope_scaling_factor tie_word_embeddings sliding_window_size
 """.split()
@@ -96,6 +107,10 @@ FAMILY = Family(
     hugging_face=(
         HuggingFace("qwen2", classes("Qwen2"), _read2),
         HuggingFace("qwen3", classes("Qwen3"), _read3),
+    ),
+    gguf=(
+        Gguf("qwen2", _read_keys2, llama_like.GGUF_TENSORS),
+        Gguf("qwen3", _read_keys3, _GGUF_TENSORS3),
     ),
     keras_hub=_BACKBONES,
 )

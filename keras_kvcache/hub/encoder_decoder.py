@@ -3,18 +3,23 @@
 The encoder is the backbone's own graph, as far as it goes.
 """
 
+from typing import Any
+
 import keras
 
+from keras_kvcache.families import KerasHub
 from keras_kvcache.hub import parts
 from keras_kvcache.hub.hub_tokenizer import HubPairTokenizer
 from keras_kvcache.models.encoder_decoder_lm import EncoderDecoderLM
 
 
-def share_encoder_decoder(family, causal_lm, max_sequence_length, policy):
+def share_encoder_decoder(
+    family: KerasHub, causal_lm: Any, max_sequence_length: int, policy: str
+) -> EncoderDecoderLM:
     """An `EncoderDecoderLM` that has the very weights of a keras-hub model.
 
     Args:
-        family: The `families.KerasHub` of its backbone.
+        family: Of its backbone.
         causal_lm: The task, or the backbone where there is none.
         max_sequence_length: The most positions, where the model doesn't know fewer.
         policy: Its dtype policy.

@@ -1,18 +1,21 @@
 """keras-hub's layers as parts of ours: adapters for those that are called otherwise."""
 
+from typing import Any
+
 import keras
 
+from keras_kvcache.families import KerasHub
 from keras_kvcache.hub.expert_bank import ExpertBank
 from keras_kvcache.hub.head_projections import HeadProjection, OutputProjection
 from keras_kvcache.hub.position_table import PositionTable
 
 
-def block_parts(family, block):
+def block_parts(family: KerasHub, block: Any) -> dict[str, Any]:
     """The parts that a `DecoderBlock` of ours computes with.
 
     Args:
-        family: A `families.KerasHub`.
-        block: Of its backbone.
+        family: Of the backbone.
+        block: A layer of the backbone.
     """
     parts = dict(family.block_parts(block))
     for name in ("attention", "cross_attention"):
@@ -26,12 +29,12 @@ def block_parts(family, block):
     return parts
 
 
-def model_parts(family, backbone):
+def model_parts(family: KerasHub, backbone: Any) -> dict[str, Any]:
     """The parts around the blocks, other than those that all backbones name alike.
 
     Args:
-        family: A `families.KerasHub`.
-        backbone: Of that family.
+        family: Of the backbone.
+        backbone: A `keras_hub.models.Backbone`.
     """
     parts = dict(family.model_parts(backbone))
     if "position_table" in parts:

@@ -2,12 +2,14 @@
 
 import inspect
 import sys
+from typing import Any
 
 from keras_kvcache.families import all_families, keras_hub_families
 from keras_kvcache.hub.encoder_decoder import share_encoder_decoder
 from keras_kvcache.hub.hub_tokenizer import HubTokenizer
 from keras_kvcache.hub.parts import block_parts, model_parts
 from keras_kvcache.models.decoder_lm import DecoderLM
+from keras_kvcache.models.encoder_decoder_lm import EncoderDecoderLM
 from keras_kvcache.models.own_copy import QUANTIZATIONS
 
 # Of a model with rotary positions, which doesn't say how far it was trained.
@@ -47,7 +49,9 @@ def _backbones_without_task():
 
 
 @_naming_families
-def from_keras_hub(causal_lm, max_sequence_length=None):
+def from_keras_hub(
+    causal_lm: Any, max_sequence_length: int | None = None
+) -> DecoderLM | EncoderDecoderLM:
     """A model of ours that has the very weights of a keras-hub model.
 
     Both models share their layers: nothing is copied, and what `fit`, LoRA,
@@ -75,7 +79,9 @@ def from_keras_hub(causal_lm, max_sequence_length=None):
     return make_shared(DecoderLM, causal_lm, max_sequence_length)
 
 
-def make_shared(cls, causal_lm, max_sequence_length):
+def make_shared(
+    cls: type[DecoderLM], causal_lm: Any, max_sequence_length: int | None
+) -> DecoderLM | EncoderDecoderLM:
     """`from_keras_hub`, for a model of a class derived from `DecoderLM`.
 
     Args:
@@ -96,7 +102,9 @@ def make_shared(cls, causal_lm, max_sequence_length):
     return model
 
 
-def share(causal_lm, max_sequence_length, cls=DecoderLM):
+def share(
+    causal_lm: Any, max_sequence_length: int, cls: type[DecoderLM] = DecoderLM
+) -> DecoderLM | EncoderDecoderLM:
     """`from_keras_hub`, with an end of the positions for models that name none.
 
     Args:
@@ -212,7 +220,7 @@ def _check_options(backbone, knows):
             )
 
 
-def check_quantization(backbone):
+def check_quantization(backbone: Any) -> None:
     """Refuses a backbone with layers that are quantized in a way not tried here.
 
     Args:

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from keras_kvcache.errors import quoted, shortened
-from keras_kvcache.families import Gguf, gguf_families
+from keras_kvcache.families import gguf_families
 from keras_kvcache.families.gguf_keys import Keys, get_value
-from keras_kvcache.families.tensors import Source, weight_sources
+from keras_kvcache.families.tensors import Source, TensorNames, weight_sources
 from keras_kvcache.loaders.checkpoint import Checkpoint
 from keras_kvcache.loaders.dequantize import dequantize, dequantize_transposed
-from keras_kvcache.loaders.gguf_header import Header, TensorInfo, read_header
+from keras_kvcache.loaders.gguf_header import TensorInfo, read_header
 from keras_kvcache.loaders.gguf_tokenizer import build_tokenizer
 from keras_kvcache.loaders.tensor_checks import check_tensors
 
@@ -43,11 +43,16 @@ def read_gguf(path: str | os.PathLike) -> Checkpoint:
     path = Path(path)
     header = read_header(path)
     try:
-        family = _find_family(header)
-        config = _read_config(header, family)
-        sources = weight_sources(config, family.names, header.tensors)
-        _check_tensors(header, config, sources)
-        if _ROPE_FACTORS in header.tensors:
+        shapes = {name: info.shape for name, info in header.tensors.items()}
+        config, names = _read_config(header.metadata, shapes)
+        sources = weight_sources(config, names, shapes)
+        others = {}
+        if _ROPE_FACTORS in shapes:
+            rotary_dim = config["rotary_dim"] or config["head_dim"]
+            others[_ROPE_FACTORS] = (rotary_dim // 2,)
+        check_tensors(shapes, sources, others)
+        _check_quantizations(header.tensors)
+        if others:
             info = header.tensors[_ROPE_FACTORS]
             factors = dequantize(_read_rows(path, info), info.quantization)[0]
             if not (factors > 0).all():
@@ -72,36 +77,32 @@ def read_gguf(path: str | os.PathLike) -> Checkpoint:
     return Checkpoint(config, weights, tokenizer)
 
 
-def _find_family(header: Header) -> Gguf:
-    """Who reads files of this architecture."""
-    architecture = get_value(header.metadata, "general.architecture", str)
+def _read_config(
+    metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]
+) -> tuple[dict[str, Any], TensorNames]:
+    """The decoder's arguments and the names of the tensors, by the metadata."""
+    architecture = get_value(metadata, "general.architecture", str)
     families = gguf_families()
     if architecture not in families:
         raise ValueError(
             f"'general.architecture' must be one of {tuple(families)}. Received: "
             f"{quoted(architecture)}"
         )
-    return families[architecture]
-
-
-def _read_config(header: Header, family: Gguf) -> dict[str, Any]:
-    """The decoder's arguments, by the metadata."""
-    parts = get_value(header.metadata, "split.count", int, 1)
+    parts = get_value(metadata, "split.count", int, 1)
     if parts > 1:
         raise ValueError(
             "the model must be in one file: 'split.count' must be at most 1. "
             f"Received: {parts}"
         )
-    shapes = {name: info.shape for name, info in header.tensors.items()}
-    config = family.read(Keys(header.metadata, shapes, family.architecture))
+    config = families[architecture].read(Keys(metadata, shapes, architecture))
     # The tensors of every layer are listed before any is looked up, so a bogus
     # count has to be caught here.
     if config["num_layers"] > len(shapes):
         raise ValueError(
-            f"'{family.architecture}.block_count' must match the tensors. Received: "
+            f"'{architecture}.block_count' must match the tensors. Received: "
             f"{config['num_layers']} in a file of {len(shapes)} tensors"
         )
-    return config
+    return config, families[architecture].names
 
 
 def _half_split_order(heads: int, head_dim: int, rotary_dim: int) -> np.ndarray:
@@ -114,19 +115,6 @@ def _half_split_order(heads: int, head_dim: int, rotary_dim: int) -> np.ndarray:
     one_head = np.arange(head_dim)
     one_head[:rotary_dim] = one_head[:rotary_dim].reshape(-1, 2).T.reshape(-1)
     return (np.arange(heads)[:, None] * head_dim + one_head).reshape(-1)
-
-
-def _check_tensors(
-    header: Header, config: dict[str, Any], sources: dict[str, Source]
-) -> None:
-    """Raises unless the file's tensors are exactly those the model has."""
-    others = {}
-    if _ROPE_FACTORS in header.tensors:
-        rotary_dim = config["rotary_dim"] or config["head_dim"]
-        others[_ROPE_FACTORS] = (rotary_dim // 2,)
-    shapes = {name: info.shape for name, info in header.tensors.items()}
-    check_tensors(shapes, sources, others)
-    _check_quantizations(header.tensors)
 
 
 def _check_quantizations(tensors: dict[str, TensorInfo]) -> None:

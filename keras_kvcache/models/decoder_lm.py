@@ -277,11 +277,10 @@ class DecoderLM(LanguageModel):
 
                 - a name of this package's, such as `"smollm2_135m_instruct"`,
                   which is fetched once and kept;
-                - the path of a GGUF file of a llama-architecture model;
-                - the path of a Hugging Face folder: `config.json`, safetensors
-                  and perhaps a tokenizer, of the family Llama, Mistral, Mixtral,
-                  Qwen 2, 2.5 and 3, Phi-3, GPT-2, OPT, Gemma, Gemma 2 or Gemma 3
-                  (text). No code in it is run, and no pickle is read;
+                - the path of a GGUF file, or of a Hugging Face folder:
+                  `config.json`, safetensors and perhaps a tokenizer. Its family
+                  must have a file in `keras_kvcache/families`; an error lists
+                  them. No code in a folder is run, and no pickle is read;
                 - the path of a folder that `save_to_preset` wrote, this one or
                   keras-hub's;
                 - where keras-hub is installed, any other name or handle that

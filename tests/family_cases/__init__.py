@@ -8,7 +8,8 @@ tables as the family can be read from. Keys are names of cases, which tests show
         in a detail.
     HUB: Case to the beginning of keras-hub's class names and a backbone's arguments.
     HUB_PAIRS, HUB_REFUSED: The same of encoder-decoders, and of what is refused.
-    GGUF: Architectures that `tests/test_gguf_families.py` writes, with their options.
+    GGUF: Architecture to the tensors that its blocks have beside Llama's, and the
+        sizes whose product is theirs.
 """
 
 import importlib

@@ -40,3 +40,7 @@ HUB = {
         ),
     ),
 }
+GGUF = {
+    "qwen2": {"attn_q.bias": "NH", "attn_k.bias": "KH", "attn_v.bias": "KH"},
+    "qwen3": {"attn_q_norm.weight": "H", "attn_k_norm.weight": "H"},
+}
