@@ -46,32 +46,30 @@ def run(*arguments, stdin=""):
     )
 
 
-def test_generate_answers_on_standard_output(model):
-    result = run("generate", "abc", "--model", model, "--max-new-tokens", "9")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip()
-    assert re.search(
-        r"\[first token after \d+\.\d\d s, compiled in \d+\.\d\d s, \d+ tokens, "
-        r"\d+\.\d tokens/s after the first\]",
-        result.stderr,
-    )
-
-
-def test_generate_reads_standard_input_and_repeats_with_a_seed(model):
+def test_generate_reads_standard_input_and_repeats_with_a_seed(
+    model, monkeypatch, capsys
+):
     options = ["--model", model, "--max-new-tokens", "12", "--temperature", "1.5"]
     options += ["--top-k", "20", "--top-p", "0.95", "--min-p", "0.01"]
     answers = []
     for seed in ("1", "1", "2"):
-        result = run("generate", "-", "--seed", seed, *options, stdin="abc")
-        answers.append(result.stdout)
+        typed = io.TextIOWrapper(io.BytesIO(b"abc"), encoding="utf-8")
+        monkeypatch.setattr(sys, "stdin", typed)
+        assert cli.main(["generate", "-", "--seed", seed, *options]) == 0
+        answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1] != answers[2]
 
 
 def test_chat_takes_turns_until_the_input_ends(model):
-    result = run("chat", "--model", model, "--max-new-tokens", "5", stdin="ab\ncd\n")
+    """Also where a terminal knows ASCII only, from the typed to the shown."""
+    result = run_bytes(
+        *("chat", "--model", model, "--max-new-tokens", "5"),
+        stdin=b"ab\ncd\n",
+        PYTHONIOENCODING="ascii",
+    )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("> ") == 3
-    assert result.stderr.count("tokens/s") == 2
+    assert result.stdout.count(b"> ") == 3
+    assert result.stderr.count(b"tokens/s") == 2
 
 
 def test_info_shows_shape_and_cache_size(model, capsys):
@@ -558,17 +556,6 @@ def test_output_replaces_what_it_cannot_show(echo, monkeypatch):
         assert written.getvalue() == shown
 
 
-def test_a_talk_shows_what_it_can(model):
-    """A process whose terminal knows ASCII only, from the typed to the shown."""
-    result = run_bytes(
-        *("chat", "--model", model, "--max-new-tokens", "5"),
-        stdin=b"ab\n",
-        PYTHONIOENCODING="ascii",
-    )
-    assert result.returncode == 0, result.stderr
-    assert b"tokens/s" in result.stderr
-
-
 def test_standard_input_must_be_text(monkeypatch, echo, capsys):
     lm = echo("an answer")
     given = io.TextIOWrapper(io.BytesIO(b"ab \xff\xfe cd\n"), encoding="utf-8")
@@ -661,6 +648,7 @@ def test_warnings_come_behind_the_answer_and_once(echo, capfd):
     ]
 
 
+@pytest.mark.slow
 def test_a_real_warning_of_the_compiler_is_a_line_of_its_own(model, tmp_path):
     compiler = tmp_path / "c++"
     compiler.write_text("#!/bin/sh\necho 'error: no header' >&2; exit 1\n")
@@ -677,6 +665,7 @@ def test_a_real_warning_of_the_compiler_is_a_line_of_its_own(model, tmp_path):
     assert lines[-1].startswith("[first token after ")
 
 
+@pytest.mark.slow
 def test_a_folder_that_takes_no_programs_is_told_once(model, tmp_path, own_programs):
     home = tmp_path / "home"
     home.write_text("a file")
@@ -719,9 +708,18 @@ def test_timing_tells_compiling_from_decoding(monkeypatch):
     )
 
 
-def test_compiled_programs_are_kept(model, tmp_path, own_programs):
+def test_answers_come_on_standard_output_and_compiled_programs_are_kept(
+    model, tmp_path, own_programs
+):
     arguments = ("generate", "abc", "--model", model, "--max-new-tokens", "5")
-    assert run(*arguments).returncode == 0
+    result = run(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip()
+    assert re.search(
+        r"\[first token after \d+\.\d\d s, compiled in \d+\.\d\d s, \d+ tokens, "
+        r"\d+\.\d tokens/s after the first\]",
+        result.stderr,
+    )
     kept = set((tmp_path / "programs").glob("jit_program-*"))
     assert len(kept) > 1
     assert run(*arguments).returncode == 0

@@ -72,8 +72,13 @@ CACHES = {
 @pytest.mark.parametrize(
     "name, sampler",
     [
-        *((name, "greedy") for name in CACHES if name != "int4"),
-        pytest.param("int4", "greedy", marks=pytest.mark.slow),
+        ("float32", "greedy"),
+        ("int8", "greedy"),
+        ("dense", "greedy"),
+        *(
+            pytest.param(name, "greedy", marks=pytest.mark.slow)
+            for name in ("bfloat16", "int4", "rolling")
+        ),
         ("rolling", "top_k"),
     ],
 )

@@ -48,14 +48,15 @@ def programs():
         for group in filter(None, groups):
             code = program(path, group)
             line = len(code) - len(code.lstrip("\n")) + 1
-            marks = [pytest.mark.real_model] if "smollm2" in code else []
+            marks = [pytest.mark.real_model] * ("smollm2" in code)
+            marks += [pytest.mark.slow] * (path != README)
             yield pytest.param(code, id=f"{path.name}:{line}", marks=marks)
 
 
 def test_the_readme_is_short_and_has_blocks_of_both_kinds():
     assert len(TEXTS[README].splitlines()) <= MOST_LINES
     assert len(blocks(README, "python")) >= 4
-    assert len(blocks(README, "shell")) == 2
+    assert len(blocks(README, "shell")) == 2 and all(commands())
 
 
 @each_page
@@ -83,14 +84,21 @@ def test_python_runs(code, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.real_model
-def test_shell_commands_run(smollm2_path):
-    """What follows the installation, in the environment that is there."""
+def commands():
+    """Of the first: what installs, and what runs then."""
     first, second = (block[2] for block in blocks(README, "shell"))
     install, run = first.strip().split(" && ")
     # These two are run by whoever tests a clean checkout.
     assert re.fullmatch(r"pip install \S+", install)
     assert re.match(r'pip install -e "\.\[test\]" && pytest\b', second)
+    return install, run
+
+
+@pytest.mark.slow
+@pytest.mark.real_model
+def test_the_first_command_runs(smollm2_path):
+    """What follows the installation, in the environment that is there."""
+    _, run = commands()
     command = re.sub("^python", sys.executable, run)
     result = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
