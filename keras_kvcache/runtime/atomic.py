@@ -55,10 +55,11 @@ def replace(source: Path, target: Path) -> None:
 
 def _flush(path: Path) -> None:
     """Waits until a file, or the names in a folder, are on the disk."""
-    is_folder = path.is_dir()
-    if is_folder and os.name != "posix":  # Windows opens no folders.
+    is_posix = os.name == "posix"
+    if path.is_dir() and not is_posix:  # Windows opens no folders.
         return
-    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+    # Windows flushes only what may be written, others also what may only be read.
+    descriptor = os.open(path, os.O_RDONLY if is_posix else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
