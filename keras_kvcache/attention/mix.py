@@ -13,7 +13,7 @@ import keras
 from keras import ops
 
 # Slots that are checked at a time: few, so that this takes little memory.
-BLOCK = 16
+VALUE_BLOCK = 16
 # For keys whole groups, as some codecs encode 32 tokens of them together.
 KEY_BLOCK = 32
 

@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_kvcache.attention.codecs import AsGiven, Operand, rotate_back
 from keras_kvcache.attention.mix import (
-    BLOCK,
+    VALUE_BLOCK,
     contract,
     in_blocks,
     is_cut,
@@ -228,20 +228,20 @@ def _dense_mix(product, weights, values, count):
 
 def _mix_in_blocks(segment, weights, first, count):
     """`mix` block by block, with each query's own zeros, which takes little memory."""
-    if not is_cut(count, BLOCK):
+    if not is_cut(count, VALUE_BLOCK):
         return _mix(segment, mix_weighed, weights, first, count)
 
     def add(number, mixed):
         # The last block reaches back to where one fits.
-        begin = ops.cast(number, "int32") * BLOCK
-        start = ops.minimum(begin, count - BLOCK)
-        part = slots_of(weights, start, BLOCK, axis=3)
-        is_new = start + ops.arange(BLOCK, dtype="int32") >= begin
+        begin = ops.cast(number, "int32") * VALUE_BLOCK
+        start = ops.minimum(begin, count - VALUE_BLOCK)
+        part = slots_of(weights, start, VALUE_BLOCK, axis=3)
+        is_new = start + ops.arange(VALUE_BLOCK, dtype="int32") >= begin
         part = ops.where(is_new[None, None, None], part, ops.zeros_like(part))
-        return mixed + _mix(segment, mix_weighed, part, first + start, BLOCK)
+        return mixed + _mix(segment, mix_weighed, part, first + start, VALUE_BLOCK)
 
-    mixed = _mix(segment, mix_weighed, weights[..., :BLOCK], first, BLOCK)
-    return ops.fori_loop(1, -(-count // BLOCK), add, mixed)
+    mixed = _mix(segment, mix_weighed, weights[..., :VALUE_BLOCK], first, VALUE_BLOCK)
+    return ops.fori_loop(1, -(-count // VALUE_BLOCK), add, mixed)
 
 
 def _by_head(product, equation, x, y):

@@ -50,7 +50,7 @@ class Rolling:
             )
 
 
-OPTIONS = ("kind", "codec", "layout")
+CACHE_OPTIONS = ("kind", "codec", "layout")
 
 
 def read_options(
@@ -71,10 +71,10 @@ def read_options(
     if cache is None:
         return {}
     if isinstance(cache, dict):
-        unknown = sorted(set(cache) - set(OPTIONS))
+        unknown = sorted(set(cache) - set(CACHE_OPTIONS))
         if unknown:
             raise ValueError(
-                f"`cache` may have the keys {list(OPTIONS)}. Received: {unknown}"
+                f"`cache` may have the keys {list(CACHE_OPTIONS)}. Received: {unknown}"
             )
         return dict(cache)
     name = cache if isinstance(cache, str) else None
