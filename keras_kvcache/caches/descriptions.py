@@ -216,14 +216,12 @@ def _name_in(table, wanted):
     )
 
 
+# Classes of nodes and of static fields in exported programs.
 NODES = (StaticCache, RollingCache, DenseStorage, HeadMajorStorage, Residual)
-EXPORTED = (
-    codecs.Exact,
-    codecs.Int8,
-    codecs.Int4,
-    codecs.Int4Residual,
-    codecs.Bits,
-)
+EXPORTED = {
+    codec.__name__: codec
+    for codec in (*CODEC_NAMES.values(), codecs.Int4Residual, codecs.Bits)
+}
 
 
 def register() -> None:
@@ -259,5 +257,4 @@ def _describe(value):
 def _restore(value):
     if not isinstance(value, dict):
         return value
-    name = value.pop("codec")
-    return next(codec for codec in EXPORTED if codec.__name__ == name)(**value)
+    return EXPORTED[value.pop("codec")](**value)

@@ -62,15 +62,15 @@ class Residual:
             return ops.pad(array, widths)
 
         ahead = held.map(lengthen).write(entries, index - start)
-        newest_start = fill // group * group
-        number = ops.clip((newest_start - start) // group, 0, groups - 1)
+        new_start = fill // group * group
+        number = ops.clip((new_start - start) // group, 0, groups - 1)
         residual = ahead.take(number * group, group)
         # Rows that brought nothing stay as they were.
         brought = fill > index
         arrays = select_rows(brought, residual.segments[0], storage.segments[0])
         residual = replace(residual, segments=(arrays,))
-        newest_start = ops.where(brought, newest_start, held_start)
-        return Residual(residual, newest_start).distributed(), ahead, start
+        new_start = ops.where(brought, new_start, held_start)
+        return Residual(residual, new_start).distributed(), ahead, start
 
     def distributed(self) -> Residual:
         """The group laid out over devices as `keras.distribution` has it."""

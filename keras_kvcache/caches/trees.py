@@ -15,6 +15,9 @@ from keras_kvcache.caches.storage import Storage
 from keras_kvcache.runtime.platform import current_platform
 from keras_kvcache.runtime.sharding import distribute
 
+# Dtypes that XLA's CPU backend lacks.
+NARROW = ("bfloat16", "float16")
+
 
 def map_caches(function: Callable[[Any], Any], tree: Any) -> Any:
     """Applies a function to each cache of a tree; a dense tensor counts as one."""
@@ -24,7 +27,7 @@ def map_caches(function: Callable[[Any], Any], tree: Any) -> Any:
 
 
 def as_cache(cache: Any) -> Cache:
-    """A cache as it is, a dense tensor `(B, 2, S, K, H)` as the cache that it holds.
+    """Returns a cache as it is, a dense tensor `(B, 2, S, K, H)` as a `StaticCache`.
 
     Raises:
         TypeError: It is neither.
@@ -44,7 +47,7 @@ def batch_size(tree: Any) -> int:
     """`B` of a tree of caches.
 
     Raises:
-        ValueError: There is none in it.
+        ValueError: The tree holds no cache.
     """
     arrays = jax.tree_util.tree_leaves(tree)
     if not arrays:
@@ -55,7 +58,7 @@ def batch_size(tree: Any) -> int:
 def distributed(tree: Any) -> Any:
     """A tree of caches laid out over devices as `keras.distribution` has it.
 
-    By rows and by key/value heads, each where it divides.
+    Rows and key/value heads are split where their number divides.
     """
 
     def one(cache):
@@ -63,16 +66,13 @@ def distributed(tree: Any) -> Any:
         layout = cache.storage.layout if is_cache else DENSE
 
         def lay_out(array):
-            # What else there may be a row has no heads.
+            # Other arrays, such as `end`, have no axis of heads.
             has_heads = len(array.shape) > 1 if is_cache else len(array.shape) == 5
             return distribute(array, layout.heads if has_heads else None)
 
         return jax.tree_util.tree_map(lay_out, cache)
 
     return map_caches(one, tree)
-
-
-NARROW = ("bfloat16", "float16")
 
 
 def as_bits(cache: Any) -> Any:
@@ -87,18 +87,7 @@ def as_bits(cache: Any) -> Any:
     Returns:
         The same tree.
     """
-    if not current_platform().stores_bits:
-        return cache
-
-    def convert(node):
-        if not isinstance(node, Storage) or type(node.codec) is not Exact:
-            return node
-        if node.codec.dtype not in NARROW:
-            return node
-        bits = node.map(lambda array, *_: ops.view(array, BITS))
-        return replace(bits, codec=Bits(node.codec.dtype))
-
-    return _map_storages(convert, cache)
+    return _recode(cache, Exact, Bits) if current_platform().stores_bits else cache
 
 
 def as_floats(cache: Any) -> Any:
@@ -110,18 +99,20 @@ def as_floats(cache: Any) -> Any:
     Returns:
         The same tree.
     """
+    return _recode(cache, Bits, Exact)
+
+
+def _recode(tree, old, new):
+    """Bit-casts storages of narrow floats from one codec to the other."""
 
     def convert(node):
-        if not isinstance(node, Storage) or type(node.codec) is not Bits:
+        is_storage = isinstance(node, Storage) and type(node.codec) is old
+        if not is_storage or node.codec.dtype not in NARROW:
             return node
-        dtype = node.codec.dtype
-        floats = node.map(lambda array, *_: ops.view(array, dtype))
-        return replace(floats, codec=Exact(dtype))
+        dtype = BITS if new is Bits else node.codec.dtype
+        views = node.map(lambda array, *_: ops.view(array, dtype))
+        return replace(views, codec=new(node.codec.dtype))
 
-    return _map_storages(convert, cache)
-
-
-def _map_storages(function, tree):
     return jax.tree_util.tree_map(
-        function, tree, is_leaf=lambda node: isinstance(node, Storage)
+        convert, tree, is_leaf=lambda node: isinstance(node, Storage)
     )
