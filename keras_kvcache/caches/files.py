@@ -45,7 +45,6 @@ NAMES = {"name", "input_layers", "output_layers", "inbound_nodes"}
 # What the format calls the dtypes that caches have.
 DTYPE_NAMES = {
     "F64": "float64",
-    "I64": "int64",
     "F32": "float32",
     "F16": "float16",
     "BF16": "bfloat16",
