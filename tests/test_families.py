@@ -93,15 +93,25 @@ def _read(fields):
 
 
 def _read_keys(keys):
-    return llama_like.read_keys(keys) | {"attention_bias": True}
+    parts = dict.fromkeys(["attention/query", "attention/key"], "attn_qkv")
+    parts |= {"attention/value": "attn_qkv", "feedforward/router": "ffn_gate_inp"}
+    for ours, theirs in (("gate", "gate"), ("intermediate", "up"), ("output", "down")):
+        parts[f"feedforward/experts/{ours}_kernel"] = f"ffn_{theirs}_exps.weight"
+    dense = {
+        part: name
+        for part, name in llama_like.GGUF_PARTS.items()
+        if not part.startswith("feedforward/")
+    }
+    options = {"attention_bias": True, "num_experts": 5, "num_experts_per_token": 2}
+    return llama_like.read_keys(keys) | options, replace(
+        llama_like.GGUF_TENSORS, parts={**dense, **parts}, interleaved=True
+    )
 
 
 FAMILY = Family(
     "Toy",
     hugging_face=(HuggingFace("toy", ("ToyForCausalLM",), _read),),
-    gguf=(
-        Gguf("toy", _read_keys, replace(llama_like.GGUF_TENSORS, interleaved=True)),
-    ),
+    gguf=(Gguf("toy", _read_keys),),
 )
 """
 
@@ -178,21 +188,53 @@ def test_a_family_is_gone_with_its_file(tmp_path):
 
 
 def test_another_architecture_of_gguf_is_an_entry(toy, tmp_path):
-    """Keys have its prefix, and biases are permuted as the rows of kernels are."""
-    K, H = PRIMES["K"], PRIMES["H"]
-    tensors, biases = random_tensors(PRIMES), {}
+    """With keys of its prefix, fused projections with biases, and experts."""
+    D, N, K, H, F, E = *(PRIMES[letter] for letter in "DNKHF"), 5
+    tensors, rng = {}, np.random.default_rng(7)
+    for name, array in random_tensors(PRIMES).items():
+        if not any(
+            part in name for part in ("_q.", "_k.", "_v.", "gate", "up", "down")
+        ):
+            tensors[name] = array
+    shapes = {
+        "attn_qkv.weight": ((N + 2 * K) * H, D),
+        "attn_qkv.bias": ((N + 2 * K) * H,),
+        "ffn_gate_inp.weight": (E, D),
+        "ffn_gate_exps.weight": (E, F, D),
+        "ffn_up_exps.weight": (E, F, D),
+        "ffn_down_exps.weight": (E, D, F),
+    }
     for i in range(PRIMES["L"]):
-        for name, heads in (("q", PRIMES["N"]), ("k", K), ("v", K)):
-            biases[f"blk.{i}.attn_{name}.bias"] = np.arange(heads * H, dtype="float32")
+        for name, shape in shapes.items():
+            tensors[f"blk.{i}.{name}"] = rng.normal(size=shape).astype("float32")
     values = {
         key.replace("llama.", "toy.", 1): value
         for key, value in metadata(**PRIMES).items()
     }
-    path = write(tmp_path / "toy.gguf", values, tensors | biases, architecture="toy")
+    path = write(tmp_path / "toy.gguf", values, tensors, architecture="toy")
     checkpoint = read_gguf(path)
     assert checkpoint.config["attention_bias"] and checkpoint.config["head_dim"] == H
-    plain = np.arange(K * H).reshape(K, H)
-    halves = np.concatenate([plain[:, 0::2], plain[:, 1::2]], axis=1)
-    for name, expected in (("key", halves), ("value", plain)):
-        found = checkpoint.weights[f"block_1/attention/{name}/bias"]()
-        np.testing.assert_array_equal(found, expected)
+    block = {name: tensors[f"blk.1.{name}"] for name in shapes}
+    kernel, bias = block["attn_qkv.weight"], block["attn_qkv.bias"]
+    halves = [*range(0, H, 2), *range(1, H, 2)]
+    expected = {
+        "feedforward/router/kernel": block["ffn_gate_inp.weight"].T,
+        "feedforward/experts/gate_kernel": block["ffn_gate_exps.weight"].swapaxes(1, 2),
+        "feedforward/experts/output_kernel": block["ffn_down_exps.weight"].swapaxes(
+            1, 2
+        ),
+    }
+    begin = 0
+    for name, heads, order in (
+        ("query", N, halves),
+        ("key", K, halves),
+        ("value", K, range(H)),
+    ):
+        rows = slice(begin, begin + heads * H)
+        part = kernel[rows].reshape(heads, H, D)[:, order]
+        expected[f"attention/{name}/kernel"] = part.transpose(2, 0, 1)
+        expected[f"attention/{name}/bias"] = bias[rows].reshape(heads, H)[:, order]
+        begin += heads * H
+    for name, array in expected.items():
+        found = checkpoint.weights[f"block_1/{name}"]()
+        np.testing.assert_array_equal(found, array, err_msg=name)

@@ -43,14 +43,14 @@ class Gguf:
     Attributes:
         architecture: Value of `general.architecture`, which is also the prefix of the
             keys.
-        read: Function of the keys that gives JSON-able arguments of `DecoderLM`. It
-            raises `ValueError` for what the decoder doesn't do.
-        names: Of the tensors.
+        read: Function of the keys that gives JSON-able arguments of `DecoderLM`, and
+            the names of the tensors. Norms that are stored with an offset of 1 added
+            are plain `rms_norm`. It raises `ValueError` for what the decoder doesn't
+            do.
     """
 
     architecture: str
-    read: Callable[[Keys], dict[str, Any]]
-    names: TensorNames
+    read: Callable[[Keys], tuple[dict[str, Any], TensorNames]]
 
 
 @dataclass(frozen=True)

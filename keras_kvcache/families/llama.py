@@ -15,6 +15,12 @@ def _read(fields):
     return llama_like.with_biases(fields, llama_like.read_fields(fields))
 
 
+def _read_keys(keys):
+    # The converter of llama.cpp permutes the rows of queries and keys.
+    names = replace(llama_like.GGUF_TENSORS, interleaved=True)
+    return llama_like.read_keys(keys), names
+
+
 def _options(backbone):
     # Its `rope_position_scaling_factor` is kept, but keras-hub doesn't scale by it.
     max_wavelength, factors = backbone.rope_max_wavelength, None
@@ -36,12 +42,10 @@ _KNOWS = """
     tie_word_embeddings
 """.split()
 _HUB = (_options, keras_hub_parts.llama_decoder)
-# The converter of llama.cpp permutes the rows of queries and keys.
-_GGUF_TENSORS = replace(llama_like.GGUF_TENSORS, interleaved=True)
 FAMILY = Family(
     "Llama",
     hugging_face=(HuggingFace("llama", classes("Llama"), _read),),
-    gguf=(Gguf("llama", llama_like.read_keys, _GGUF_TENSORS),),
+    gguf=(Gguf("llama", _read_keys),),
     keras_hub=(
         KerasHub("LlamaBackbone", *_HUB, knows=_KNOWS),
         KerasHub("Llama3Backbone", *_HUB, knows=_KNOWS),

@@ -28,11 +28,16 @@ def _read3(fields):
 
 
 def _read_keys2(keys):
-    return {**llama_like.read_keys(keys), "attention_bias": True}
+    config = llama_like.read_keys(keys)
+    return config | {"attention_bias": True}, llama_like.GGUF_TENSORS
 
 
 def _read_keys3(keys):
-    return {**llama_like.read_keys(keys), "query_key_norm": True}
+    config = llama_like.read_keys(keys)
+    parts = {"query_norm": "attn_q_norm", "key_norm": "attn_k_norm"}
+    parts = {**llama_like.GGUF_PARTS, **parts}
+    names = replace(llama_like.GGUF_TENSORS, parts=parts)
+    return config | {"query_key_norm": True}, names
 
 
 def _windows(fields, layers):
@@ -88,12 +93,6 @@ def _parts3(block):
     )
 
 
-_GGUF_PARTS3 = {
-    **llama_like.GGUF_PARTS,
-    "query_norm": "attn_q_norm",
-    "key_norm": "attn_k_norm",
-}
-_GGUF_TENSORS3 = replace(llama_like.GGUF_TENSORS, parts=_GGUF_PARTS3)
 _KNOWS = """
     rope_max_wavelength rope_scaling_factor tie_word_embeddings sliding_window_size
 """.split()
@@ -108,9 +107,6 @@ FAMILY = Family(
         HuggingFace("qwen2", classes("Qwen2"), _read2),
         HuggingFace("qwen3", classes("Qwen3"), _read3),
     ),
-    gguf=(
-        Gguf("qwen2", _read_keys2, llama_like.GGUF_TENSORS),
-        Gguf("qwen3", _read_keys3, _GGUF_TENSORS3),
-    ),
+    gguf=(Gguf("qwen2", _read_keys2), Gguf("qwen3", _read_keys3)),
     keras_hub=_BACKBONES,
 )

@@ -17,7 +17,7 @@ from keras_kvcache.loaders.checkpoint import Checkpoint
 from keras_kvcache.loaders.dequantize import dequantize, dequantize_transposed
 from keras_kvcache.loaders.gguf_header import TensorInfo, read_header
 from keras_kvcache.loaders.gguf_tokenizer import build_tokenizer
-from keras_kvcache.loaders.tensor_checks import check_tensors
+from keras_kvcache.loaders.weights import check_tensors, read_weight
 
 _ROPE_FACTORS = "rope_freqs.weight"
 
@@ -54,7 +54,7 @@ def read_gguf(path: str | os.PathLike) -> Checkpoint:
         _check_quantizations(header.tensors)
         if others:
             info = header.tensors[_ROPE_FACTORS]
-            factors = dequantize(_read_rows(path, info), info.quantization)[0]
+            factors = dequantize(_read_rows(path, info)[None], info.quantization)[0]
             if not (factors > 0).all():
                 raise ValueError(
                     f"tensor {quoted(_ROPE_FACTORS)} must hold positive numbers, which "
@@ -70,8 +70,9 @@ def read_gguf(path: str | os.PathLike) -> Checkpoint:
             )
     except ValueError as error:
         raise ValueError(f"{path} can't be loaded: {shortened(error, 500)}") from error
+    read_tensor = partial(_read_tensor, path, header.tensors)
     weights = {
-        name: partial(_read_weight, path, header.tensors[source.tensors[0]], source)
+        name: partial(read_weight, source, read_tensor)
         for name, source in sources.items()
     }
     return Checkpoint(config, weights, tokenizer)
@@ -94,7 +95,7 @@ def _read_config(
             "the model must be in one file: 'split.count' must be at most 1. "
             f"Received: {parts}"
         )
-    config = families[architecture].read(Keys(metadata, shapes, architecture))
+    config, names = families[architecture].read(Keys(metadata, shapes, architecture))
     # The tensors of every layer are listed before any is looked up, so a bogus
     # count has to be caught here.
     if config["num_layers"] > len(shapes):
@@ -102,7 +103,7 @@ def _read_config(
             f"'{architecture}.block_count' must match the tensors. Received: "
             f"{config['num_layers']} in a file of {len(shapes)} tensors"
         )
-    return config, families[architecture].names
+    return config, names
 
 
 def _half_split_order(heads: int, head_dim: int, rotary_dim: int) -> np.ndarray:
@@ -132,20 +133,27 @@ def _check_quantizations(tensors: dict[str, TensorInfo]) -> None:
             ) from error
 
 
-def _read_weight(path: Path, info: TensorInfo, source: Source) -> np.ndarray:
-    """One weight, float32, in the model's layout."""
-    rows = _read_rows(path, info)
+def _read_tensor(
+    path: Path, tensors: dict[str, TensorInfo], name: str, source: Source
+) -> np.ndarray:
+    """The part of a tensor that a weight is, float32, in the model's order."""
+    rows, kind = _read_rows(path, tensors[name]), tensors[name].quantization
+    axis, begin, end = source.part or (0, 0, None)
+    part = (slice(None),) * axis + (slice(begin, end),)
+    is_vector = rows.ndim == 1
+    rows = dequantize(rows[None], kind)[0][part] if is_vector else rows[part]
+    if source.interleaved is not None:
+        rows = rows[_half_split_order(*source.interleaved)]
+    if is_vector:
+        return rows
     widen = dequantize_transposed if source.transposed else dequantize
-    if source.interleaved is None:
-        return widen(rows, info.quantization).reshape(source.shape)
-    order = _half_split_order(*source.interleaved)
-    if len(info.shape) == 1:
-        return dequantize(rows, info.quantization)[0, order].reshape(source.shape)
-    return widen(rows[order], info.quantization).reshape(source.shape)
+    if rows.ndim == 2:
+        return widen(rows, kind)
+    return np.stack([widen(expert, kind) for expert in rows])
 
 
 def _read_rows(path: Path, info: TensorInfo) -> np.ndarray:
-    """A tensor as it is stored: uint8 `(rows, bytes per row)`."""
+    """A tensor as it is stored: uint8, its last axis the bytes of a row."""
     # Read, not mapped: a file cut short under a mapping would kill the process.
     data = np.fromfile(path, np.uint8, info.size, offset=info.offset)
     if data.size != info.size:
@@ -153,4 +161,4 @@ def _read_rows(path: Path, info: TensorInfo) -> np.ndarray:
             f"{path} has changed since it was opened: a tensor of {info.size} "
             f"bytes has only {data.size} left."
         )
-    return data.reshape(info.shape[0] if len(info.shape) > 1 else 1, -1)
+    return data.reshape(*info.shape[:-1], -1)

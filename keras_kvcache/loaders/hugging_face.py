@@ -17,7 +17,7 @@ from keras_kvcache.loaders.checkpoint import Checkpoint
 from keras_kvcache.loaders.hugging_face_files import TensorFiles
 from keras_kvcache.loaders.hugging_face_tokenizer import read_tokenizer
 from keras_kvcache.loaders.json_file import read_json
-from keras_kvcache.loaders.tensor_checks import check_tensors
+from keras_kvcache.loaders.weights import check_tensors, read_weight
 
 
 def read_hugging_face(
@@ -62,7 +62,7 @@ def read_hugging_face(
             sources = weight_sources(config, names, files.shapes)
             check_tensors(files.shapes, sources, ignored=names.ignored)
             weights = {
-                name: partial(_read_weight, files, source)
+                name: partial(read_weight, source, partial(_read_tensor, files))
                 for name, source in sources.items()
             }
         tokenizer = read_tokenizer(folder, values) if load_tokenizer else None
@@ -93,20 +93,14 @@ def _read_config(values: dict[str, Any]) -> tuple[dict[str, Any], TensorNames]:
     return family.read(fields)
 
 
-def _read_weight(files: TensorFiles, source: Source) -> np.ndarray:
-    """One weight, float32, in the decoder's layout."""
-    if not source.tensors:
-        return np.zeros(source.shape, "float32")
-    arrays = [files.read(name, source.part) for name in source.tensors]
+def _read_tensor(files: TensorFiles, name: str, source: Source) -> np.ndarray:
+    """The part of a tensor that a weight is, or a part of a weight."""
+    array = files.read(name, source.part)
     if source.twin in files.shapes and not np.array_equal(
-        arrays[0], files.read(source.twin)
+        array, files.read(source.twin)
     ):
         raise ValueError(
             "`tie_word_embeddings` must be false for a model whose "
-            f"{quoted(source.twin)} differs from {quoted(source.tensors[0])}. "
-            "Received: true"
+            f"{quoted(source.twin)} differs from {quoted(name)}. Received: true"
         )
-    if source.transposed:
-        arrays = [array.swapaxes(-1, -2) for array in arrays]
-    array = np.stack(arrays) if len(arrays) > 1 else arrays[0]
-    return array.reshape(source.shape)
+    return array.swapaxes(-1, -2) if source.transposed else array

@@ -1,9 +1,11 @@
-"""Whether a model's files hold exactly the tensors that its weights are read from."""
+"""Weights from the tensors of a model's files: all checked, then read one by one."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+
+import numpy as np
 
 from keras_kvcache.errors import quoted
 from keras_kvcache.families.tensors import Source
@@ -49,3 +51,20 @@ def _refuse(reason: str, names: Collection[str], known: Collection[str]) -> None
     if missing:
         more = f" and {len(missing) - 6} more" if len(missing) > 6 else ""
         raise ValueError(f"{reason}: {', '.join(missing[:6])}{more}.")
+
+
+def read_weight(
+    source: Source, read_tensor: Callable[[str, Source], np.ndarray]
+) -> np.ndarray:
+    """One weight, float32, in the decoder's layout.
+
+    Args:
+        source: Of the weight.
+        read_tensor: Function of a tensor's name and the source that gives that part of
+            the tensor, with its last axes in the decoder's order.
+    """
+    if not source.tensors:
+        return np.zeros(source.shape, "float32")
+    arrays = [read_tensor(name, source) for name in source.tensors]
+    array = np.stack(arrays) if len(arrays) > 1 else arrays[0]
+    return array.reshape(source.shape)
