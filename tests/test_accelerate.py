@@ -1,5 +1,6 @@
 """keras-hub's own objects, decoding through this package."""
 
+import jax
 import keras
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from hub_cases import (
 from keras import ops
 
 from keras_kvcache import accelerate
-from keras_kvcache.hub.accelerate import stepwise_sampler
+from keras_kvcache.samplers.hub import stepwise_sampler
 
 # Each way of sampling has programs of keras-hub's and of ours to compile.
 pytestmark = pytest.mark.slow
@@ -74,6 +75,84 @@ def test_same_beams_past_a_window(case):
     theirs = hub_generate(lm, INPUTS)
     with accelerate(lm):
         check_same(hub_generate(lm, INPUTS), theirs)
+
+
+# A prompt of one token; a row that others reach; prompts read in two chunks.
+@pytest.mark.parametrize(
+    "lengths, width", [([1, 6], 19), ([11, 23, 7], 29), ([39, 37], 47)], ids=str
+)
+def test_same_beams_of_ragged_prompts(llama, lengths, width):
+    llama.compile(sampler=hub_samplers.BeamSampler(num_beams=3, temperature=0.7))
+    inputs = prompts(lengths, width)
+    whole = generate(llama, inputs)
+    # Not in the same step of all rows; one of them may be over at once.
+    columns = np.minimum(np.array(lengths) + [3, 9, 5][: len(lengths)], width - 1)
+    stops = [(int(i),) for i in whole["token_ids"][range(len(lengths)), columns]]
+    stops += [sum(stops, ()), (int(inputs["token_ids"][0, -1]),)]
+    expected = [generate(llama, inputs, ids) for ids in stops]
+    assert len({answer["token_ids"].tobytes() for answer in expected}) > 1
+    with accelerate(llama):
+        check_same(generate(llama, inputs), whole)
+        for ids, answer in zip(stops, expected, strict=True):
+            ours = generate(llama, inputs, ids)
+            check_same(ours, answer)
+            # What stands past a row's end, the prompt's padding included, too.
+            np.testing.assert_array_equal(ours["token_ids"], answer["token_ids"])
+
+
+@pytest.mark.jax_only
+def test_beams_run_in_our_loop_compiled_once(llama, monkeypatch):
+    programs = []
+
+    def count(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            programs.append(event)
+
+    def refuse(*_, **__):
+        raise AssertionError("keras-hub's own loop")
+
+    llama.compile(sampler=hub_samplers.BeamSampler(num_beams=3))
+    monkeypatch.setattr(hub_samplers.Sampler, "run_loop", refuse)
+    with pytest.raises(AssertionError, match="keras-hub's own loop"):
+        generate(llama)
+    with accelerate(llama):
+        generate(llama)
+        jax.monitoring.register_event_duration_secs_listener(count)
+        try:
+            generate(llama, prompts([9, 19], width=41))
+            generate(llama, prompts([31, 5], width=41), (3, 7))
+            assert not programs
+            generate(llama, prompts([9, 17, 5], width=41))
+            assert programs
+        finally:
+            jax.monitoring.unregister_event_duration_listener(count)
+
+
+def test_all_beams_have_no_place_in_an_answer(llama):
+    llama.compile(sampler=hub_samplers.BeamSampler(3, return_all_beams=True))
+    with pytest.raises(Exception, match="tuple|dimensions"):
+        generate(llama)
+    with accelerate(llama), pytest.raises(TypeError, match="`sampler`.*all_beams=True"):
+        generate(llama)
+
+
+def test_a_search_of_ones_own(llama):
+    """Its loop isn't known here, so it calls our steps."""
+
+    class EveryOther(hub_samplers.Sampler):
+        def __call__(self, next, prompt, cache, index, mask, **_):
+            # The likeliest token at odd places, the likeliest but one at even ones.
+            for place in range(17, prompt.shape[1]):
+                logits, _, cache = next(prompt, cache, place)
+                ids = ops.cast(ops.argsort(-logits)[:, place % 2], prompt.dtype)
+                prompt = ops.slice_update(prompt, (0, place), ids[:, None])
+            return prompt
+
+    inputs = prompts([17, 17], width=23)
+    llama.compile(sampler=EveryOther())
+    theirs = generate(llama, inputs)
+    with accelerate(llama):
+        check_same(generate(llama, inputs), theirs)
 
 
 @pytest.mark.parametrize(

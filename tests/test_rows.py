@@ -359,6 +359,25 @@ def test_states_that_files_can_not_hold_are_refused(tmp_path):
     assert not (tmp_path / "rows").exists()
 
 
+def test_a_search_ends_rows_itself():
+    """By `NO_TOKEN`: the row keeps what it has, and the others go on."""
+
+    class Ending(Beams):
+        def start(self, rows):
+            return np.zeros(rows.index.shape[0], "int32")
+
+        def __call__(self, logits, state, key):
+            places = ops.arange(3, dtype="int32")
+            is_over = ops.logical_and(places == 1, state >= 4)
+            ids = ops.where(is_over, NO_TOKEN, ops.cast(ops.argmax(logits, 1), "int32"))
+            return ids, state + 1, places
+
+    lm, prompts = small_lm(), [[3, 1, 4], [1, 5], [9, 2]]
+    expected = [lm.generate(prompt, max_new_tokens=9) for prompt in prompts]
+    expected[1] = expected[1][:6]
+    assert lm.generate(prompts, max_new_tokens=9, sampler=Ending()) == expected
+
+
 def test_parents_are_announced():
     class Undeclared(Beams):
         moves_rows = False

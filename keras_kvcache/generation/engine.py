@@ -14,7 +14,7 @@ from keras_kvcache.generation.multi_step import LONGEST_BURST, make_reader
 from keras_kvcache.generation.program import make_program
 from keras_kvcache.generation.prompts import padded_chunks
 from keras_kvcache.generation.rows import NO_TOKEN, start_rows
-from keras_kvcache.generation.steps import decode, prefill
+from keras_kvcache.generation.steps import decode, extend, prefill
 from keras_kvcache.runtime.concrete import is_integer
 
 # The most columns that `Rows.tokens` begins with: 4 MB a row.
@@ -57,12 +57,16 @@ class Engine:
         self.functions, self._init_cache = functions, init_cache
         self._prefill = make_program(self._run_prefill, model, donate=("rows",))
         self._decode = make_program(self._run_decode, model, donate=("rows",))
+        self._extend = make_program(self._run_extend, model, donate=("cache",))
 
     def _run_prefill(self, **arguments):
         return prefill(self.functions, **arguments)
 
     def _run_decode(self, **arguments):
         return decode(self.functions, width=LONGEST_BURST, **arguments)
+
+    def _run_extend(self, **arguments):
+        return extend(self.functions, **arguments)
 
     def with_init_cache(self, init_cache):
         """The same programs on other caches."""
@@ -143,6 +147,11 @@ class Engine:
             )
             columns.append(ops.convert_to_numpy(tokens)[:, :count])
         return rows, np.concatenate(columns, axis=1)
+
+    def extend(self, **arguments):
+        """Runs tokens, as in `keras_kvcache.Generator`."""
+        self._build()
+        return self._extend(**arguments)
 
     def bursts(self, plan, capacities, streams=False):
         """Iterates over the new tokens of a `Plan`.

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -271,6 +272,27 @@ class Generator:
                 unknown.
         """
         return self._engine.decode(rows, steps, self._sampler_for(sampler))
+
+    def extend(
+        self, cache: Any, token_ids: Any, index: Any, lengths: Any
+    ) -> tuple[Any, Any]:
+        """Runs tokens without choosing any, as `keras_kvcache.generation.extend` does.
+
+        On JAX it's a compiled program, one for each shape of `token_ids`, which
+        consumes the cache.
+
+        Args:
+            cache: What `init_cache` or this gave, of `B` rows.
+            token_ids: int32 `(B, T)`, right-padded.
+            index: int32 `(B,)`, position of each row's first token here.
+            lengths: int32 `(B,)`, how many of the tokens are each row's.
+
+        Returns:
+            `(cache, logits (B, V))`, the logits after each row's last token.
+        """
+        return self._engine.extend(
+            cache=cache, token_ids=token_ids, index=index, lengths=lengths
+        )
 
     def lower(self, cache, chunk=None, sampler=None, sharding=None):
         """Lowers a program of generation without running it, to be looked at.

@@ -8,9 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_kvcache.samplers import stateful
-
-# In the place of a token that a row doesn't have.
-NO_TOKEN = -1
+from keras_kvcache.samplers.stateful import NO_TOKEN
 
 
 @jax.tree_util.register_dataclass

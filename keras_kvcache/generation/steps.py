@@ -91,6 +91,7 @@ def advance(rows, ids, state=(), parents=None, is_ready=None):
         ids, state: As `choose` gives them.
         parents: As `choose` gives it: row `b` goes on from the cache, the tokens, the
             index and `done` of row `parents[b]`; budget, stop ids, seed and step stay.
+            The id `NO_TOKEN` then ends a row where it is.
         is_ready: bool `(B,)`, which rows have a token at all; `None` for all.
 
     Returns:
@@ -112,7 +113,10 @@ def advance(rows, ids, state=(), parents=None, is_ready=None):
         moved = (rows.cache, rows.tokens, rows.index, rows.done)
         cache, tokens, index, done = take_rows(moved, parents)
         rows = replace(rows, cache=cache, tokens=tokens, index=index, done=done)
+        is_ended = ops.equal(ids, NO_TOKEN)
+        rows = replace(rows, done=ops.logical_or(rows.done, is_ended))
         goes_on = ops.take(goes_on, parents, axis=0)
+        goes_on = ops.logical_and(goes_on, ops.logical_not(is_ended))
     moves = ops.cast(goes_on, "int32")
     index, width = rows.index + moves, rows.tokens.shape[1]
     token = ops.where(goes_on[:, None], ids[:, None], rows.newest)

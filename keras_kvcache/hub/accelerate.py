@@ -7,13 +7,15 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_kvcache import samplers
 from keras_kvcache.attention.positions import FAR
 from keras_kvcache.generation import StepFunctions, extend
 from keras_kvcache.generation.buckets import chunk_sizes
 from keras_kvcache.hub import check_quantization, share
+from keras_kvcache.hub.beam_search import search_beams
 from keras_kvcache.models.encoder_decoder_inputs import read_encoder_inputs
 from keras_kvcache.models.encoder_decoder_lm import EncoderDecoderLM
+from keras_kvcache.samplers.hub import chooses_stepwise, next_seed, stepwise_sampler
+from keras_kvcache.samplers.hub_beams import is_hub_beams
 
 # Where positions are rotary, keras-hub sets no end to them.
 HOOKS = ("make_generate_function", "generate_step")
@@ -25,8 +27,10 @@ def accelerate(causal_lm):
     The object stays what it is, with its preprocessor, its `compile(sampler=...)` and
     the arguments of its `generate`. Its layers are used as they are, so what `fit`,
     LoRA, `quantize` or `load_weights` does, before or after, is seen by the next
-    `generate`. Samplers that choose token by token are compiled into this package's
-    loop; those that search, as beam search does, run their own loop on its caches.
+    `generate`. Samplers that choose token by token, and beam search, are compiled into
+    this package's loop. Any other that searches, as contrastive search does, or a class
+    of your own with a `__call__`, can't be taken apart: its own loop calls one step of
+    this package's for each token.
 
     ```python
     causal_lm = keras_hub.models.CausalLM.from_preset("gpt2_base_en")
@@ -85,7 +89,7 @@ class Acceleration:
         # keras-hub asks the first for a function that generates, and compiles the
         # second where the sampler brings its own loop.
         self._causal_lm.make_generate_function = self._make_generate_function
-        self._causal_lm.generate_step = self._search_step
+        self._causal_lm.generate_step = self._own_loop_step
         self._causal_lm.generate_function = None
 
     def restore(self):
@@ -140,32 +144,56 @@ class Acceleration:
                 f"{self.model.max_sequence_length} positions that the model knows. "
                 f"Received: {token_ids.shape[1]}"
             )
-        sampler = stepwise_sampler(self._causal_lm.sampler)
-        if sampler is None:
-            return self._search(inputs, stop_token_ids)
+        sampler = self._causal_lm.sampler
+        if is_hub_beams(sampler):
+            generator = self.model.generator
+            if self._has_encoder:
+                generator = self.model.generator_of(encoder_inputs)
+            ids = search_beams(generator, sampler, token_ids, mask, stop_token_ids)
+            return self._answer(ids, mask, stop_token_ids)
+        if not chooses_stepwise(sampler):
+            ids = self._run_own_loop(inputs, stop_token_ids)
+            return self._answer(ids, mask, stop_token_ids)
         answer = self.model.generate(
             inputs,
             stop_token_ids=stop_token_ids,
-            sampler=sampler,
-            seed=_next_seed(self._causal_lm.sampler),
+            sampler=stepwise_sampler(sampler),
+            seed=next_seed(sampler),
         )
         # Past a row's end stands what the preprocessor has padded with.
         answered = answer[self._mask]
         answer[self._ids] = np.where(answered, answer[self._ids], token_ids)
         return answer
 
-    def _search(self, inputs, stop_token_ids):
-        """Generates by the sampler's own loop, which keras-hub compiles."""
+    def _answer(self, token_ids, mask, stop_token_ids):
+        """What a search has written, with a mask of what stands up to each row's end.
+
+        Args:
+            token_ids: int `(B, T)`.
+            mask: bool `(B, T)`, `True` for the prompts.
+            stop_token_ids: Ids that end a row, or `None`.
+        """
+        ends = np.logical_and(np.isin(token_ids, stop_token_ids or ()), ~mask)
+        answered = np.cumsum(ends, axis=1) - ends == 0
+        return {self._ids: token_ids, self._mask: answered}
+
+    def _run_own_loop(self, inputs, stop_token_ids):
+        """Token ids `(B, T)` by the sampler's own loop, which keras-hub compiles."""
         width = inputs[self._ids].shape[1]
         longest = int(inputs[self._mask].sum(axis=1).max())
         # The shape of the prompts is part of the program, so it's one of a few.
         prompt_ids = inputs[self._ids][:, : min(width, sum(chunk_sizes(longest)))]
         generate = type(self._causal_lm).make_generate_function(self._causal_lm)
         inputs = {**inputs, "prompt_ids": prompt_ids}
-        return generate(inputs, stop_token_ids=stop_token_ids)
+        answer = generate(inputs, stop_token_ids=stop_token_ids)
+        return ops.convert_to_numpy(answer[self._ids])
 
-    def _search_step(self, inputs, stop_token_ids=None):
-        """Runs the prompts, then the sampler, which decodes token by token."""
+    def _own_loop_step(self, inputs, stop_token_ids=None):
+        """Runs the prompts, then the sampler, whose loop calls `extend` for each token.
+
+        This is for samplers whose `__call__` isn't known here: what they search for is
+        theirs alone.
+        """
         prompt_ids, mask = inputs["prompt_ids"], inputs[self._mask]
         rows, width = ops.shape(inputs[self._ids])
         # The samplers' loops begin where the shortest prompt ends, and only a static
@@ -198,54 +226,10 @@ class Acceleration:
             hidden_states=ops.pad(hidden_states, [[0, 0], [0, rest], [0, 0]]),
             model=self._causal_lm,
         )
-        answered = ops.ones_like(mask)
-        if stop_token_ids is not None:
-            stop = ops.convert_to_tensor(list(stop_token_ids), token_ids.dtype)
-            ends = ops.any(ops.equal(token_ids[..., None], stop), axis=-1)
-            ends = ops.cast(ops.logical_and(ends, ops.logical_not(mask)), "int32")
-            answered = ops.equal(ops.cumsum(ends, axis=-1) - ends, 0)
-        return {self._ids: token_ids, self._mask: answered}
+        return {self._ids: token_ids}
 
 
 def accelerated_by(causal_lm):
     """The `Acceleration` of a model, or `None`."""
     holder = getattr(getattr(causal_lm, HOOKS[0], None), "__self__", None)
     return holder if isinstance(holder, Acceleration) else None
-
-
-def stepwise_sampler(hub_sampler):
-    """A sampler for our loop that draws as a keras-hub sampler does.
-
-    Args:
-        hub_sampler: A `keras_hub.samplers.Sampler`.
-
-    Returns:
-        A sampler as `keras_kvcache.samplers.get` gives it, or `None` for a sampler
-        with a loop of its own.
-    """
-    from keras_hub import samplers as hub
-
-    kind, temperature = type(hub_sampler), hub_sampler.temperature
-    if kind.__call__ is not hub.Sampler.__call__:
-        return None
-    # Ours draw from the same distribution, but don't sort the vocabulary.
-    if kind is hub.GreedySampler:
-        return samplers.greedy()
-    if kind is hub.RandomSampler:
-        return samplers.random(temperature)
-    if kind is hub.TopKSampler:
-        return samplers.top_k(hub_sampler.k, temperature)
-    if kind is hub.TopPSampler and hub_sampler.k is None and 0 < hub_sampler.p <= 1:
-        return samplers.top_p(hub_sampler.p, temperature)
-    return samplers.get(hub_sampler)
-
-
-def _next_seed(hub_sampler):
-    """A seed that the sampler's random state gives, which moves on."""
-    seed = 0
-    for state in hub_sampler.variables:
-        first, second = (int(word) for word in ops.convert_to_numpy(state))
-        state.assign(np.array([first, (second + 1) % 2**32], "uint32"))
-        # An odd factor spreads the draws of one seed over all seeds.
-        seed += first + second * 0x9E3779B1
-    return seed % 2**32

@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import replace
+from typing import Any
 
 import keras
 from keras import ops
@@ -241,7 +242,7 @@ class EncoderDecoderLM(LanguageModel):
                 argument is out of range.
         """
         arrays, prompts = read_pairs(inputs, self)
-        answer = self._generator_of(arrays).generate(prompts, **options)
+        answer = self.generator_of(arrays).generate(prompts, **options)
         if prompts.form != "arrays":
             return answer
         return {
@@ -270,7 +271,7 @@ class EncoderDecoderLM(LanguageModel):
         arrays, prompts = read_pairs(inputs, self)
         if prompts.form == "arrays":
             prompts = replace(prompts, form="ids")
-        return self._generator_of(arrays).stream(prompts, **options)
+        return self.generator_of(arrays).stream(prompts, **options)
 
     @takes_options_of(Generator.start)
     def start(self, inputs, **options) -> Rows:
@@ -288,10 +289,14 @@ class EncoderDecoderLM(LanguageModel):
             TypeError, ValueError: As in `generate`.
         """
         arrays, prompts = read_pairs(inputs, self)
-        return self._generator_of(arrays).start(prompts, **options)
+        return self.generator_of(arrays).start(prompts, **options)
 
-    def _generator_of(self, arrays):
-        """The generator, on caches that begin with the encoder's work."""
+    def generator_of(self, arrays: dict[str, Any]) -> Generator:
+        """The generator, on caches that begin with the encoder's work.
+
+        Args:
+            arrays: The encoder's inputs, by name; `(B, E', …)` each.
+        """
         if self._encode_program is None:
             self._encode_program = make_program(
                 self.encode, self, static=("codec", "layout")

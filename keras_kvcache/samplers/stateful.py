@@ -8,7 +8,8 @@ A sampler with state is an object with two functions:
   row. A key holds a row's own seed and step; the draws of this package take it.
   A sampler that searches has `moves_rows = True` and gives `(ids, state, parents)`:
   row `b` goes on from what row `parents[b]` has read, int32 `(B,)`, and `state` is in
-  that order already. It isn't told which rows have ended: search without stop ids.
+  that order already. It isn't told which rows have ended: search without stop ids, and
+  end rows by the id `NO_TOKEN`.
 
 Any other sampler has the state `()`.
 """
@@ -25,6 +26,9 @@ from keras import ops
 
 from keras_kvcache.samplers.draws import categorical, most_likely
 from keras_kvcache.samplers.sampler import Sampler
+
+# In the place of a token that a row doesn't have.
+NO_TOKEN = -1
 
 # Draws that take a key a row.
 KEYED = (categorical, most_likely)
