@@ -15,7 +15,7 @@ from hub_cases import (
 from keras import ops
 
 from keras_kvcache import accelerate
-from keras_kvcache.samplers.hub import stepwise_sampler
+from keras_kvcache.samplers.hub_draws import stepwise_sampler
 
 # Each way of sampling has programs of keras-hub's and of ours to compile.
 pytestmark = pytest.mark.slow

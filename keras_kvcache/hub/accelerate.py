@@ -14,8 +14,9 @@ from keras_kvcache.hub import check_quantization, share
 from keras_kvcache.hub.beam_search import search_beams
 from keras_kvcache.models.encoder_decoder_inputs import read_encoder_inputs
 from keras_kvcache.models.encoder_decoder_lm import EncoderDecoderLM
-from keras_kvcache.samplers.hub import chooses_stepwise, next_seed, stepwise_sampler
+from keras_kvcache.samplers.hub import chooses_stepwise
 from keras_kvcache.samplers.hub_beams import is_hub_beams
+from keras_kvcache.samplers.hub_draws import next_seed, stepwise_sampler
 
 # Where positions are rotary, keras-hub sets no end to them.
 HOOKS = ("make_generate_function", "generate_step")
@@ -166,7 +167,7 @@ class Acceleration:
         return answer
 
     def _answer(self, token_ids, mask, stop_token_ids):
-        """What a search has written, with a mask of what stands up to each row's end.
+        """The answer of a search: its tokens, masked past the end of each row.
 
         Args:
             token_ids: int `(B, T)`.
