@@ -40,6 +40,24 @@ def pytest_collection_modifyitems(items):
             item.add_marker(skip)
 
 
+# What these compile runs for milliseconds, and what LLVM's passes save there they cost
+# a hundred times. All that XLA does before them stays, and other modules, those about
+# programs and real models among them, have all.
+COMPILED_FAST = "decoder_lm endless generate growth numbers rows streams".split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_fast(request):
+    """Leaves out XLA's passes that take long, for modules that run little."""
+    name = request.module.__name__.rpartition(".")[2].removeprefix("test_")
+    if keras.backend.backend() != "jax" or name not in COMPILED_FAST:
+        yield
+        return
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
     """Drops a module's compiled programs: a process may hold only so many of them.
