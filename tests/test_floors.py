@@ -123,6 +123,7 @@ ANNOTATED = (
     "errors",
     "families",
     "known_names",
+    "loaders",
     "registration",
     "runtime",
     "samplers",

@@ -1,5 +1,7 @@
 """keras-hub's experts, called as ours are."""
 
+from typing import Any
+
 from keras_kvcache.layers.mixture_of_experts import Experts
 
 
@@ -21,16 +23,16 @@ class ExpertBank(Experts):
         self.built = True
 
     @property
-    def gate_kernel(self):
+    def gate_kernel(self) -> Any:
         """`(E, D, F)`."""
         return self.bank._expert_feedforward_gate_dense
 
     @property
-    def intermediate_kernel(self):
+    def intermediate_kernel(self) -> Any:
         """`(E, D, F)`."""
         return self.bank._expert_feedforward_intermediate_dense
 
     @property
-    def output_kernel(self):
+    def output_kernel(self) -> Any:
         """`(E, F, D)`."""
         return self.bank._expert_feedforward_output_dense

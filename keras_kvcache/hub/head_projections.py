@@ -6,6 +6,7 @@ takes several times as long as reading it.
 """
 
 import abc
+from typing import Any
 
 import keras
 from keras import ops
@@ -28,7 +29,7 @@ class Projection(keras.layers.Layer, abc.ABC):
         self.built = True
 
     @property
-    def bias(self):
+    def bias(self) -> Any:
         """That of the projection, or `None`."""
         return self.source.bias
 
@@ -40,14 +41,14 @@ class Projection(keras.layers.Layer, abc.ABC):
         return outputs if self.bias is None else outputs + self.bias
 
     @abc.abstractmethod
-    def multiply(self, inputs, kernel):
+    def multiply(self, inputs: Any, kernel: Any) -> Any:
         """The product of inputs and the kernel."""
 
 
 class HeadProjection(Projection):
     """`(B, T, D)` to `(B, T, N, H)` by a kernel `(N, D, H)`: one product a head."""
 
-    def multiply(self, inputs, kernel):
+    def multiply(self, inputs: Any, kernel: Any) -> Any:
         heads, width, head_dim = kernel.shape
         batch, length, _ = ops.shape(inputs)
         tokens = ops.reshape(inputs, (batch * length, width))
@@ -59,7 +60,7 @@ class HeadProjection(Projection):
 class OutputProjection(Projection):
     """`(B, T, N, H)` to `(B, T, D)` by a kernel `(N, H, D)`: heads side by side."""
 
-    def multiply(self, inputs, kernel):
+    def multiply(self, inputs: Any, kernel: Any) -> Any:
         heads, head_dim, width = kernel.shape
         batch, length, _, _ = ops.shape(inputs)
         tokens = ops.reshape(inputs, (batch, length, heads * head_dim))

@@ -1,5 +1,8 @@
 """keras-hub's tokenizer, called as ours are."""
 
+from collections.abc import Iterable
+from typing import NoReturn
+
 import keras
 import numpy as np
 
@@ -30,7 +33,7 @@ class HubTokenizer:
         )
 
     @property
-    def stop_token_ids(self):
+    def stop_token_ids(self) -> tuple[int, ...]:
         """Ids that end a text: those of keras-hub's `stop_token_ids="auto"`."""
         tokenizer = self._preprocessor.tokenizer
         ids = [tokenizer.end_token_id, getattr(tokenizer, "end_token2_id", None)]
@@ -41,7 +44,7 @@ class HubTokenizer:
                 ids.append(token_id)
         return tuple(token for token in ids if token is not None)
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         """Token ids of a text, the start token included if the model wants one."""
         length = 64
         while True:
@@ -54,7 +57,7 @@ class HubTokenizer:
             # Full is cut short, perhaps.
             length *= 4
 
-    def decode(self, token_ids):
+    def decode(self, token_ids: Iterable[int]) -> str:
         """Text of token ids, without special tokens."""
         token_ids = np.array([list(token_ids)], "int32")
         if not token_ids.size:
@@ -62,11 +65,11 @@ class HubTokenizer:
         packed = {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids, bool)}
         return self._preprocessor.generate_postprocess(packed)[0]
 
-    def save_assets(self, directory):
+    def save_assets(self, directory: str) -> None:
         """Writes the vocabulary's files into a folder."""
         self._preprocessor.tokenizer.save_assets(directory)
 
-    def load_assets(self, directory):
+    def load_assets(self, directory: str) -> None:
         """Reads what `save_assets` wrote."""
         self._preprocessor.tokenizer.load_assets(directory)
 
@@ -90,7 +93,7 @@ class HubPairTokenizer(HubTokenizer):
         preprocessor: A `keras_hub.models.Seq2SeqLMPreprocessor`.
     """
 
-    def encode(self, text):
+    def encode(self, text: str) -> NoReturn:
         """Refuses: texts come in pairs.
 
         Raises:
@@ -101,7 +104,9 @@ class HubPairTokenizer(HubTokenizer):
             f"`encode_pairs`. Received: {text!r}"
         )
 
-    def encode_pairs(self, encoder_texts, decoder_texts):
+    def encode_pairs(
+        self, encoder_texts: list[str], decoder_texts: list[str]
+    ) -> dict[str, np.ndarray]:
         """Arrays as `EncoderDecoderLM` takes them, the start tokens included.
 
         Args:
@@ -112,7 +117,7 @@ class HubPairTokenizer(HubTokenizer):
         )
         return {k: keras.ops.convert_to_numpy(v) for k, v in packed.items()}
 
-    def decode(self, token_ids):
+    def decode(self, token_ids: Iterable[int]) -> str:
         """Text of token ids, without special tokens."""
         token_ids = np.array([list(token_ids)], "int32")
         if not token_ids.size:

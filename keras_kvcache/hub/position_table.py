@@ -1,5 +1,7 @@
 """keras-hub's learned positions, called as `keras.layers.Embedding` is."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -24,7 +26,7 @@ class PositionTable(keras.layers.Layer):
         self.built = True
 
     @property
-    def embeddings(self):
+    def embeddings(self) -> Any:
         """The table, `(positions, D)`."""
         return self.position_embedding.position_embeddings
 

@@ -1,11 +1,15 @@
 """Presets that keras-hub fetches and loads."""
 
 import difflib
+import os
 from pathlib import Path
+from typing import Any
 
 from keras_kvcache import loaders
 from keras_kvcache.families import keras_hub_families
 from keras_kvcache.hub.sharing import make_shared
+from keras_kvcache.models.decoder_lm import DecoderLM
+from keras_kvcache.models.encoder_decoder_lm import EncoderDecoderLM
 from keras_kvcache.models.preset_kinds import loads
 
 INSTALL = '`pip install -e ".[hub]"` in the clone of this package'
@@ -24,7 +28,12 @@ _FETCHERS = (
 
 
 @loads("keras-hub")
-def load(cls, preset, load_weights, options):
+def load(
+    cls: type[DecoderLM],
+    preset: str | os.PathLike,
+    load_weights: bool,
+    options: dict[str, Any],
+) -> DecoderLM | EncoderDecoderLM:
     """A model from a name, a handle or a folder of keras-hub's.
 
     Args:

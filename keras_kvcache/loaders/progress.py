@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 # Seconds after which a bar appears: what is faster needs none.
 _DELAY = 1.0
 # Seconds between two updates of the bar.
 _BETWEEN = 0.1
 
 
-def progress_bar(description: str, total: int):
+def progress_bar(description: str, total: int) -> AbstractContextManager:
     """A bar on standard error, if that is a terminal, gone once all is done.
 
     Args:
