@@ -43,7 +43,8 @@ def pytest_collection_modifyitems(items):
 # What these compile runs for milliseconds, and what LLVM's passes save there they cost
 # a hundred times. All that XLA does before them stays, and other modules, those about
 # programs and real models among them, have all.
-COMPILED_FAST = "decoder_lm endless generate growth numbers rows streams".split()
+COMPILED_FAST = """config decoder_lm endless generate growth numbers own_models rows
+    streams""".split()
 
 
 @pytest.fixture(scope="module", autouse=True)
