@@ -226,6 +226,7 @@ SWITCHES = [
     "jax_debug_nans=True",
     "jax_disable_jit=True",
     "jax_default_matmul_precision=bfloat16",
+    "jax_default_matmul_precision=highest",
 ]
 
 
