@@ -103,6 +103,20 @@ def test_info_of_a_known_model_downloads_nothing(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.glob("**/*.gguf"))
 
 
+def test_info_shows_each_layer_where_they_differ(tmp_path, capsys):
+    lm = DecoderLM(
+        *(11, 3, 5, 30, 13),
+        num_key_value_heads=5,
+        layer_options=[{}, {"num_key_value_heads": 1, "head_dim": 8}, {}],
+    )
+    lm.save_to_preset(tmp_path / "model")
+    assert cli.main(["info", str(tmp_path / "model"), "--length", "37"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"query heads N +5\n", printed)
+    assert re.search(r"key/value heads K +5, 1, 5\n", printed)
+    assert re.search(r"head size H +6, 8, 6\n", printed)
+
+
 def test_info_shows_rolling_caches_where_layers_slide(tmp_path, capsys):
     lm = DecoderLM(
         vocabulary_size=11,

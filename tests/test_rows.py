@@ -386,6 +386,16 @@ def test_parents_are_announced():
         small_lm().generate([[3, 1]] * 3, max_new_tokens=2, sampler=Undeclared())
 
 
+@pytest.mark.parametrize("verb", ["join", "insert"])
+def test_rows_of_different_capacities_are_refused_by_name(verb):
+    generator = small_lm().generator
+    small, large = (
+        generator.start([[3, 1, 4]], max_new_tokens=count) for count in (5, 300)
+    )
+    with pytest.raises(ValueError, match="same capacity.*Received: 512 slots for 256"):
+        join_rows([small, large]) if verb == "join" else insert_rows(small, large, 0)
+
+
 def test_a_row_that_was_emptied_is_over():
     generator = small_lm().generator
     rows = generator.start([[3, 1, 4], [1, 5]], **options("static", "random"))

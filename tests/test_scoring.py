@@ -10,6 +10,7 @@ import pytest
 import reference
 from kernel_cases import attend_by_kernel
 
+from keras_kvcache import DecoderLM
 from keras_kvcache.attention import (
     Scoring,
     attend,
@@ -420,3 +421,112 @@ def test_they_need_one_axis(option):
     x = cases.noise(B, 3, 5, cases.D)
     with pytest.raises(ValueError, match=f"`{next(iter(option))}` needs"):
         layer(x, x)
+
+
+WIDTH, INNER = 42, 59
+
+
+def fed(x, weights):
+    """A gated feed-forward part, with SiLU."""
+    gate = x @ weights["feedforward/gate/kernel"]
+    inner = x @ weights["feedforward/intermediate/kernel"]
+    return (gate / (1 + np.exp(-gate)) * inner) @ weights["feedforward/output/kernel"]
+
+
+def normed(x, scale):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * scale
+
+
+def logits_in_numpy(lm, ids, slopes, sinks):
+    """A decoder of one row in float64, with ALiBi and sinks; no rotation, no table."""
+    weights = {
+        weight.path.split("/", 1)[1]: np.float64(cases.numpy(weight.value))
+        for weight in lm.weights
+    }
+    table = weights["token_embedding/embeddings"]
+    x, places = table[ids], np.arange(len(ids))
+    distance = places[:, None] - places
+    for block, sink in enumerate(sinks):
+        own = {
+            name.removeprefix(f"block_{block}/"): value
+            for name, value in weights.items()
+            if name.startswith(f"block_{block}/")
+        }
+        y = normed(x, own["attention_norm/scale"])
+        q, k, v = (
+            np.einsum("td,dnh->tnh", y, own[f"attention/{name}/kernel"])
+            for name in ("query", "key", "value")
+        )
+        mixed = np.zeros_like(q)
+        for head, slope in enumerate(slopes):
+            group = head // (N // K)
+            scores = q[:, head] @ k[:, group].T * q.shape[-1] ** -0.5
+            scores = np.where(distance >= 0, scores - slope * distance, -np.inf)
+            scores = np.exp(scores)
+            total = scores.sum(-1, keepdims=True) + np.exp(sink[head])
+            mixed[:, head] = scores / total @ v[:, group]
+        x = x + np.einsum(
+            "tnh,nhd->td", mixed, own["attention/attention_output/kernel"]
+        )
+        x = x + fed(normed(x, own["feedforward_norm/scale"]), own)
+    return normed(x, weights["final_norm/scale"]) @ table.T
+
+
+def bloom_slopes():
+    """ALiBi's slopes of each head, as transformers' Bloom has them."""
+    build = pytest.importorskip("transformers.models.bloom.modeling_bloom")
+    torch = pytest.importorskip("torch")
+    alibi = build.build_alibi_tensor(torch.ones(1, 3), N, torch.float32)
+    return np.float64(alibi[:, 0, 1].numpy())
+
+
+@pytest.mark.parametrize("bias", ["table", "function"])
+def test_a_decoder_with_alibi_and_sinks(bias):
+    """By the options of a family, and the weights of the bias and of the sinks."""
+    slopes, length = bloom_slopes(), 19
+
+    def alibi(query, slot):
+        distance = keras.ops.cast(query - slot, "float32")
+        return -keras.ops.reshape(slopes.astype("float32"), (N, 1, 1)) * distance
+
+    lm = DecoderLM(
+        vocabulary_size=101,
+        num_layers=2,
+        num_query_heads=N,
+        num_key_value_heads=K,
+        hidden_dim=WIDTH,
+        intermediate_dim=INNER,
+        max_sequence_length=97,
+        position_embedding="none",
+        score_bias=97 if bias == "table" else alibi,
+        layer_options=[{}, {"use_sink_logits": True}],
+    )
+    noise = np.random.default_rng(3)
+    for weight in lm.weights:
+        value = noise.normal(0, 0.3, weight.shape)
+        weight.assign(value + 1 if weight.name == "scale" else value)
+    for block in lm.blocks if bias == "table" else ():
+        table = block.attention.score_bias_table
+        table.assign(-slopes[:, None] * np.arange(97))
+        table.trainable = False
+    sink = np.float64(cases.numpy(lm.blocks[1].attention.sink_logits.value))
+    sinks = [np.full(N, -np.inf), sink]
+    ids = noise.integers(0, 101, length)
+    expected = logits_in_numpy(lm, ids, slopes, sinks)
+    # Both count: without them the answer is another one.
+    for other in ((slopes * 0, sinks), (slopes, sinks[:1] * 2)):
+        assert np.abs(logits_in_numpy(lm, ids, *other) - expected).max() > 0.1
+    ours = cases.numpy(lm(ids[None]))[0]
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+    cache, pieces = lm.init_cache(1, 97), []
+    for first, end in ((0, 11), *((i, i + 1) for i in range(11, length))):
+        piece, _, cache = lm.call_with_cache(ids[None, first:end], cache, first)
+        pieces.append(cases.numpy(piece)[0])
+    np.testing.assert_allclose(np.concatenate(pieces), expected, rtol=1e-5, atol=1e-5)
+    written = ids.tolist()
+    for _ in range(7):
+        best = logits_in_numpy(lm, np.array(written), slopes, sinks)[-1].argmax()
+        written.append(int(best))
+    assert lm.generate(ids.tolist(), max_new_tokens=7) == written
+    # Its positions have no last one.
+    assert not lm.config.has_last_position

@@ -17,6 +17,7 @@ from keras import ops
 from keras_kvcache.attention import splice
 from keras_kvcache.attention.positions import FAR
 from keras_kvcache.caches.cache import Cache
+from keras_kvcache.caches.static import StaticCache
 from keras_kvcache.caches.trees import batch_size, distributed, map_caches
 from keras_kvcache.runtime.concrete import concrete_integers, concrete_value, is_integer
 
@@ -185,6 +186,14 @@ def _check_rows(rows, size):
 
 def _check_alike(name, other, cache):
     """Refuses a tree that differs in more than rows."""
+    sizes = [_capacities(tree) for tree in (other, cache)]
+    differing = [pair for pair in zip(*sizes, strict=False) if pair[0] != pair[1]]
+    if differing:
+        raise ValueError(
+            f"`{name}` must have caches of the same capacity, as rows have that begin "
+            "with the same `max_length`, or that `resize` gives to caches. Received: "
+            f"{differing[0][0]} slots for {differing[0][1]}"
+        )
     pair = [jax.tree_util.tree_flatten(tree) for tree in (other, cache)]
     (leaves, structure), (expected, wanted) = pair
     if structure != wanted:
@@ -199,3 +208,11 @@ def _check_alike(name, other, cache):
                 f"{tuple(array.shape)} and dtype {array.dtype}, for "
                 f"{tuple(like.shape)} and {like.dtype}"
             )
+
+
+def _capacities(tree):
+    """Slots of each static cache of a tree; those of others are no capacity."""
+    nodes = jax.tree_util.tree_leaves(
+        tree, is_leaf=lambda node: isinstance(node, Cache)
+    )
+    return [node.capacity for node in nodes if isinstance(node, StaticCache)]

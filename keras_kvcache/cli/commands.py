@@ -119,11 +119,11 @@ def info(model: str, batch_size: int, length: int | None, **_: Any) -> None:
         "parameters": f"{lm.count_params():,}",
         "vocabulary V": f"{lm.vocabulary_size:,}",
         "layers L": lm.num_layers,
-        "query heads N": lm.num_query_heads,
-        "key/value heads K": lm.num_key_value_heads,
-        "head size H": lm.head_dim,
+        "query heads N": _of_layers(lm, "num_query_heads"),
+        "key/value heads K": _of_layers(lm, "num_key_value_heads"),
+        "head size H": _of_layers(lm, "head_dim"),
         "width D": lm.hidden_dim,
-        "feed-forward width": lm.intermediate_dim,
+        "feed-forward width": _of_layers(lm, "intermediate_dim"),
         "longest sequence": f"{lm.max_sequence_length:,}",
         "sliding window W": ", ".join(map(str, windows)) or "none",
     }
@@ -140,6 +140,12 @@ def info(model: str, batch_size: int, length: int | None, **_: Any) -> None:
                 f"  {label + ', ' + codec:<42}{size.per_token:>12,.0f}"
                 f"{size.per_row:>18,}{size.total:>18,}"
             )
+
+
+def _of_layers(lm, name):
+    """A size of all layers, or of each from the first on where they differ."""
+    sizes = [getattr(layer, name) for layer in lm.config.layers]
+    return sizes[0] if len(set(sizes)) == 1 else ", ".join(map(str, sizes))
 
 
 _COMMANDS = {"generate": generate, "chat": chat, "info": info}

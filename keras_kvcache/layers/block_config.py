@@ -3,9 +3,15 @@
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
+
+import keras
 
 from keras_kvcache.layers.normalization import NORMALIZATIONS
 from keras_kvcache.runtime.concrete import is_integer
+
+# Fields that configs of saved models and blocks need not have.
+YOUNG = ("attention_kind", "score_bias", "use_sink_logits", "layer_options")
 
 
 @dataclass(frozen=True)
@@ -41,8 +47,11 @@ class BlockConfig:
     dropout: float = 0.0
     normalize_first: bool = True
     attention_kind: str = "multi_head"
+    score_bias: int | Callable | None = None
+    use_sink_logits: bool = False
 
     def __post_init__(self):
+        read_score_bias(self)
         fill_in(
             self,
             num_key_value_heads=self.num_query_heads,
@@ -66,6 +75,27 @@ class BlockConfig:
         check_positive(self, "layer_norm_epsilon", "query_key_norm_epsilon")
         check_needed(self, num_experts_per_token="num_experts")
 
+    def to_dict(self) -> dict[str, Any]:
+        """The arguments that make an equal config, without young ones at defaults."""
+        return without_young(self, dict(vars(self)))
+
+
+def without_young(config: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Leaves out arguments younger than saved models where they change nothing.
+
+    So what is saved today is, of yesterday's models, what was saved yesterday.
+
+    Args:
+        config: A dataclass.
+        arguments: Its fields by name.
+    """
+    usual = {each.name: each.default for each in fields(config) if each.name in YOUNG}
+    return {
+        name: value
+        for name, value in arguments.items()
+        if name not in usual or value != usual[name]
+    }
+
 
 def shared_fields(config) -> dict:
     """The fields of a model's config that a `BlockConfig` has too, by name."""
@@ -75,6 +105,13 @@ def shared_fields(config) -> dict:
         for field in fields(config)
         if field.name in names
     }
+
+
+def read_score_bias(config: Any) -> None:
+    """Makes a function or layer of what a saved config has in its place."""
+    if isinstance(config.score_bias, dict):
+        bias = keras.saving.deserialize_keras_object(config.score_bias)
+        object.__setattr__(config, "score_bias", bias)
 
 
 def fill_in(config, **defaults):

@@ -55,7 +55,8 @@ class BlockPrograms:
                 config = block.get_config()
                 for name in ("name", "kernel_initializer"):
                     config.pop(name)
-                description = (json.dumps(config, sort_keys=True), block.activation)
+                own = (block.activation, block.config.score_bias)
+                description = (json.dumps(config, sort_keys=True), *own)
             self._descriptions[id(block)] = (block, description)
         return self._descriptions[id(block)][1]
 

@@ -1,5 +1,6 @@
 """Constructors whose arguments are the fields of a dataclass, written once."""
 
+import dataclasses
 import inspect
 import itertools
 from collections.abc import Callable
@@ -23,6 +24,38 @@ def shows_fields_of(config_class: type) -> Callable:
         return init
 
     return decorate
+
+
+def has_fields_of(config_class: type) -> Callable:
+    """Decorates a class whose `config` has fields that are its attributes, too.
+
+    They can't be set: the layers were made of what they were.
+
+    Args:
+        config_class: The dataclass. An attribute that the class has already stays.
+    """
+
+    def decorate(cls):
+        for field in dataclasses.fields(config_class):
+            if field.init and not hasattr(cls, field.name):
+                setattr(cls, field.name, _field(field.name))
+        return cls
+
+    return decorate
+
+
+def _field(name):
+    def get(self):
+        return getattr(self.config, name)
+
+    def refuse(self, value):
+        raise AttributeError(
+            f"`{name}` must be given to the constructor: the layers of this "
+            f"{type(self).__name__} are made by its config, which doesn't change. "
+            f"Received: {name}={value!r}"
+        )
+
+    return property(get, refuse, doc=f"`config.{name}`, which can't be set.")
 
 
 def read_config(config_class: type, values: tuple, options: dict) -> tuple[Any, dict]:

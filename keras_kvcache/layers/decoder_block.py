@@ -1,7 +1,5 @@
 """One block of a decoder: attention, optionally cross-attention, feed-forward."""
 
-from dataclasses import fields
-
 import keras
 from keras import ops
 
@@ -10,7 +8,11 @@ from keras_kvcache.layers.adoption import AdoptsParts
 from keras_kvcache.layers.block_checks import check_encoder
 from keras_kvcache.layers.block_config import BlockConfig, check_choice
 from keras_kvcache.layers.cached_multi_head_attention import CachedMultiHeadAttention
-from keras_kvcache.layers.config_arguments import read_config, shows_fields_of
+from keras_kvcache.layers.config_arguments import (
+    has_fields_of,
+    read_config,
+    shows_fields_of,
+)
 from keras_kvcache.layers.feed_forward import make_feedforward
 from keras_kvcache.layers.initializers import clone_initializer
 from keras_kvcache.layers.normalization import make_normalization
@@ -21,6 +23,7 @@ ATTENTION_KINDS = {"multi_head": CachedMultiHeadAttention}
 
 
 @keras.saving.register_keras_serializable(package="keras_kvcache")
+@has_fields_of(BlockConfig)
 class DecoderBlock(AdoptsParts):
     """A transformer decoder block with caches.
 
@@ -57,6 +60,8 @@ class DecoderBlock(AdoptsParts):
             of its input and its output (Vaswani et al., 2017,
             https://arxiv.org/abs/1706.03762).
         attention_kind: What attends: `"multi_head"`, a `CachedMultiHeadAttention`.
+        score_bias, use_sink_logits: Those of `CachedMultiHeadAttention`, for
+            self-attention.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
@@ -99,12 +104,14 @@ class DecoderBlock(AdoptsParts):
         self.autocast = False
         self.supports_masking = True
         self.config = config
-        for field in fields(config):
-            setattr(self, field.name, getattr(config, field.name))
         check_choice(config, "attention_kind", ATTENTION_KINDS)
-        self.activation = get_activation(config.activation)
         self.rotary_embedding = rotary_embedding
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
+
+    @property
+    def activation(self):
+        """The function that `config.activation` stands for."""
+        return get_activation(self.config.activation)
 
     def build(self, decoder_sequence_shape, encoder_sequence_shape=None):
         """Creates the parts; cross-attention if there is an encoder's shape."""
@@ -163,6 +170,8 @@ class DecoderBlock(AdoptsParts):
             head_dim,
             sliding_window=self.config.sliding_window,
             rotary_embedding=self.rotary_embedding,
+            score_bias=self.config.score_bias,
+            use_sink_logits=self.config.use_sink_logits,
             **norms,
         )
 
@@ -329,18 +338,16 @@ class DecoderBlock(AdoptsParts):
 
     def get_config(self):
         """Constructor arguments."""
-        rotary = self.rotary_embedding
-        config = {
+        rotary, own = self.rotary_embedding, self.config.to_dict()
+        if callable(own.get("score_bias")):
+            own["score_bias"] = keras.saving.serialize_keras_object(own["score_bias"])
+        return {
             **super().get_config(),
-            **vars(self.config),
+            **own,
             "rotary_embedding": rotary and keras.saving.serialize_keras_object(rotary),
             "activation": keras.activations.serialize(self.activation),
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
         }
-        # Younger than saved blocks, whose config shall stay what it was.
-        if self.config.attention_kind == BlockConfig.attention_kind:
-            del config["attention_kind"]
-        return config
 
     @classmethod
     def from_config(cls, config):

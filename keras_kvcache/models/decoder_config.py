@@ -13,10 +13,12 @@ from keras_kvcache.layers.block_config import (
     check_sizes,
     fill_in,
     given,
+    read_score_bias,
     shared_fields,
+    without_young,
 )
 
-POSITION_EMBEDDINGS = ("rotary", "learned")
+POSITION_EMBEDDINGS = ("rotary", "learned", "none")
 OPTIONAL_SIZES = (
     "num_key_value_heads",
     "head_dim",
@@ -99,6 +101,8 @@ class DecoderConfig:
     dropout: float = 0.0
     has_last_position: bool | None = None
     attention_kind: str = "multi_head"
+    score_bias: int | Callable | None = None
+    use_sink_logits: bool = False
     layer_options: Sequence[Mapping[str, Any]] | None = None
     layers: tuple[LayerConfig, ...] = field(init=False)
 
@@ -107,6 +111,7 @@ class DecoderConfig:
         check_sizes(self, *names, "max_sequence_length")
         check_sizes(self, "intermediate_dim", *given(self, *OPTIONAL_SIZES))
         check_head_dim(self)
+        read_score_bias(self)
         if self.head_dim is None:
             fill_in(self, head_dim=self.hidden_dim // self.num_query_heads)
         unfilled = shared_fields(self)
@@ -138,7 +143,7 @@ class DecoderConfig:
 
     @property
     def _ends_by_nature(self):
-        return self.position_embedding != "rotary"
+        return self.position_embedding == "learned"
 
     def _make_layers(self, unfilled):
         own = [{}] * self.num_layers
@@ -201,14 +206,9 @@ class DecoderConfig:
         for name in ("rope_frequency_factors", "layer_options"):
             if arguments[name] is not None:
                 arguments[name] = list(arguments[name])
-        for name, usual in (
-            ("has_last_position", self._ends_by_nature),
-            ("attention_kind", BlockConfig.attention_kind),
-            ("layer_options", None),
-        ):
-            if arguments[name] == usual:
-                del arguments[name]
-        return arguments
+        if arguments["has_last_position"] == self._ends_by_nature:
+            del arguments["has_last_position"]
+        return without_young(self, arguments)
 
 
 def check_names(argument, options, config):

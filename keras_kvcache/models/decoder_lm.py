@@ -7,7 +7,11 @@ from keras import ops
 
 from keras_kvcache.attention import token_positions
 from keras_kvcache.layers import DecoderBlock, RotaryEmbedding
-from keras_kvcache.layers.config_arguments import read_config, shows_fields_of
+from keras_kvcache.layers.config_arguments import (
+    has_fields_of,
+    read_config,
+    shows_fields_of,
+)
 from keras_kvcache.layers.initializers import get_initializer
 from keras_kvcache.layers.normalization import make_normalization
 from keras_kvcache.models.decoder_config import DecoderConfig
@@ -19,6 +23,7 @@ from keras_kvcache.models.presets import save_preset
 
 
 @keras.saving.register_keras_serializable(package="keras_kvcache")
+@has_fields_of(DecoderConfig)
 class DecoderLM(LanguageModel):
     """Token ids in, logits out: embedding, blocks, final norm, projection.
 
@@ -39,11 +44,13 @@ class DecoderLM(LanguageModel):
         normalization, layer_norm_epsilon, activation, gated_feedforward,
             use_bias, attention_bias, query_scale, query_key_norm,
             query_key_norm_epsilon, use_post_attention_norm, use_post_ffw_norm,
-            num_experts, num_experts_per_token, attention_kind: Those of
-            `keras_kvcache.layers.DecoderBlock`, the same in all blocks.
+            num_experts, num_experts_per_token, attention_kind, score_bias,
+            use_sink_logits: Those of `keras_kvcache.layers.DecoderBlock`, the same in
+            all blocks.
         final_norm_epsilon: Epsilon of the normalization after the blocks; `None`
             for `layer_norm_epsilon`.
-        position_embedding: `"rotary"` or `"learned"`.
+        position_embedding: `"rotary"`, `"learned"`, or `"none"` where only masks and
+            `score_bias` tell positions apart.
         rope_max_wavelength, rope_position_scaling_factor,
             rope_frequency_factors, rotary_dim: `max_wavelength`,
             `scaling_factor`, `frequency_factors` and `rotary_dim` of

@@ -11,7 +11,11 @@ from keras_kvcache.attention import token_positions
 from keras_kvcache.generation import Generator, Rows, TextStream, make_program
 from keras_kvcache.generation.options import takes_options_of
 from keras_kvcache.layers import DecoderBlock
-from keras_kvcache.layers.config_arguments import read_config, shows_fields_of
+from keras_kvcache.layers.config_arguments import (
+    has_fields_of,
+    read_config,
+    shows_fields_of,
+)
 from keras_kvcache.layers.normalization import make_normalization
 from keras_kvcache.layers.quantization import KEY as QUANTIZATION
 from keras_kvcache.layers.quantization import quantize_built
@@ -29,6 +33,7 @@ from keras_kvcache.models.language_model import LanguageModel
 
 
 @keras.saving.register_keras_serializable(package="keras_kvcache")
+@has_fields_of(EncoderDecoderConfig)
 class EncoderDecoderLM(LanguageModel):
     """A decoder that attends what an encoder made of its inputs.
 

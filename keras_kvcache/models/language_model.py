@@ -1,7 +1,7 @@
 """A language model: steps with caches, and a generator that runs them."""
 
 import functools
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import keras
@@ -43,7 +43,8 @@ class LanguageModel(SavedModel):
 
     Attributes:
         config: What the model is made of: a `DecoderConfig`, or an
-            `EncoderDecoderConfig`. Its fields are attributes of the model, too.
+            `EncoderDecoderConfig`. Its fields are attributes of the model, too, which
+            can't be set.
         token_embedding: `keras.layers.ReversibleEmbedding`; its table gives logits.
         blocks: List of the `DecoderBlock`s.
     """
@@ -55,9 +56,6 @@ class LanguageModel(SavedModel):
     def __init__(self, config, **kwargs):
         super().__init__(**kwargs)
         self.config = config
-        for field in fields(config):
-            if field.init:
-                setattr(self, field.name, getattr(config, field.name))
         self._generator = None
 
     def _run_with_cache(self, token_ids, cache, cache_update_index, run_block):

@@ -26,6 +26,7 @@ BLOCK_PARTS = (
     "feedforward.experts",
     "post_ffw_norm",
 )
+SCORE_WEIGHTS = ("attention.score_bias_table", "attention.sink_logits")
 
 
 def own_copy(model):
@@ -51,6 +52,9 @@ def own_copy(model):
     _copy_parts(MODEL_PARTS, copy, model)
     for own, shared in zip(copy.blocks, model.blocks, strict=True):
         _copy_parts(BLOCK_PARTS, own, shared)
+        for name in SCORE_WEIGHTS:
+            if _get(own, name) is not None:
+                _get(own, name).assign(_get(shared, name))
     return copy
 
 
