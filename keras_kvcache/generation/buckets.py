@@ -1,6 +1,7 @@
 """The few sizes that programs are compiled for, and caches that grow through them."""
 
 import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_kvcache.caches.segmentation import segment_sizes
-from keras_kvcache.generation.rows import NO_TOKEN
+from keras_kvcache.generation.rows import NO_TOKEN, Rows
 
 # A prompt is run in chunks of these sizes, so that prompts of all lengths need
 # three programs.
@@ -27,7 +28,7 @@ MOST_AT_ONCE = 1024
 FEWEST_AT_FIRST = 128
 
 
-def capacity_for(length, limit=None):
+def capacity_for(length: int, limit: int | None = None) -> int:
     """Slots for `length` tokens: the next size, at most `limit` if there is one."""
     capacity = SMALLEST_CAPACITY
     while capacity < length:
@@ -37,7 +38,7 @@ def capacity_for(length, limit=None):
     return capacity if limit is None else min(capacity, limit)
 
 
-def chunk_sizes(length):
+def chunk_sizes(length: int) -> list[int]:
     """Cuts a prompt of `length` tokens.
 
     The last chunk may reach past the prompt, but by less than half: a longer rest
@@ -58,7 +59,9 @@ def chunk_sizes(length):
     return sizes
 
 
-def growing_capacities(length, end, limit=None):
+def growing_capacities(
+    length: int, end: int, limit: int | None = None
+) -> tuple[int, ...]:
     """The capacities that caches have, one after the other.
 
     Each is where a segment ends (256, 1024, 2048, 4096, …), so that growing adds
@@ -89,16 +92,16 @@ class Growth:
         fill: Slots that hold tokens, of the fullest row.
     """
 
-    def __init__(self, resize, capacities, fill):
+    def __init__(self, resize: Callable, capacities: Sequence[int], fill: int) -> None:
         self._resize = resize
         self._capacity, *self._larger = capacities
         self._fill = fill
 
-    def has_room(self, steps):
+    def has_room(self, steps: int) -> bool:
         """Whether so many steps fit without growing."""
         return not self._larger or self._fill + steps <= self._capacity
 
-    def grow(self, rows):
+    def grow(self, rows: Rows) -> Rows:
         """`Rows` with the next number of slots, and a column for each token."""
         self._capacity = self._larger.pop(0)
         cache = self._resize(rows.cache, self._capacity, self._fill)
@@ -110,7 +113,7 @@ class Growth:
         tokens = np.pad(tokens, [(0, 0), (0, added)], constant_values=NO_TOKEN)
         return replace(rows, cache=cache, tokens=tokens)
 
-    def advance(self, steps):
+    def advance(self, steps: int) -> None:
         """Counts steps that were made; rows may have stopped before."""
         self._fill += steps
 

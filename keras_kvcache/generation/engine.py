@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from keras_kvcache.generation.buckets import CHUNKS, SMALLEST_CAPACITY, Growth
 from keras_kvcache.generation.multi_step import LONGEST_BURST, make_reader
 from keras_kvcache.generation.program import make_program
 from keras_kvcache.generation.prompts import padded_chunks
-from keras_kvcache.generation.rows import NO_TOKEN, start_rows
+from keras_kvcache.generation.rows import NO_TOKEN, Rows, start_rows
 from keras_kvcache.generation.steps import decode, extend, prefill
 from keras_kvcache.runtime.concrete import is_integer
 
@@ -52,7 +53,13 @@ class Engine:
         model, resize_cache, functions: As above.
     """
 
-    def __init__(self, model, functions, init_cache, resize_cache=None):
+    def __init__(
+        self,
+        model: Any,
+        functions: Any,
+        init_cache: Callable,
+        resize_cache: Callable | None = None,
+    ) -> None:
         self.model, self.resize_cache = model, resize_cache
         self.functions, self._init_cache = functions, init_cache
         self._prefill = make_program(self._run_prefill, model, donate=("rows",))
@@ -68,7 +75,7 @@ class Engine:
     def _run_extend(self, **arguments):
         return extend(self.functions, **arguments)
 
-    def with_init_cache(self, init_cache):
+    def with_init_cache(self, init_cache: Callable) -> "Engine":
         """The same programs on other caches."""
         other = copy.copy(self)
         other._init_cache = init_cache
@@ -87,7 +94,7 @@ class Engine:
         outputs, _ = self.functions.step(token_ids, cache, index)
         self.functions.logits(outputs[:, 0])
 
-    def init_cache(self, batch_size, capacity, **options):
+    def init_cache(self, batch_size: int, capacity: int, **options: Any) -> Any:
         """As in `keras_kvcache.Generator`."""
         if options:
             try:
@@ -100,7 +107,9 @@ class Engine:
                 ) from error
         return self._init_cache(batch_size, capacity, **options)
 
-    def start(self, plan, capacities):
+    def start(
+        self, plan: Plan, capacities: Sequence[int]
+    ) -> tuple[Rows, np.ndarray, bool]:
         """Runs the prompts of a `Plan`.
 
         Args:
@@ -133,7 +142,9 @@ class Engine:
             )
         return rows, ops.convert_to_numpy(emitted), bool(all_done)
 
-    def decode(self, rows, steps, sampler):
+    def decode(
+        self, rows: Rows, steps: Any, sampler: Callable
+    ) -> tuple[Rows, np.ndarray]:
         """Goes on with rows, as in `keras_kvcache.Generator`."""
         if not is_integer(steps) or steps < 1:
             raise ValueError(f"`steps` must be a positive integer. Received: {steps!r}")
@@ -148,12 +159,14 @@ class Engine:
             columns.append(ops.convert_to_numpy(tokens)[:, :count])
         return rows, np.concatenate(columns, axis=1)
 
-    def extend(self, **arguments):
+    def extend(self, **arguments: Any) -> tuple[Any, Any]:
         """Runs tokens, as in `keras_kvcache.Generator`."""
         self._build()
         return self._extend(**arguments)
 
-    def bursts(self, plan, capacities, streams=False):
+    def bursts(
+        self, plan: Plan, capacities: Sequence[int], streams: bool = False
+    ) -> Iterator[np.ndarray]:
         """Iterates over the new tokens of a `Plan`.
 
         Args:
@@ -196,7 +209,7 @@ class Engine:
         finally:
             reader.close()
 
-    def write(self, plan, capacities):
+    def write(self, plan: Plan, capacities: Sequence[int]) -> list[list[int]]:
         """Runs a `Plan` whose sampler moves rows to its end.
 
         What such a sampler gave a row before may be another row's by now, so answers
@@ -218,7 +231,7 @@ class Engine:
             for prompt, row, last in zip(plan.prompts, tokens, index, strict=True)
         ]
 
-    def lower(self, cache, chunk, sampler, sharding):
+    def lower(self, cache: Any, chunk: int | None, sampler: Any, sharding: Any) -> Any:
         """As in `keras_kvcache.Generator`."""
         self._build()
         batch = batch_size(cache)

@@ -1,6 +1,8 @@
 """Rows in files: an answer goes on in another process."""
 
+import os
 from dataclasses import fields
+from typing import Any
 
 from keras_kvcache.caches.files import read_tree, write_tree
 from keras_kvcache.generation.rows import Rows
@@ -9,7 +11,7 @@ from keras_kvcache.generation.rows import Rows
 HOLDS = "rows"
 
 
-def save_rows(path, rows, model=None):
+def save_rows(path: str | os.PathLike, rows: Rows, model: Any = None) -> None:
     """Writes rows into one file, in the format of `keras_kvcache.caches.save_caches`.
 
     Args:
@@ -31,7 +33,7 @@ def save_rows(path, rows, model=None):
     write_tree(path, tree, model, HOLDS)
 
 
-def load_rows(path, model=None):
+def load_rows(path: str | os.PathLike, model: Any = None) -> Rows:
     """Reads rows from a file.
 
     Args:

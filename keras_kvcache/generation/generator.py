@@ -59,17 +59,17 @@ class Generator:
 
     def __init__(
         self,
-        model,
-        step,
-        init_cache,
-        logits=None,
-        tokenizer=None,
-        max_sequence_length=None,
-        is_endless=None,
-        vocabulary_size=None,
-        sampler="greedy",
-        resize_cache=None,
-    ):
+        model: Any,
+        step: Callable,
+        init_cache: Callable,
+        logits: Any = None,
+        tokenizer: Any = None,
+        max_sequence_length: int | None = None,
+        is_endless: Callable[..., bool] | None = None,
+        vocabulary_size: int | None = None,
+        sampler: Any = "greedy",
+        resize_cache: Callable | None = None,
+    ) -> None:
         functions = StepFunctions(step, logits or (lambda outputs: outputs))
         self._engine = Engine(model, functions, init_cache, resize_cache)
         self.tokenizer = tokenizer
@@ -86,15 +86,15 @@ class Generator:
         )
 
     @property
-    def sampler(self):
+    def sampler(self) -> Any:
         """The sampler used unless told otherwise."""
         return self._sampler
 
     @sampler.setter
-    def sampler(self, identifier):
+    def sampler(self, identifier: Any) -> None:
         self._sampler = samplers.get(identifier)
 
-    def with_init_cache(self, init_cache):
+    def with_init_cache(self, init_cache: Callable) -> "Generator":
         """The same generator, its compiled programs included, on other caches.
 
         Args:
@@ -294,7 +294,13 @@ class Generator:
             cache=cache, token_ids=token_ids, index=index, lengths=lengths
         )
 
-    def lower(self, cache, chunk=None, sampler=None, sharding=None):
+    def lower(
+        self,
+        cache: Any,
+        chunk: int | None = None,
+        sampler: Any = None,
+        sharding: Any = None,
+    ) -> Any:
         """Lowers a program of generation without running it, to be looked at.
 
         Args:
@@ -311,7 +317,7 @@ class Generator:
         sampler = self._sampler_for(sampler)
         return self._engine.lower(cache, chunk, sampler, sharding)
 
-    def init_cache(self, batch_size, capacity, **options):
+    def init_cache(self, batch_size: int, capacity: int, **options: Any) -> Any:
         """The caches that generation goes on from.
 
         Args:

@@ -3,6 +3,9 @@
 A burst is some decode steps in one call of a program.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 from keras import ops
 
@@ -22,7 +25,7 @@ LISTENED_BURST = 8
 TIMEOUT = 0.05
 
 
-def make_reader(batch_size, streams):
+def make_reader(batch_size: int, streams: bool) -> "Reader":
     """The reader of bursts of `batch_size` rows, for a stream or else an answer."""
     if not can_announce():
         return Reader(1 if streams else LONGEST_BURST, channel=None)
@@ -43,11 +46,11 @@ class Reader:
         steps, channel: As above.
     """
 
-    def __init__(self, steps, channel):
+    def __init__(self, steps: int, channel: Any) -> None:
         self.steps = steps
         self.channel = channel
 
-    def read(self, tokens):
+    def read(self, tokens: Any) -> Iterator[np.ndarray]:
         """The tokens of a burst.
 
         Args:
@@ -58,7 +61,7 @@ class Reader:
         """
         yield ops.convert_to_numpy(tokens)[:, : self.steps]
 
-    def close(self):
+    def close(self) -> None:
         """Ends the reading."""
 
 
@@ -71,13 +74,13 @@ class Listener(Reader):
         batch_size: `B`.
     """
 
-    def __init__(self, batch_size):
+    def __init__(self, batch_size: int) -> None:
         self._batch_size = batch_size
         self._channel = Channel()
         self._all_done = False
         super().__init__(LISTENED_BURST, np.int32(self._channel.number))
 
-    def read(self, tokens):
+    def read(self, tokens: Any) -> Iterator[np.ndarray]:
         """As in the class above, an array for each step."""
         for _ in range(self.steps):
             if self._all_done:
@@ -97,6 +100,6 @@ class Listener(Reader):
             message = self._channel.receive(self._batch_size + 1, TIMEOUT)
         return message
 
-    def close(self):
+    def close(self) -> None:
         """Ends the reading and the burst."""
         self._channel.close()

@@ -6,7 +6,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -49,7 +49,7 @@ class GenerateOptions:
     seed: int | None = None
     cache: str | Static | Rolling | Codec | dict | None = None
 
-    def seed_word(self):
+    def seed_word(self) -> np.uint32:
         """The seed as an unsigned 32-bit number; one from `random` if there is none.
 
         Raises:
@@ -61,7 +61,7 @@ class GenerateOptions:
         return np.uint32(int(seed) % 2**32)
 
 
-def takes_options(*left_out):
+def takes_options(*left_out: Any) -> Callable:
     """Decorates a method of inputs and of `GenerateOptions` that users call.
 
     They give each option by its name or place. A line `{options}` of the docstring is
@@ -99,7 +99,7 @@ def takes_options(*left_out):
     return decorate
 
 
-def takes_options_of(method):
+def takes_options_of(method: Callable) -> Callable:
     """Gives one that passes its `**options` to `method` the signature of that.
 
     A line `{options}` of its docstring is replaced by what they mean.
@@ -122,7 +122,7 @@ def takes_options_of(method):
     return decorate
 
 
-def as_method(method):
+def as_method(method: Callable) -> Callable:
     """A method of `Generator` as one of a model that has a `generator`.
 
     Signature and documentation are the same.
@@ -144,7 +144,7 @@ def _bind(method, signature, arguments, named):
         raise
 
 
-def documented(docstring, names):
+def documented(docstring: str | None, names: Sequence[str]) -> str | None:
     """A method's docstring with the meaning of options in the place of `{options}`.
 
     Args:
@@ -161,7 +161,13 @@ def documented(docstring, names):
     return inspect.cleandoc(docstring).replace(f"{' ' * 4}{{options}}", text)
 
 
-def row_ends(lengths, max_length, max_new_tokens, context, may_be_full=False):
+def row_ends(
+    lengths: Sequence[int],
+    max_length: int | None,
+    max_new_tokens: int | None,
+    context: int | None,
+    may_be_full: bool = False,
+) -> np.ndarray:
     """The position past the last token of each row.
 
     Args:
@@ -211,7 +217,7 @@ def row_ends(lengths, max_length, max_new_tokens, context, may_be_full=False):
     return np.array(ends, "int32")
 
 
-def read_stop_token_ids(stop_token_ids, tokenizer):
+def read_stop_token_ids(stop_token_ids: Any, tokenizer: Any) -> tuple[int, ...]:
     """The ids that end a row, as a sorted tuple.
 
     Args:

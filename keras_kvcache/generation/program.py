@@ -1,6 +1,8 @@
 """Making a compiled program of a function that reads a model's weights."""
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import keras
@@ -9,7 +11,12 @@ import numpy as np
 from keras_kvcache.runtime.platform import compiler_options
 
 
-def make_program(function, model, donate=(), static=()):
+def make_program(
+    function: Callable,
+    model: Any,
+    donate: Sequence[str] = (),
+    static: Sequence[str] = (),
+) -> Callable:
     """A function that runs compiled on JAX, and as it is elsewhere.
 
     Args:
@@ -69,7 +76,7 @@ def make_program(function, model, donate=(), static=()):
     return run
 
 
-def weights_of(model):
+def weights_of(model: Any) -> list[Any]:
     """The values of a model's variables, those that a running `fit` holds included.
 
     Within an epoch Keras' trainer on JAX holds the values, and the variables have none.

@@ -1,8 +1,9 @@
 """The inputs of `generate`: texts, messages, token ids, keras-hub's dictionaries."""
 
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import keras
 import numpy as np
@@ -34,7 +35,7 @@ class Prompts:
     answer_only: bool = False
 
 
-def read_prompts(inputs, tokenizer, vocabulary_size):
+def read_prompts(inputs: Any, tokenizer: Any, vocabulary_size: int | None) -> Prompts:
     """Brings any form of `inputs` to rows of token ids.
 
     Args:
@@ -189,7 +190,7 @@ def _read_arrays(inputs, vocabulary_size):
     return Prompts(rows, "arrays", single, width=ids.shape[1])
 
 
-def padded_chunks(rows):
+def padded_chunks(rows: Any) -> Iterator[tuple[int, np.ndarray]]:
     """Cuts prompts into the chunks that they are run in.
 
     Args:
@@ -215,7 +216,13 @@ def padded_chunks(rows):
         first += size
 
 
-def write_answers(prompts, new_rows, texts, total_width, strip_prompt):
+def write_answers(
+    prompts: Prompts,
+    new_rows: Sequence[Sequence[int]],
+    texts: Sequence[str] | None,
+    total_width: int,
+    strip_prompt: bool,
+) -> Any:
     """The answer in the form of the prompts.
 
     Args:

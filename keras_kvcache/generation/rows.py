@@ -1,5 +1,6 @@
 """Rows of generation: all that a row has, in one pytree."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,18 +52,26 @@ class Rows:
         return f"<Rows, B={self.index.shape[0]}, C={self.tokens.shape[1]}>"
 
     @property
-    def newest(self):
+    def newest(self) -> Any:
         """int32 `(B, 1)`, each row's newest token."""
         column = ops.mod(self.index, self.tokens.shape[1])
         return ops.take_along_axis(self.tokens, column[:, None], axis=1)
 
     @property
-    def key(self):
+    def key(self) -> Any:
         """int32 `(B, 3)`: each row's seed and step, by which its noise is drawn."""
         return ops.concatenate([self.seed, self.step[:, None]], axis=1)
 
 
-def start_rows(cache, prompts, ends, stop_token_ids, seed, sampler, width):
+def start_rows(
+    cache: Any,
+    prompts: Any,
+    ends: Sequence[int],
+    stop_token_ids: Any,
+    seed: Any,
+    sampler: Any,
+    width: int,
+) -> Rows:
     """Rows that have a prompt each, of which nothing is in the cache.
 
     Args:

@@ -12,7 +12,7 @@ at or past its row's fill, and decoding overwrites it before anything may attend
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import keras
@@ -20,7 +20,7 @@ from keras import ops
 
 from keras_kvcache.attention import splice
 from keras_kvcache.caches import take_rows, with_end
-from keras_kvcache.generation.rows import NO_TOKEN
+from keras_kvcache.generation.rows import NO_TOKEN, Rows
 from keras_kvcache.runtime.channel import announce
 from keras_kvcache.samplers import stateful
 
@@ -37,7 +37,9 @@ class StepFunctions(NamedTuple):
     logits: Callable
 
 
-def extend(model, cache, token_ids, index, lengths=None):
+def extend(
+    model: StepFunctions, cache: Any, token_ids: Any, index: Any, lengths: Any = None
+) -> tuple[Any, Any]:
     """Runs tokens of all rows and gives the logits after each row's last one.
 
     Args:
@@ -64,7 +66,9 @@ def extend(model, cache, token_ids, index, lengths=None):
     return cache, model.logits(outputs)
 
 
-def choose(sampler, logits, state, key):
+def choose(
+    sampler: Callable, logits: Any, state: Any, key: Any
+) -> tuple[Any, Any, Any]:
     """Chooses the next token of each row.
 
     Args:
@@ -83,7 +87,9 @@ def choose(sampler, logits, state, key):
     return stateful.sample(sampler, logits, state, key)
 
 
-def advance(rows, ids, state=(), parents=None, is_ready=None):
+def advance(
+    rows: Rows, ids: Any, state: Any = (), parents: Any = None, is_ready: Any = None
+) -> tuple[Rows, Any]:
     """Gives rows their next tokens and ends those that are to end.
 
     Args:
@@ -133,7 +139,9 @@ def advance(rows, ids, state=(), parents=None, is_ready=None):
     return rows, ops.where(goes_on, ids, NO_TOKEN)
 
 
-def prefill(model, rows, token_ids, index, sampler):
+def prefill(
+    model: StepFunctions, rows: Rows, token_ids: Any, index: Any, sampler: Callable
+) -> tuple[Rows, Any, Any]:
     """Runs one chunk of all prompts, and chooses for the rows whose prompts end in it.
 
     Args:
@@ -158,7 +166,14 @@ def prefill(model, rows, token_ids, index, sampler):
     return rows, emitted, ops.all(rows.done)
 
 
-def decode(model, rows, sampler, steps, width, channel=None):
+def decode(
+    model: StepFunctions,
+    rows: Rows,
+    sampler: Callable,
+    steps: Any,
+    width: int,
+    channel: Any = None,
+) -> tuple[Rows, Any]:
     """Decodes up to `steps` tokens a row.
 
     Args:

@@ -1,5 +1,8 @@
 """New tokens as they appear."""
 
+from typing import Any
+
+from keras_kvcache.generation.prompts import Prompts
 from keras_kvcache.generation.rows import NO_TOKEN
 from keras_kvcache.tokenizers.detokenizer import Detokenizer
 
@@ -15,7 +18,7 @@ class TextStream:
         token_ids: The new ids of each row up to now, a list of lists.
     """
 
-    def __init__(self, bursts, prompts, tokenizer):
+    def __init__(self, bursts: Any, prompts: Prompts, tokenizer: Any) -> None:
         self.token_ids = [[] for _ in prompts.rows]
         self._pieces = _pieces(bursts, prompts, tokenizer, self.token_ids)
 

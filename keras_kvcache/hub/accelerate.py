@@ -1,6 +1,7 @@
 """keras-hub's models, decoding through this package."""
 
 import sys
+from typing import Any
 
 import jax
 import keras
@@ -22,7 +23,7 @@ from keras_kvcache.samplers.hub_draws import next_seed, stepwise_sampler
 HOOKS = ("make_generate_function", "generate_step")
 
 
-def accelerate(causal_lm):
+def accelerate(causal_lm: Any) -> "Acceleration":
     """Lets a keras-hub model's own `generate` decode through this package.
 
     The object stays what it is, with its preprocessor, its `compile(sampler=...)` and
@@ -67,7 +68,7 @@ class Acceleration:
         model: The `DecoderLM` or `EncoderDecoderLM` that has the model's layers.
     """
 
-    def __init__(self, causal_lm):
+    def __init__(self, causal_lm: Any) -> None:
         hub = sys.modules.get("keras_hub")
         if hub is None or not isinstance(causal_lm, hub.models.CausalLM):
             raise TypeError(
@@ -93,19 +94,19 @@ class Acceleration:
         self._causal_lm.generate_step = self._own_loop_step
         self._causal_lm.generate_function = None
 
-    def restore(self):
+    def restore(self) -> None:
         """Gives the model its own decoding back; a second time does nothing."""
         if accelerated_by(self._causal_lm) is self:
             for name in HOOKS:
                 delattr(self._causal_lm, name)
             self._causal_lm.generate_function = None
 
-    def __enter__(self):
+    def __enter__(self) -> "Acceleration":
         self._blocks += 1
         self._install()
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: Any) -> None:
         self._blocks -= 1
         if self._blocks == 0:
             self.restore()
@@ -230,7 +231,7 @@ class Acceleration:
         return {self._ids: token_ids}
 
 
-def accelerated_by(causal_lm):
+def accelerated_by(causal_lm: Any) -> "Acceleration | None":
     """The `Acceleration` of a model, or `None`."""
     holder = getattr(getattr(causal_lm, HOOKS[0], None), "__self__", None)
     return holder if isinstance(holder, Acceleration) else None

@@ -1,6 +1,7 @@
 """Layers made of parts that belong to another model too."""
 
 from types import MappingProxyType
+from typing import Any
 
 import keras
 
@@ -12,7 +13,7 @@ class AdoptsParts(KeepsQuantization):
 
     _parts = MappingProxyType({})
 
-    def adopt(self, **parts):
+    def adopt(self, **parts: Any) -> None:
         """Uses layers of another model as parts of this one.
 
         Both then have the same variables: what trains, quantizes or loads one is

@@ -1,11 +1,13 @@
 """The `CacheSpec` of an attention layer, from its heads, window and dtype."""
 
+from typing import Any
+
 from keras_kvcache.caches import CacheSpec, Codec, get_codec
 from keras_kvcache.caches.kinds import Rolling, Static, choose_kind
 
 
 def attention_cache_spec(
-    layer,
+    layer: Any,
     batch_size: int,
     capacity: int,
     codec: str | Codec | None = None,

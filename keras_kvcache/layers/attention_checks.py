@@ -1,6 +1,10 @@
 """Checks of the attention layer's arguments, but for those of cache and index."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
+from keras import ops
 
 from keras_kvcache.attention import normalize_index
 from keras_kvcache.attention.masks import check_mask_shape
@@ -12,7 +16,7 @@ from keras_kvcache.runtime.concrete import is_integer
 LAYER_ARGUMENTS = ("rotary_embedding", "query_norm", "key_norm")
 
 
-def check_constructor(layer):
+def check_constructor(layer: keras.layers.Layer) -> None:
     """Refuses constructor arguments that Keras' own layer doesn't know.
 
     Raises:
@@ -37,7 +41,9 @@ def check_constructor(layer):
     check_scoring_arguments(layer)
 
 
-def check_multi_axis_call(layer, cache, cache_update_index):
+def check_multi_axis_call(
+    layer: keras.layers.Layer, cache: Any, cache_update_index: Any
+) -> None:
     """Refuses cache arguments where attention runs over other axes than axis 1.
 
     Raises:
@@ -61,18 +67,18 @@ def check_multi_axis_call(layer, cache, cache_update_index):
 
 
 def read_call(
-    layer,
-    query,
-    value,
-    key,
-    cache,
-    cache_update_index,
-    return_attention_scores,
-    attention_mask=None,
-    query_mask=None,
-    value_mask=None,
-    key_mask=None,
-):
+    layer: keras.layers.Layer,
+    query: Any,
+    value: Any,
+    key: Any,
+    cache: Any,
+    cache_update_index: Any,
+    return_attention_scores: bool,
+    attention_mask: Any = None,
+    query_mask: Any = None,
+    value_mask: Any = None,
+    key_mask: Any = None,
+) -> Any:
     """Refuses inputs that don't fit together.
 
     Args:
@@ -157,4 +163,17 @@ def _fits(shape, expected):
     return len(shape) == len(expected) and all(
         None in (have, need) or have == need
         for have, need in zip(shape, expected, strict=True)
+    )
+
+
+def without_masks(inputs: Sequence[Any], masks: Sequence[Any]) -> tuple[Any, ...]:
+    """Inputs that carry no masks, of which projections would warn.
+
+    Args:
+        inputs: Tensors or `None`. What has a mask is copied; the caller's keeps it.
+        masks: The mask of each input, or `None`.
+    """
+    return tuple(
+        tensor if mask is None or tensor is None else ops.copy(tensor)
+        for tensor, mask in zip(inputs, masks, strict=True)
     )

@@ -1,7 +1,9 @@
 """Checks of the decoder block's arguments."""
 
+from typing import Any
 
-def check_encoder(has_encoder, **arguments):
+
+def check_encoder(has_encoder: bool, **arguments: Any) -> None:
     """Refuses arguments of cross-attention where there is none, or their lack.
 
     Args:

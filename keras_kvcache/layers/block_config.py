@@ -1,7 +1,7 @@
 """The config of one decoder block, and checks that all configs share."""
 
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -97,7 +97,7 @@ def without_young(config: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def shared_fields(config) -> dict:
+def shared_fields(config: Any) -> dict:
     """The fields of a model's config that a `BlockConfig` has too, by name."""
     names = {field.name for field in fields(BlockConfig)}
     return {
@@ -114,14 +114,14 @@ def read_score_bias(config: Any) -> None:
         object.__setattr__(config, "score_bias", bias)
 
 
-def fill_in(config, **defaults):
+def fill_in(config: Any, **defaults: Any) -> None:
     """Sets the fields of a frozen dataclass that are `None`."""
     for name, value in defaults.items():
         if getattr(config, name) is None:
             object.__setattr__(config, name, value)
 
 
-def check_sizes(config, *names: str):
+def check_sizes(config: Any, *names: str) -> None:
     """Refuses fields that aren't positive integers; NumPy's become Python's.
 
     Raises:
@@ -136,7 +136,7 @@ def check_sizes(config, *names: str):
         object.__setattr__(config, name, int(value))
 
 
-def check_head_dim(config):
+def check_head_dim(config: Any) -> None:
     """Refuses a width that doesn't divide into heads, unless their size is given.
 
     Raises:
@@ -150,7 +150,7 @@ def check_head_dim(config):
         )
 
 
-def check_choice(config, name: str, known):
+def check_choice(config: Any, name: str, known: Collection[str]) -> None:
     """Refuses a field that isn't one of the known names.
 
     Raises:
@@ -161,7 +161,7 @@ def check_choice(config, name: str, known):
         raise ValueError(f"`{name}` must be one of {list(known)}. Received: {value!r}")
 
 
-def check_positive(config, *names: str):
+def check_positive(config: Any, *names: str) -> None:
     """Refuses fields that are neither positive numbers nor `None`.
 
     Raises:
@@ -173,7 +173,7 @@ def check_positive(config, *names: str):
             raise ValueError(f"`{name}` must be a positive number. Received: {value!r}")
 
 
-def check_needed(config, **needed: str):
+def check_needed(config: Any, **needed: str) -> None:
     """Refuses fields that are given where the one that they need isn't.
 
     Args:
@@ -191,7 +191,7 @@ def check_needed(config, **needed: str):
             )
 
 
-def given(config, *names: str) -> list[str]:
+def given(config: Any, *names: str) -> list[str]:
     """Those of the names whose fields aren't `None`."""
     return [name for name in names if getattr(config, name) is not None]
 

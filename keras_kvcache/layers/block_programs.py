@@ -1,6 +1,7 @@
 """Decoder blocks as programs, on backends that don't compile a whole decode loop."""
 
 import json
+from typing import Any
 
 import jax
 import keras
@@ -9,7 +10,7 @@ from keras import ops
 from keras_kvcache.runtime.tracing import can_trace, trace
 
 
-def run_block(block, x, **arguments):
+def run_block(block: keras.layers.Layer, x: Any, **arguments: Any) -> Any:
     """Calls a block without a program of its own."""
     return block(x, **arguments)
 
@@ -23,10 +24,10 @@ class BlockPrograms:
     program, so these must be few, as the chunks and capacities of generation are.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._programs, self._descriptions = {}, {}
 
-    def __call__(self, block, x, **arguments):
+    def __call__(self, block: keras.layers.Layer, x: Any, **arguments: Any) -> Any:
         """Calls a block, by its program where there can be one."""
         if not can_trace():
             return block(x, **arguments)
@@ -67,11 +68,11 @@ class ArgumentsOnly(keras.StatelessScope):
     The value of any other variable would be a constant in it.
     """
 
-    def add_update(self, update):
+    def add_update(self, update: Any) -> Any:
         """Refuses that a variable is assigned."""
         raise ValueError(f"A program must assign no variable. Received: {update[0]}")
 
-    def get_current_value(self, variable):
+    def get_current_value(self, variable: Any) -> Any:
         """The argument that a variable is."""
         value = super().get_current_value(variable)
         if value is None:

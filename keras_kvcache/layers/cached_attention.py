@@ -1,5 +1,7 @@
 """Attention through a cache as pure functions: what lies between the projections."""
 
+from typing import Any
+
 import jax
 import keras
 from keras import ops
@@ -13,7 +15,16 @@ from keras_kvcache.attention import (
 )
 
 
-def update_and_mask(cache, query, entries, index, *, masks, causal, sliding_window):
+def update_and_mask(
+    cache: Any,
+    query: Any,
+    entries: Any,
+    index: Any,
+    *,
+    masks: Any,
+    causal: bool,
+    sliding_window: int | None,
+) -> Any:
     """Writes what there is to write, and shows what a call may attend to.
 
     The three modes: without a cache the entries are attended, without entries what the
@@ -49,7 +60,7 @@ def update_and_mask(cache, query, entries, index, *, masks, causal, sliding_wind
     return cache, view, hidden
 
 
-def query_positions(query, index, scoring):
+def query_positions(query: Any, index: Any, scoring: Any) -> Any:
     """Positions of the queries, int32 `(1 | B, T)`; `None` where there is no bias."""
     if scoring.bias is None:
         return None
@@ -57,8 +68,16 @@ def query_positions(query, index, scoring):
 
 
 def attend_sequence(
-    query, keys, values, scale, flash_attention, *, masks, causal, sliding_window
-):
+    query: Any,
+    keys: Any,
+    values: Any,
+    scale: float,
+    flash_attention: bool | None,
+    *,
+    masks: Any,
+    causal: bool,
+    sliding_window: int | None,
+) -> Any:
     """Attends a whole sequence by Keras' fused attention.
 
     Args:
@@ -88,13 +107,15 @@ def attend_sequence(
     return attend_fused(query, keys, values, mask, scale, is_causal, flash_attention)
 
 
-def any_mask(masks):
+def any_mask(masks: Any) -> Any:
     """Whether the caller gave a mask, of `masks` as in `update_and_mask`."""
     *of_queries, entry_masks = masks.values()
     return bool(entry_masks) or any(mask is not None for mask in of_queries)
 
 
-def cached_attention(cache, query, entries, index, scoring, **hiding):
+def cached_attention(
+    cache: Any, query: Any, entries: Any, index: Any, scoring: Any, **hiding: Any
+) -> Any:
     """Writes what there is to write, and attends.
 
     In a program whose index is an argument, layers that are alike are traced once: this

@@ -1,12 +1,14 @@
 """Multi-head attention with a key/value cache."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import keras
 from keras import ops
 
 from keras_kvcache.attention import align_mask, attend_with_scores, token_positions
-from keras_kvcache.caches import Cache
+from keras_kvcache.caches import CacheSpec
 from keras_kvcache.layers import attention_checks as checks
 from keras_kvcache.layers.adoption import AdoptsParts
 from keras_kvcache.layers.attention_cache_spec import attention_cache_spec
@@ -18,7 +20,7 @@ from keras_kvcache.layers.cached_attention import (
 )
 from keras_kvcache.layers.foreign_arguments import ExplainsForeignArguments
 from keras_kvcache.layers.foreign_files import ExplainsForeignFiles
-from keras_kvcache.layers.output_spec import output_spec
+from keras_kvcache.layers.output_spec import output_spec, results
 from keras_kvcache.layers.projections import (
     make_output_projection,
     make_projection,
@@ -121,20 +123,20 @@ class CachedMultiHeadAttention(
 
     def __init__(
         self,
-        num_heads,
-        key_dim,
-        *args,
-        num_key_value_heads=None,
-        use_output_bias=None,
-        rotary_embedding=None,
-        query_norm=None,
-        key_norm=None,
-        query_scale=None,
-        logit_soft_cap=None,
-        score_bias=None,
-        use_sink_logits=False,
-        **kwargs,
-    ):
+        num_heads: int,
+        key_dim: int,
+        *args: Any,
+        num_key_value_heads: int | None = None,
+        use_output_bias: bool | None = None,
+        rotary_embedding: keras.layers.Layer | None = None,
+        query_norm: keras.layers.Layer | None = None,
+        key_norm: keras.layers.Layer | None = None,
+        query_scale: float | None = None,
+        logit_soft_cap: float | None = None,
+        score_bias: int | Callable | None = None,
+        use_sink_logits: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(num_heads, key_dim, *args, **kwargs)
         # Keras would cast the cache, too. Sublayers cast their inputs by themselves.
         self.autocast = False
@@ -154,7 +156,9 @@ class CachedMultiHeadAttention(
         if query_scale is not None:
             self._inverse_sqrt_key_dim = float(query_scale)
 
-    def build(self, query_shape, value_shape=None, key_shape=None):
+    def build(
+        self, query_shape: Any, value_shape: Any = None, key_shape: Any = None
+    ) -> None:
         """Creates the projections.
 
         Args:
@@ -197,8 +201,13 @@ class CachedMultiHeadAttention(
                 layer.build((*shape[:-1], layer_heads, self._key_dim))
 
     def cache_spec(
-        self, batch_size, capacity, codec=None, kind="auto", layout="head_major"
-    ):
+        self,
+        batch_size: int,
+        capacity: int,
+        codec: Any = None,
+        kind: Any = "auto",
+        layout: str = "head_major",
+    ) -> CacheSpec:
         """A `CacheSpec` for this layer; arguments as of `attention_cache_spec`."""
         return attention_cache_spec(self, batch_size, capacity, codec, kind, layout)
 
@@ -208,19 +217,19 @@ class CachedMultiHeadAttention(
 
     def call(
         self,
-        query,
-        value,
-        key=None,
-        attention_mask=None,
-        cache=None,
-        cache_update_index=None,
-        return_attention_scores=False,
-        training=None,
-        use_causal_mask=False,
-        query_mask=None,
-        value_mask=None,
-        key_mask=None,
-    ):
+        query: Any,
+        value: Any,
+        key: Any = None,
+        attention_mask: Any = None,
+        cache: Any = None,
+        cache_update_index: Any = None,
+        return_attention_scores: bool = False,
+        training: bool | None = None,
+        use_causal_mask: bool = False,
+        query_mask: Any = None,
+        value_mask: Any = None,
+        key_mask: Any = None,
+    ) -> Any:
         """Attends, in one of the three modes; arguments and result as in the class."""
         if attention_mask is not None:
             attention_mask = ops.convert_to_tensor(attention_mask)
@@ -253,13 +262,8 @@ class CachedMultiHeadAttention(
             return_attention_scores,
             **masks,
         )
-        # Projections know no masks: given inputs that carry one they warn. A copy
-        # carries none, and the caller's tensor keeps its own.
-        query, value, key = (
-            tensor if mask is None or tensor is None else ops.copy(tensor)
-            for tensor, mask in zip(
-                (query, value, key), (query_mask, value_mask, key_mask), strict=True
-            )
+        query, value, key = checks.without_masks(
+            (query, value, key), (query_mask, value_mask, key_mask)
         )
 
         queries = self._project_query(query, index)
@@ -301,14 +305,10 @@ class CachedMultiHeadAttention(
         output = ops.cast(output, self.compute_dtype)
         if self._use_gate:
             output = output * project(self._gate_dense, query)
-        returned = (project(self._output_dense, output, feature_axes=2),)
-        if return_attention_scores:
-            returned += (ops.cast(scores, self.compute_dtype),)
-        if cache is not None:
-            returned += (
-                cache_object if isinstance(cache, Cache) else cache_object.to_dense(),
-            )
-        return returned if len(returned) > 1 else returned[0]
+        output = project(self._output_dense, output, feature_axes=2)
+        if not return_attention_scores:
+            scores = None
+        return results(output, scores, cache, cache_object)
 
     def _project_query(self, query, index):
         """`(B, T, D)` to queries `(B, T, N, H)`, normed and rotated."""
@@ -317,7 +317,7 @@ class CachedMultiHeadAttention(
             queries = self.query_norm(queries)
         return self._rotate(queries, index)
 
-    def project_entries(self, value, key, index):
+    def project_entries(self, value: Any, key: Any, index: Any) -> tuple[Any, Any]:
         """`(B, T', D)` each to the `(B, T', K, H)` keys and values that are cached."""
         keys = project(self._key_dense, value if key is None else key)
         if self.key_norm is not None:
@@ -343,17 +343,17 @@ class CachedMultiHeadAttention(
 
     def compute_output_spec(
         self,
-        query,
-        value,
-        key=None,
-        attention_mask=None,
-        cache=None,
-        cache_update_index=None,
-        return_attention_scores=False,
-        training=None,
-        use_causal_mask=False,
-        **masks,
-    ):
+        query: Any,
+        value: Any,
+        key: Any = None,
+        attention_mask: Any = None,
+        cache: Any = None,
+        cache_update_index: Any = None,
+        return_attention_scores: bool = False,
+        training: bool | None = None,
+        use_causal_mask: bool = False,
+        **masks: Any,
+    ) -> Any:
         """Shapes and dtypes of what a call returns."""
         if not self._attends_one_axis(query):
             checks.check_multi_axis_call(self, cache, cache_update_index)
@@ -373,7 +373,7 @@ class CachedMultiHeadAttention(
         )
         return output_spec(self, query, value, cache, return_attention_scores)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Constructor arguments."""
         serialize = keras.saving.serialize_keras_object
         layers = {name: getattr(self, name) for name in checks.LAYER_ARGUMENTS}
@@ -391,7 +391,7 @@ class CachedMultiHeadAttention(
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> "CachedMultiHeadAttention":
         """The layer that `get_config` describes."""
         config = dict(config)
         for name in (*checks.LAYER_ARGUMENTS, "score_bias"):

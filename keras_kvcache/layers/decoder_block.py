@@ -1,8 +1,12 @@
 """One block of a decoder: attention, optionally cross-attention, feed-forward."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import keras
 from keras import ops
 
+from keras_kvcache.caches import CacheSpec
 from keras_kvcache.layers.activations import get_activation
 from keras_kvcache.layers.adoption import AdoptsParts
 from keras_kvcache.layers.block_checks import check_encoder
@@ -93,11 +97,11 @@ class DecoderBlock(AdoptsParts):
     @shows_fields_of(BlockConfig)
     def __init__(
         self,
-        *values,
-        rotary_embedding=None,
-        kernel_initializer="glorot_uniform",
-        **options,
-    ):
+        *values: Any,
+        rotary_embedding: keras.layers.Layer | None = None,
+        kernel_initializer: Any = "glorot_uniform",
+        **options: Any,
+    ) -> None:
         config, options = read_config(BlockConfig, values, options)
         super().__init__(**options)
         # Caches keep their own dtype.
@@ -109,11 +113,15 @@ class DecoderBlock(AdoptsParts):
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
 
     @property
-    def activation(self):
+    def activation(self) -> Callable:
         """The function that `config.activation` stands for."""
         return get_activation(self.config.activation)
 
-    def build(self, decoder_sequence_shape, encoder_sequence_shape=None):
+    def build(
+        self,
+        decoder_sequence_shape: Sequence[int | None],
+        encoder_sequence_shape: Sequence[int | None] | None = None,
+    ) -> None:
         """Creates the parts; cross-attention if there is an encoder's shape."""
         shape = decoder_sequence_shape
         head_dim = self.config.head_dim or shape[-1] // self.config.num_query_heads
@@ -205,8 +213,13 @@ class DecoderBlock(AdoptsParts):
         )
 
     def cache_spec(
-        self, batch_size, capacity, codec=None, kind="auto", layout="head_major"
-    ):
+        self,
+        batch_size: int,
+        capacity: int,
+        codec: Any = None,
+        kind: Any = "auto",
+        layout: str = "head_major",
+    ) -> CacheSpec:
         """The spec of a cache for self-attention, as the attention layer says it.
 
         Args:
@@ -217,18 +230,18 @@ class DecoderBlock(AdoptsParts):
 
     def call(
         self,
-        decoder_sequence,
-        encoder_sequence=None,
-        encoder_padding_mask=None,
-        self_attention_cache=None,
-        self_attention_cache_update_index=None,
-        cross_attention_cache=None,
-        cross_attention_cache_update_index=None,
-        training=None,
-        mask=None,
-        decoder_sequence_mask=None,
-        encoder_sequence_mask=None,
-    ):
+        decoder_sequence: Any,
+        encoder_sequence: Any = None,
+        encoder_padding_mask: Any = None,
+        self_attention_cache: Any = None,
+        self_attention_cache_update_index: Any = None,
+        cross_attention_cache: Any = None,
+        cross_attention_cache_update_index: Any = None,
+        training: bool | None = None,
+        mask: Any = None,
+        decoder_sequence_mask: Any = None,
+        encoder_sequence_mask: Any = None,
+    ) -> Any:
         """Runs attention, cross-attention if built, and the feed-forward part."""
         check_encoder(
             self.cross_attention is not None,
@@ -298,15 +311,15 @@ class DecoderBlock(AdoptsParts):
 
     def compute_output_spec(
         self,
-        decoder_sequence,
-        encoder_sequence=None,
-        encoder_padding_mask=None,
-        self_attention_cache=None,
-        self_attention_cache_update_index=None,
-        cross_attention_cache=None,
-        cross_attention_cache_update_index=None,
-        **unused,
-    ):
+        decoder_sequence: Any,
+        encoder_sequence: Any = None,
+        encoder_padding_mask: Any = None,
+        self_attention_cache: Any = None,
+        self_attention_cache_update_index: Any = None,
+        cross_attention_cache: Any = None,
+        cross_attention_cache_update_index: Any = None,
+        **unused: Any,
+    ) -> Any:
         """Shapes and dtypes of what a call returns."""
         check_encoder(
             self.cross_attention is not None,
@@ -336,7 +349,7 @@ class DecoderBlock(AdoptsParts):
                 returned += attended[1:]
         return returned if len(returned) > 1 else x
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Constructor arguments."""
         rotary, own = self.rotary_embedding, self.config.to_dict()
         if callable(own.get("score_bias")):
@@ -350,7 +363,7 @@ class DecoderBlock(AdoptsParts):
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> "DecoderBlock":
         """The block that `get_config` describes."""
         config = dict(config)
         if isinstance(config.get("rotary_embedding"), dict):

@@ -1,5 +1,8 @@
 """The feed-forward part of a decoder block."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import keras
 
 from keras_kvcache.layers.activations import get_activation
@@ -34,13 +37,13 @@ class FeedForward(AdoptsParts):
 
     def __init__(
         self,
-        intermediate_dim,
-        activation="silu",
-        gated=True,
-        use_bias=False,
-        kernel_initializer="glorot_uniform",
-        **kwargs,
-    ):
+        intermediate_dim: int,
+        activation: str | Callable = "silu",
+        gated: bool = True,
+        use_bias: bool = False,
+        kernel_initializer: Any = "glorot_uniform",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.supports_masking = True
         self.intermediate_dim = intermediate_dim
@@ -49,7 +52,7 @@ class FeedForward(AdoptsParts):
         self.use_bias = use_bias
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
 
-    def build(self, input_shape):
+    def build(self, input_shape: Sequence[int | None]) -> None:
         """Creates the dense layers for inputs of shape `(…, D)`."""
         inner_shape = (*input_shape[:-1], self.intermediate_dim)
         inner_activation = None if self.gated else self.activation
@@ -76,18 +79,20 @@ class FeedForward(AdoptsParts):
             input_shape,
         )
 
-    def call(self, inputs):
+    def call(self, inputs: Any) -> Any:
         """Projects inputs `(…, D)` up, applies the activation, projects down."""
         inner = project(self.intermediate, inputs)
         if self.gated:
             inner = self.activation(project(self.gate, inputs)) * inner
         return project(self.output_dense, inner)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(
+        self, input_shape: Sequence[int | None]
+    ) -> tuple[int | None, ...]:
         """The shape of `inputs`."""
         return input_shape
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Constructor arguments."""
         return {
             **super().get_config(),
@@ -100,8 +105,13 @@ class FeedForward(AdoptsParts):
 
 
 def make_feedforward(
-    intermediate_dim, gated, use_bias, num_experts, num_experts_per_token, **options
-):
+    intermediate_dim: int,
+    gated: bool,
+    use_bias: bool,
+    num_experts: int | None,
+    num_experts_per_token: int | None,
+    **options: Any,
+) -> keras.layers.Layer:
     """A `FeedForward`, or a `MixtureOfExperts` if there are experts.
 
     Args:

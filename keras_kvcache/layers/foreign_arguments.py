@@ -4,6 +4,8 @@ The names are those of Keras' and keras-hub's grouped-query layers, PyTorch's la
 flax, mlx and the configurations of transformers.
 """
 
+from typing import Any
+
 import keras
 
 from keras_kvcache.errors import for_all, refuse_unknown
@@ -95,7 +97,7 @@ class ExplainsForeignArguments(keras.layers.Layer):
             refuse_unknown(cls, cls.__init__, kwargs, ADVICE, leaves_rest=True)
         return super().__new__(cls, *args, **kwargs)
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         # From a subclass these are the arguments that it passes on.
         refuse_unknown(type(self), type(self).__init__, kwargs, ADVICE, True)
         super().__init__(*args, **kwargs)

@@ -1,6 +1,7 @@
 """Weight files in which another attention layer stands in the place of ours."""
 
 import re
+from typing import Any
 
 import keras
 
@@ -20,7 +21,7 @@ class ExplainsForeignFiles(keras.layers.Layer):
     attention has none for ours, and only such a model can load it.
     """
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         """Reads the layer's weights; its sublayers read their own.
 
         Args:

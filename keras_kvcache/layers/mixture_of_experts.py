@@ -1,5 +1,8 @@
 """A feed-forward part made of experts, of which each token is given to a few."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -34,19 +37,19 @@ class Experts(keras.layers.Layer):
 
     def __init__(
         self,
-        num_experts,
-        intermediate_dim,
-        activation="silu",
-        kernel_initializer="glorot_uniform",
-        **kwargs,
-    ):
+        num_experts: int | None,
+        intermediate_dim: int,
+        activation: str | Callable = "silu",
+        kernel_initializer: Any = "glorot_uniform",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.num_experts = num_experts
         self.intermediate_dim = intermediate_dim
         self.activation = get_activation(activation)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
 
-    def build(self, tokens_shape):
+    def build(self, tokens_shape: Sequence[int | None]) -> None:
         """Creates the kernels, `(E, D, F)` and back, for tokens `(…, D)`."""
         widen = (self.num_experts, tokens_shape[-1], self.intermediate_dim)
         narrow = (self.num_experts, self.intermediate_dim, tokens_shape[-1])
@@ -58,7 +61,7 @@ class Experts(keras.layers.Layer):
         initializer = clone_initializer(self.kernel_initializer)
         return self.add_weight(name=name, shape=shape, initializer=initializer)
 
-    def call(self, tokens, chosen, weights):
+    def call(self, tokens: Any, chosen: Any, weights: Any) -> Any:
         """Weighted sums of the chosen experts' outputs, `(tokens, D)`."""
         count, choices = chosen.shape
         if isinstance(count, int) and 2 * count * choices <= self.num_experts:
@@ -103,11 +106,16 @@ class Experts(keras.layers.Layer):
         inner = ops.matmul(tokens, pick(self.intermediate_kernel))
         return ops.matmul(gate * inner, pick(self.output_kernel))
 
-    def compute_output_shape(self, tokens_shape, chosen_shape, weights_shape):
+    def compute_output_shape(
+        self,
+        tokens_shape: Sequence[int | None],
+        chosen_shape: Sequence[int | None],
+        weights_shape: Sequence[int | None],
+    ) -> tuple[int | None, ...]:
         """The shape of `tokens`."""
         return tokens_shape
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Constructor arguments."""
         return {
             **super().get_config(),
@@ -145,13 +153,13 @@ class MixtureOfExperts(AdoptsParts):
 
     def __init__(
         self,
-        num_experts,
-        intermediate_dim,
-        num_experts_per_token=2,
-        activation="silu",
-        kernel_initializer="glorot_uniform",
-        **kwargs,
-    ):
+        num_experts: int | None,
+        intermediate_dim: int,
+        num_experts_per_token: int | None = 2,
+        activation: str | Callable = "silu",
+        kernel_initializer: Any = "glorot_uniform",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         for count in (num_experts, num_experts_per_token):
             if not is_integer(count) or not 0 < count <= num_experts:
@@ -167,7 +175,7 @@ class MixtureOfExperts(AdoptsParts):
         self.activation = get_activation(activation)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
 
-    def build(self, input_shape):
+    def build(self, input_shape: Sequence[int | None]) -> None:
         """Creates the router and the experts for inputs `(…, D)`."""
         shape = (None, input_shape[-1])
         self.router = self._part("router", self._make_router, shape)
@@ -192,7 +200,7 @@ class MixtureOfExperts(AdoptsParts):
             name="experts",
         )
 
-    def call(self, inputs):
+    def call(self, inputs: Any) -> Any:
         """Routes each token of `(…, D)` to its experts; returns the same shape."""
         tokens = ops.reshape(inputs, (-1, inputs.shape[-1]))
         fitness = ops.softmax(self.router(tokens), axis=-1)
@@ -201,11 +209,13 @@ class MixtureOfExperts(AdoptsParts):
         mixed = self.experts(tokens, chosen, fitness)
         return ops.reshape(mixed, ops.shape(inputs))
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(
+        self, input_shape: Sequence[int | None]
+    ) -> tuple[int | None, ...]:
         """The shape of `inputs`."""
         return input_shape
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Constructor arguments."""
         return {
             **super().get_config(),

@@ -1,5 +1,8 @@
 """The normalizations that decoders use."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -21,18 +24,18 @@ class UnitOffsetRMSNormalization(keras.layers.Layer):
         A tensor like `inputs`; computed in float32 at least.
     """
 
-    def __init__(self, epsilon=1e-6, **kwargs):
+    def __init__(self, epsilon: float = 1e-6, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.supports_masking = True
         self.epsilon = epsilon
 
-    def build(self, input_shape):
+    def build(self, input_shape: Sequence[int | None]) -> None:
         """Creates the scale, zero at the start."""
         self.scale = self.add_weight(
             name="scale", shape=input_shape[-1:], initializer="zeros"
         )
 
-    def call(self, inputs):
+    def call(self, inputs: Any) -> Any:
         """Normalizes the last axis."""
         dtype = sum_dtype(inputs)
         gain = 1.0 + ops.cast(self.scale, dtype)
@@ -41,11 +44,13 @@ class UnitOffsetRMSNormalization(keras.layers.Layer):
         )
         return ops.cast(normed, self.compute_dtype)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(
+        self, input_shape: Sequence[int | None]
+    ) -> tuple[int | None, ...]:
         """The shape of `inputs`."""
         return input_shape
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Constructor arguments."""
         return {**super().get_config(), "epsilon": self.epsilon}
 
@@ -57,7 +62,9 @@ NORMALIZATIONS = {
 }
 
 
-def make_normalization(kind, epsilon, name, dtype):
+def make_normalization(
+    kind: Any, epsilon: float, name: str, dtype: Any
+) -> keras.layers.Layer:
     """A normalization layer over the last axis.
 
     Args:

@@ -1,11 +1,37 @@
-"""Shapes and dtypes of the attention layer's results."""
+"""Results of a call of the attention layer, and their shapes and dtypes."""
+
+from typing import Any
 
 import keras
+from keras import ops
 
 from keras_kvcache.caches import Cache
 
 
-def output_spec(layer, query, value, cache, return_attention_scores):
+def results(output: Any, scores: Any, cache: Any, updated: Any) -> Any:
+    """The results of a call: those that were asked for.
+
+    Args:
+        output: `(B, T, D)`.
+        scores: `(B, N, T, S)`, or `None` where they weren't asked for.
+        cache: The call's argument, in whose form the cache comes back, or `None`.
+        updated: The cache object.
+    """
+    returned = (output,)
+    if scores is not None:
+        returned += (ops.cast(scores, output.dtype),)
+    if cache is not None:
+        returned += (updated if isinstance(cache, Cache) else updated.to_dense(),)
+    return returned if len(returned) > 1 else output
+
+
+def output_spec(
+    layer: keras.layers.Layer,
+    query: Any,
+    value: Any,
+    cache: Any,
+    return_attention_scores: bool,
+) -> Any:
     """The symbolic result of a call.
 
     Args:

@@ -2,6 +2,8 @@
 
 import math
 import re
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 from keras import ops
@@ -10,7 +12,7 @@ from keras_kvcache.runtime.platform import current_platform
 from keras_kvcache.runtime.tracing import can_trace
 
 
-def project(layer, inputs, feature_axes=1):
+def project(layer: keras.layers.Layer, inputs: Any, feature_axes: int = 1) -> Any:
     """`layer(inputs)`; on a GPU or TPU one row is projected as two.
 
     Of a product of one row XLA's GPU backend makes multiplications and a sum, unless
@@ -72,7 +74,14 @@ def _multiply(layer, inputs, feature_axes):
     return output if layer.activation is None else layer.activation(output)
 
 
-def make_projection(attention, name, input_shape, heads, head_dim, activation=None):
+def make_projection(
+    attention: keras.layers.Layer,
+    name: str,
+    input_shape: Sequence[int | None],
+    heads: int,
+    head_dim: int,
+    activation: str | Callable | None = None,
+) -> keras.layers.Layer:
     """From the model's width to heads.
 
     Args:
@@ -97,7 +106,9 @@ def make_projection(attention, name, input_shape, heads, head_dim, activation=No
     )
 
 
-def make_output_projection(attention, query_shape):
+def make_output_projection(
+    attention: keras.layers.Layer, query_shape: Sequence[int | None]
+) -> keras.layers.Layer:
     """From heads back to the model's width, or to the layer's `output_shape`.
 
     Args:

@@ -6,7 +6,9 @@ must save their quantization.
 """
 
 import json
+from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import keras
 import numpy as np
@@ -26,7 +28,9 @@ class KeepsQuantization(keras.layers.Layer):
 
     _quantization = MappingProxyType({})
 
-    def __init__(self, *args, quantization=None, **kwargs):
+    def __init__(
+        self, *args: Any, quantization: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         # Keras would track a dictionary; it leaves a proxy alone.
         self._quantization = MappingProxyType(quantization or {})
         super().__init__(*args, **kwargs)
@@ -38,19 +42,19 @@ class KeepsQuantization(keras.layers.Layer):
         elif part.name in self._quantization:
             _set_policy(part, **self._quantization[part.name])
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Constructor arguments, `quantization` among them where there is any."""
         found = quantized_layers(self)
         return {**super().get_config(), **({KEY: found} if found else {})}
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Any) -> None:
         """As in Keras, with the quantization of the parts that are in the same file."""
         super().save_own_variables(store)
         found = quantized_layers(self, recursive=False)
         if found:
             store[KEY] = np.frombuffer(json.dumps(found).encode(), "uint8")
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         """As in Keras, after quantizing the parts as those in the file were.
 
         Raises:
@@ -63,7 +67,7 @@ class KeepsQuantization(keras.layers.Layer):
         super().load_own_variables({name: store[name] for name in names})
 
 
-def quantized_layers(layer, recursive=True):
+def quantized_layers(layer: keras.layers.Layer, recursive: bool = True) -> Any:
     """Describes which sublayers of a layer are quantized, and how.
 
     Args:
@@ -86,7 +90,7 @@ def quantized_layers(layer, recursive=True):
     return found
 
 
-def quantization_of(layer):
+def quantization_of(layer: keras.layers.Layer) -> Any:
     """How a layer is quantized, in the form of the values of `quantized_layers`."""
     config = getattr(layer, "quantization_config", None)
     return {
@@ -95,7 +99,7 @@ def quantization_of(layer):
     }
 
 
-def quantize_built(layer, described):
+def quantize_built(layer: keras.layers.Layer, described: Mapping[str, Any]) -> None:
     """Quantizes built layers, except those that are quantized already.
 
     Args:
@@ -119,7 +123,7 @@ def quantize_built(layer, described):
             quantize_built(part, inner)
 
 
-def quantize_layer(layer, mode, config):
+def quantize_layer(layer: keras.layers.Layer, mode: str, config: Any) -> None:
     """Quantizes a built layer.
 
     Args:

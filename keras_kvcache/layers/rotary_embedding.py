@@ -1,6 +1,8 @@
 """Rotary position embedding as a layer, to be given to an attention layer."""
 
 import numbers
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 
@@ -34,12 +36,12 @@ class RotaryEmbedding(keras.layers.Layer):
 
     def __init__(
         self,
-        max_wavelength=10000.0,
-        scaling_factor=1.0,
-        rotary_dim=None,
-        frequency_factors=None,
-        **kwargs,
-    ):
+        max_wavelength: float = 10000.0,
+        scaling_factor: float = 1.0,
+        rotary_dim: int | None = None,
+        frequency_factors: Sequence[float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.supports_masking = True
         for name, value in (
@@ -66,7 +68,7 @@ class RotaryEmbedding(keras.layers.Layer):
                 )
         self.frequency_factors = frequency_factors
 
-    def build(self, input_shape):
+    def build(self, input_shape: Sequence[int | None]) -> None:
         """Checks the rotated dimension and the factors against the head size."""
         rotary_dim = self.rotary_dim or input_shape[-1]
         if rotary_dim > input_shape[-1] or rotary_dim % 2:
@@ -81,7 +83,7 @@ class RotaryEmbedding(keras.layers.Layer):
                 f"{rotary_dim // 2}. Received: {len(factors)}"
             )
 
-    def call(self, inputs, positions):
+    def call(self, inputs: Any, positions: Any) -> Any:
         """Rotates `inputs` `(B, T, heads, H)` by their positions."""
         frequencies = inverse_frequencies(
             self.rotary_dim or inputs.shape[-1],
@@ -90,11 +92,13 @@ class RotaryEmbedding(keras.layers.Layer):
         )
         return rotate(inputs, positions, frequencies / self.scaling_factor)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(
+        self, input_shape: Sequence[int | None]
+    ) -> tuple[int | None, ...]:
         """The shape of `inputs`."""
         return input_shape
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Constructor arguments."""
         return {
             **super().get_config(),

@@ -12,7 +12,7 @@ from keras_kvcache.runtime.concrete import is_integer
 ARGUMENTS = {"logit_soft_cap": None, "score_bias": None, "use_sink_logits": False}
 
 
-def check_scoring_arguments(layer):
+def check_scoring_arguments(layer: keras.layers.Layer) -> None:
     """Refuses constructor arguments by which no scores can be made.
 
     Raises:
@@ -44,7 +44,7 @@ def check_scoring_arguments(layer):
         )
 
 
-def asked_of_scores(layer):
+def asked_of_scores(layer: keras.layers.Layer) -> list[str]:
     """Names of the arguments by which products are more than scaled.
 
     Fused kernels know none of them.
@@ -52,7 +52,7 @@ def asked_of_scores(layer):
     return [name for name, none in ARGUMENTS.items() if getattr(layer, name) != none]
 
 
-def build_scoring(layer):
+def build_scoring(layer: keras.layers.Layer) -> None:
     """Creates the weights of scores, which no autocasting makes narrow.
 
     They are `score_bias_table (N, distances)` and `sink_logits (N,)`, each `None` if it
@@ -73,7 +73,7 @@ def build_scoring(layer):
         )
 
 
-def scoring_of(layer):
+def scoring_of(layer: keras.layers.Layer) -> Scoring:
     """The `Scoring` of a layer that is built."""
     table, sink = layer.score_bias_table, layer.sink_logits
     return Scoring(

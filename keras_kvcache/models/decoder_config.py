@@ -211,7 +211,7 @@ class DecoderConfig:
         return without_young(self, arguments)
 
 
-def check_names(argument, options, config):
+def check_names(argument: str, options: Any, config: Any) -> None:
     """Refuses what is no dictionary of fields of a config.
 
     Raises:

@@ -1,6 +1,9 @@
 """A decoder language model."""
 
 import functools
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import keras
 from keras import ops
@@ -100,12 +103,12 @@ class DecoderLM(LanguageModel):
     @shows_fields_of(DecoderConfig)
     def __init__(
         self,
-        *sizes,
-        kernel_initializer=None,
-        tokenizer=None,
-        parts=None,
-        **options,
-    ):
+        *sizes: Any,
+        kernel_initializer: Any = None,
+        tokenizer: Any = None,
+        parts: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
         config, options = read_config(DecoderConfig, sizes, options)
         super().__init__(config, tokenizer=tokenizer, parts=parts, **options)
         self.kernel_initializer = get_initializer(kernel_initializer)
@@ -173,7 +176,7 @@ class DecoderLM(LanguageModel):
             name=f"block_{index}",
         )
 
-    def build(self, input_shape):
+    def build(self, input_shape: Sequence[int | None]) -> None:
         """Creates all weights; the shape of the input doesn't matter."""
         hidden_shape = (*input_shape, self.config.hidden_dim)
         layers = [(self.token_embedding, input_shape)]
@@ -185,7 +188,7 @@ class DecoderLM(LanguageModel):
                 layer.build(shape)
         self.built = True
 
-    def call(self, token_ids, training=None):
+    def call(self, token_ids: Any, training: bool | None = None) -> Any:
         """Logits `(B, T, V)` of token ids `(B, T)`, without a cache."""
         x = self._embed(token_ids, 0, training)
         for block in self.blocks:
@@ -193,7 +196,7 @@ class DecoderLM(LanguageModel):
         return self.logits(self.final_norm(x))
 
     @property
-    def call_inputs(self):
+    def call_inputs(self) -> Any:
         """The input of `call`, a symbolic tensor."""
         return token_ids_input("token_ids")
 
@@ -231,13 +234,13 @@ class DecoderLM(LanguageModel):
 
     def compile(
         self,
-        optimizer="auto",
-        loss="auto",
+        optimizer: Any = "auto",
+        loss: Any = "auto",
         *,
-        weighted_metrics="auto",
-        sampler="greedy",
-        **kwargs,
-    ):
+        weighted_metrics: Any = "auto",
+        sampler: Any = "greedy",
+        **kwargs: Any,
+    ) -> None:
         """As `keras.Model.compile`, with defaults for next-token training.
 
         Args:
@@ -259,12 +262,12 @@ class DecoderLM(LanguageModel):
             optimizer=optimizer, loss=loss, weighted_metrics=weighted_metrics, **kwargs
         )
 
-    def compile_from_config(self, config):
+    def compile_from_config(self, config: Any) -> None:
         """Compiles a loaded model as the saved one was, but for the sampler."""
         self.compile(**keras.saving.deserialize_keras_object(config))
         self.optimizer.build(self.trainable_variables)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Constructor arguments, the tokenizer excepted."""
         return {
             **super().get_config(),
@@ -276,7 +279,9 @@ class DecoderLM(LanguageModel):
         return own_copy(self) if self._parts else self
 
     @classmethod
-    def from_preset(cls, preset, load_weights=True, **kwargs):
+    def from_preset(
+        cls, preset: str | os.PathLike, load_weights: bool = True, **kwargs: Any
+    ) -> "DecoderLM":
         """Makes a model that was published or saved.
 
         Args:
@@ -318,7 +323,7 @@ class DecoderLM(LanguageModel):
         """
         return load_preset(cls, preset, load_weights, kwargs)
 
-    def save_to_preset(self, directory):
+    def save_to_preset(self, directory: str | os.PathLike) -> None:
         """Writes config, weights and tokenizer into a folder.
 
         Everything is written beside the folder first and moved there when it is

@@ -21,7 +21,10 @@ class Encoded(NamedTuple):
 
 
 def project_encoded(
-    blocks: Sequence[DecoderBlock], sequence, codec=None, layout="head_major"
+    blocks: Sequence[DecoderBlock],
+    sequence: Any,
+    codec: Any = None,
+    layout: str = "head_major",
 ) -> tuple:
     """Projects an encoder's output to the keys and values of each block.
 

@@ -1,11 +1,13 @@
 """Reads and checks the inputs that an encoder-decoder model generates from."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from keras import ops
 
-from keras_kvcache.generation.prompts import read_prompts
+from keras_kvcache.generation.prompts import Prompts, read_prompts
 
 ENCODER_IDS, PADDING_MASK = "encoder_token_ids", "encoder_padding_mask"
 DECODER_IDS, DECODER_MASK = "decoder_token_ids", "decoder_padding_mask"
@@ -13,7 +15,7 @@ DECODER_IDS, DECODER_MASK = "decoder_token_ids", "decoder_padding_mask"
 SMALLEST_WIDTH = 32
 
 
-def read_pairs(inputs, model):
+def read_pairs(inputs: Any, model: Any) -> tuple[dict[str, np.ndarray], Prompts]:
     """Brings any form of `inputs` to arrays for the encoder and the decoder's prompts.
 
     Args:
@@ -48,7 +50,7 @@ def read_pairs(inputs, model):
     return arrays, prompts
 
 
-def read_encoder_inputs(inputs, model):
+def read_encoder_inputs(inputs: Any, model: Any) -> dict[str, np.ndarray]:
     """The encoder's part of a dictionary, without padding that all rows have.
 
     Args:
@@ -90,7 +92,7 @@ def read_encoder_inputs(inputs, model):
     return arrays
 
 
-def check_encoder_names(inputs, names):
+def check_encoder_names(inputs: Any, names: Sequence[str]) -> None:
     """Refuses inputs that lack one of the encoder's.
 
     Args:

@@ -1,6 +1,7 @@
 """An encoder-decoder language model."""
 
 import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -82,7 +83,14 @@ class EncoderDecoderLM(LanguageModel):
     config: EncoderDecoderConfig
 
     @shows_fields_of(EncoderDecoderConfig)
-    def __init__(self, encoder, *sizes, tokenizer=None, parts=None, **options):
+    def __init__(
+        self,
+        encoder: keras.Model,
+        *sizes: Any,
+        tokenizer: Any = None,
+        parts: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
         config, options = read_config(EncoderDecoderConfig, sizes, options)
         super().__init__(config, tokenizer=tokenizer, parts=parts, **options)
         names = getattr(encoder, "input", None)
@@ -144,7 +152,7 @@ class EncoderDecoderLM(LanguageModel):
             **vars(layer), dtype=self.dtype_policy, name=f"block_{index}"
         )
 
-    def build(self, input_shape=None):
+    def build(self, input_shape: Sequence[int | None] | None = None) -> None:
         """Creates all weights; the shape of the input doesn't matter."""
         shape = (None, None, self.config.hidden_dim)
         encoder_shape = (None, None, self.encoder.output.shape[-1])
@@ -159,7 +167,7 @@ class EncoderDecoderLM(LanguageModel):
                 norm.build(shape)
         self.built = True
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
         """Logits `(B, T, V)` of a dictionary of encoder inputs and decoder ids."""
         encoder_inputs = {name: inputs[name] for name in self.encoder_inputs}
         sequence = self.encoder(encoder_inputs, training=training)
@@ -170,7 +178,7 @@ class EncoderDecoderLM(LanguageModel):
         return self.logits(self._finish(x))
 
     @property
-    def call_inputs(self):
+    def call_inputs(self) -> Any:
         """The inputs of `call`, a dictionary of symbolic tensors."""
         return {**self.encoder.input, DECODER_IDS: token_ids_input(DECODER_IDS)}
 
@@ -197,7 +205,9 @@ class EncoderDecoderLM(LanguageModel):
             updated.append(layer_cache)
         return self._finish(x), (tuple(updated), encoded)
 
-    def encode(self, inputs, codec=None, layout="head_major"):
+    def encode(
+        self, inputs: Any, codec: Any = None, layout: str = "head_major"
+    ) -> Encoded:
         """Runs the encoder and projects its output to each layer's keys and values.
 
         Args:
@@ -223,7 +233,7 @@ class EncoderDecoderLM(LanguageModel):
         return super()._resize_cache(cache, capacity, fill), encoded
 
     @takes_options_of(Generator.generate)
-    def generate(self, inputs, **options) -> str | list | dict:
+    def generate(self, inputs: Any, **options: Any) -> str | list | dict:
         """Answers the encoder's inputs, continuing the decoder's prompt.
 
         Codec and layout of `cache` hold for the encoder's keys and values, too.
@@ -256,7 +266,7 @@ class EncoderDecoderLM(LanguageModel):
         }
 
     @takes_options_of(Generator.stream)
-    def stream(self, inputs, **options) -> TextStream:
+    def stream(self, inputs: Any, **options: Any) -> TextStream:
         """Answers the encoder's inputs, piece by piece.
 
         Args:
@@ -279,7 +289,7 @@ class EncoderDecoderLM(LanguageModel):
         return self.generator_of(arrays).stream(prompts, **options)
 
     @takes_options_of(Generator.start)
-    def start(self, inputs, **options) -> Rows:
+    def start(self, inputs: Any, **options: Any) -> Rows:
         """Encodes inputs and gives the decoder's rows, as `Generator.start` does.
 
         Args:
@@ -327,13 +337,13 @@ class EncoderDecoderLM(LanguageModel):
     def _finish(self, x):
         return x if self.final_norm is None else self.final_norm(x)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Constructor arguments, the tokenizer excepted."""
         encoder = keras.saving.serialize_keras_object(self.encoder)
         return {**super().get_config(), **self.config.to_dict(), "encoder": encoder}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> "EncoderDecoderLM":
         """The model that `get_config` describes."""
         encoder = keras.saving.deserialize_keras_object(config["encoder"])
         model = cls(**{**config, "encoder": encoder})

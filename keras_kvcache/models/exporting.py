@@ -1,10 +1,12 @@
 """Inputs of language models, for programs that other runtimes run."""
 
+from typing import Any
+
 import keras
 from keras import tree
 
 
-def export_signature(call_inputs) -> list:
+def export_signature(call_inputs: Any) -> list:
     """The `input_signature` of `keras.Model.export`: integers of any batch and length.
 
     Keras would derive it from an earlier call, with token ids as floats.

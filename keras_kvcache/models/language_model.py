@@ -2,11 +2,11 @@
 
 import functools
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 
-from keras_kvcache.caches import Rolling, Static, resize
+from keras_kvcache.caches import CacheSpec, Rolling, Static, resize
 from keras_kvcache.generation import Generator
 from keras_kvcache.generation.options import as_method
 from keras_kvcache.layers import DecoderBlock
@@ -53,7 +53,9 @@ class LanguageModel(SavedModel):
     token_embedding: keras.layers.ReversibleEmbedding
     blocks: list[DecoderBlock]
 
-    def __init__(self, config, **kwargs):
+    def __init__(
+        self, config: DecoderConfig | EncoderDecoderConfig, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.config = config
         self._generator = None
@@ -65,7 +67,9 @@ class LanguageModel(SavedModel):
     generate = as_method(Generator.generate)
     stream = as_method(Generator.stream)
 
-    def call_with_cache(self, token_ids, cache, cache_update_index):
+    def call_with_cache(
+        self, token_ids: Any, cache: Any, cache_update_index: Any
+    ) -> tuple[Any, Any, Any]:
         """One step of decoding, or a part of a prompt.
 
         Args:
@@ -89,18 +93,25 @@ class LanguageModel(SavedModel):
         )
         return self.logits(hidden_states), hidden_states, cache
 
-    def hidden_with_cache(self, token_ids, cache, cache_update_index):
+    def hidden_with_cache(
+        self, token_ids: Any, cache: Any, cache_update_index: Any
+    ) -> tuple[Any, Any]:
         """`call_with_cache` without the logits: `(hidden_states, cache)`."""
         return self._run_with_cache(token_ids, cache, cache_update_index, run_block)
 
-    def logits(self, hidden_states):
+    def logits(self, hidden_states: Any) -> Any:
         """Logits `(…, V)` of final hidden states `(…, D)`."""
         of_vocabulary = functools.partial(vocabulary_logits, self.token_embedding)
         return project(of_vocabulary, hidden_states)
 
     def cache_specs(
-        self, batch_size, max_length=None, kind="auto", codec=None, layout="head_major"
-    ):
+        self,
+        batch_size: int,
+        max_length: int | None = None,
+        kind: Any = "auto",
+        codec: Any = None,
+        layout: str = "head_major",
+    ) -> tuple[CacheSpec, ...]:
         """The `CacheSpec` of each layer's cache.
 
         Args:
@@ -128,8 +139,13 @@ class LanguageModel(SavedModel):
         )
 
     def cache_bytes(
-        self, batch_size, max_length=None, kind="auto", codec=None, layout="head_major"
-    ):
+        self,
+        batch_size: int,
+        max_length: int | None = None,
+        kind: Any = "auto",
+        codec: Any = None,
+        layout: str = "head_major",
+    ) -> CacheBytes:
         """The bytes that the caches of all layers take. Arguments as in `cache_specs`.
 
         Returns:
@@ -144,13 +160,13 @@ class LanguageModel(SavedModel):
 
     def init_cache(
         self,
-        batch_size,
-        max_length=None,
-        kind="auto",
-        codec=None,
-        layout="head_major",
-        room=None,
-    ):
+        batch_size: int,
+        max_length: int | None = None,
+        kind: Any = "auto",
+        codec: Any = None,
+        layout: str = "head_major",
+        room: int | None = None,
+    ) -> tuple[Any, ...]:
         """Empty caches, a tuple of one a layer.
 
         Args:
@@ -185,7 +201,7 @@ class LanguageModel(SavedModel):
                 f"{index} on"
             )
 
-    def is_endless(self, kind="auto", **options):
+    def is_endless(self, kind: Any = "auto", **options: Any) -> bool:
         """Whether positions may go past `max_sequence_length`.
 
         They may where the model has no last one and every layer sees a window.
@@ -202,7 +218,7 @@ class LanguageModel(SavedModel):
         )
 
     @property
-    def generator(self):
+    def generator(self) -> Generator:
         """The `Generator` behind `generate` and `stream`."""
         if self._generator is None:
             # `resize` may not know the caches that a subclass makes.

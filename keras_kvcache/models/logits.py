@@ -1,12 +1,14 @@
 """Logits of hidden states, by the table that embeds the tokens."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_kvcache.attention.trigonometry import tanh
 
 
-def vocabulary_logits(embedding, hidden_states):
+def vocabulary_logits(embedding: keras.layers.Layer, hidden_states: Any) -> Any:
     """Computes `embedding(hidden_states, reverse=True)`, the table read as it lies.
 
     The layer multiplies with its table transposed, which XLA's product of few rows on

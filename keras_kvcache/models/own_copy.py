@@ -1,6 +1,7 @@
 """A model's weights copied out of layers that it shares."""
 
 from operator import attrgetter
+from typing import Any
 
 import keras
 
@@ -29,7 +30,7 @@ BLOCK_PARTS = (
 SCORE_WEIGHTS = ("attention.score_bias_table", "attention.sink_logits")
 
 
-def own_copy(model):
+def own_copy(model: Any) -> Any:
     """A model that equals one made of foreign layers, with weights of its own.
 
     Args:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from keras_kvcache import loaders
 from keras_kvcache.errors import quoted
@@ -28,7 +29,9 @@ def loads(kind: str) -> Callable:
     return register
 
 
-def load_preset(cls: type, preset: str | os.PathLike, load_weights: bool, options):
+def load_preset(
+    cls: type, preset: str | os.PathLike, load_weights: bool, options: Any
+) -> Any:
     """Makes a model as `DecoderLM.from_preset` says.
 
     Args:

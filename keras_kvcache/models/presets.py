@@ -3,7 +3,9 @@
 import contextlib
 import json
 import math
+import os
 from pathlib import Path
+from typing import Any
 
 import keras
 
@@ -25,13 +27,13 @@ FORMAT_VERSION = 1
 
 
 @loads("gguf")
-def load_gguf(cls, path, load_weights, options):
+def load_gguf(cls: type, path: Path, load_weights: bool, options: Any) -> Any:
     """Makes a model of a GGUF file; arguments as of `load_preset`."""
     return _load_checkpoint(cls, loaders.read_gguf(path), load_weights, options)
 
 
 @loads("hugging face")
-def load_hugging_face(cls, path, load_weights, options):
+def load_hugging_face(cls: type, path: Path, load_weights: bool, options: Any) -> Any:
     """Makes a model of a Hugging Face folder; arguments as of `load_preset`."""
     checkpoint = loaders.read_hugging_face(
         path, load_weights, load_tokenizer="tokenizer" not in options
@@ -48,7 +50,7 @@ def _load_checkpoint(cls, checkpoint, load_weights, options):
     return model
 
 
-def save_preset(model, directory):
+def save_preset(model: Any, directory: str | os.PathLike) -> None:
     """Writes a model as `DecoderLM.save_to_preset` says.
 
     Args:
@@ -71,7 +73,7 @@ def save_preset(model, directory):
             atomic.replace(staging / name, directory / name)
 
 
-def assign_weights(model, weights):
+def assign_weights(model: Any, weights: Any) -> None:
     """Gives every weight of a model its value.
 
     Args:
@@ -105,7 +107,7 @@ def assign_weights(model, weights):
             bar.update(sizes[name])
 
 
-def weight_name(variable):
+def weight_name(variable: Any) -> str:
     """The variable's path without the model's own name."""
     return variable.path.split("/", 1)[1]
 
@@ -143,7 +145,7 @@ def _bar_of_blocks(model):
 
 
 @loads("own")
-def load_folder(cls, path, load_weights, options):
+def load_folder(cls: type, path: Path, load_weights: bool, options: Any) -> Any:
     """Makes a model of a folder that `save_preset` wrote; arguments as there."""
     config_path = path / CONFIG_FILE
     if load_weights and not (path / WEIGHTS_FILE).exists():

@@ -1,5 +1,6 @@
 """Models with a tokenizer, and perhaps with layers of another model, in files."""
 
+import os
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -37,18 +38,20 @@ class SavedModel(AdoptsParts, keras.Model):
     # What to do with a model that can't be saved because it shares layers.
     _saved_by = "save the keras-hub model"
 
-    def __init__(self, tokenizer=None, parts: Mapping | None = None, **kwargs):
+    def __init__(
+        self, tokenizer: Any = None, parts: Mapping | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.tokenizer = tokenizer
         # A proxy, which Keras doesn't track: layers are tracked where they are used.
         self._parts = MappingProxyType(dict(parts or {}))
 
     @property
-    def call_inputs(self):
+    def call_inputs(self) -> Any:
         """Symbolic inputs of `call`, with their names, shapes and dtypes."""
         raise NotImplementedError
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Constructor arguments, the tokenizer and what is shared excepted.
 
         How shared layers are quantized is theirs: their names are another model's.
@@ -71,15 +74,15 @@ class SavedModel(AdoptsParts, keras.Model):
             )
         return self
 
-    def save(self, *args, **kwargs):
+    def save(self, *args: Any, **kwargs: Any) -> None:
         """As `keras.Model.save`; layers that are shared are written as own ones."""
         keras.Model.save(self._to_save(), *args, **kwargs)
 
-    def save_weights(self, *args, **kwargs):
+    def save_weights(self, *args: Any, **kwargs: Any) -> None:
         """As `keras.Model.save_weights`, in the layout of a model with own layers."""
         keras.Model.save_weights(self._to_save(), *args, **kwargs)
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Any) -> None:
         """As in Keras; a model that shares layers can't be part of another's file.
 
         Raises:
@@ -92,7 +95,9 @@ class SavedModel(AdoptsParts, keras.Model):
             )
         super().save_own_variables(store)
 
-    def load_weights(self, filepath, *args, **kwargs):
+    def load_weights(
+        self, filepath: str | os.PathLike, *args: Any, **kwargs: Any
+    ) -> Any:
         """As `keras.Model.load_weights`.
 
         Raises:
@@ -105,7 +110,7 @@ class SavedModel(AdoptsParts, keras.Model):
             )
         return super().load_weights(filepath, *args, **kwargs)
 
-    def save_assets(self, directory):
+    def save_assets(self, directory: str | os.PathLike) -> None:
         """Writes the tokenizer into the folder that Keras gives the model's files.
 
         Args:
@@ -113,7 +118,7 @@ class SavedModel(AdoptsParts, keras.Model):
         """
         save_unless_beside(self.tokenizer, directory)
 
-    def load_assets(self, directory):
+    def load_assets(self, directory: str | os.PathLike) -> None:
         """Reads what `save_assets` wrote.
 
         Args:
@@ -128,7 +133,13 @@ class SavedModel(AdoptsParts, keras.Model):
         model = self._to_save()
         return reduce_beside(super(SavedModel, model).__reduce__, model.tokenizer)
 
-    def export(self, filepath, *args, input_signature=None, **kwargs):
+    def export(
+        self,
+        filepath: str | os.PathLike,
+        *args: Any,
+        input_signature: Any = None,
+        **kwargs: Any,
+    ) -> None:
         """As `keras.Model.export`; the model needn't have been called before.
 
         Args:

@@ -2,9 +2,12 @@
 
 import contextvars
 import json
+import os
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import keras
 
@@ -23,7 +26,7 @@ TOKENIZER_FILES = (*tokenizers.TOKENIZER_FILES, OBJECT_FILE, OBJECT_FOLDER)
 _goes_beside = contextvars.ContextVar("goes_beside", default=False)
 
 
-def reduce_beside(reduce, tokenizer) -> tuple:
+def reduce_beside(reduce: Callable, tokenizer: Any) -> tuple:
     """Reduces a model for pickling, with its tokenizer beside Keras' file.
 
     Args:
@@ -45,13 +48,13 @@ def _unpickle(load, arguments, tokenizer):
     return model
 
 
-def save_unless_beside(tokenizer, directory):
+def save_unless_beside(tokenizer: Any, directory: str | os.PathLike) -> None:
     """As `save_tokenizer`; nothing while a model is pickled by `reduce_beside`."""
     if not _goes_beside.get():
         save_tokenizer(tokenizer, directory)
 
 
-def save_tokenizer(tokenizer, directory):
+def save_tokenizer(tokenizer: Any, directory: str | os.PathLike) -> None:
     """Writes a tokenizer into a folder, or warns that it can't be saved.
 
     It's written if it is one of this package, or of a class that is registered by
@@ -85,7 +88,7 @@ def save_tokenizer(tokenizer, directory):
         )
 
 
-def load_tokenizer(directory):
+def load_tokenizer(directory: str | os.PathLike) -> Any:
     """The tokenizer that `save_tokenizer` wrote into a folder, or `None`.
 
     Raises:
@@ -112,7 +115,7 @@ def load_tokenizer(directory):
     return tokenizer
 
 
-def move_tokenizer(source, directory):
+def move_tokenizer(source: Any, directory: str | os.PathLike) -> None:
     """Moves a tokenizer from one folder to another and replaces the one there."""
     for name in TOKENIZER_FILES:
         new, old = source / name, directory / name
@@ -124,7 +127,7 @@ def move_tokenizer(source, directory):
             old.unlink(missing_ok=True)
 
 
-def is_keras_object(thing):
+def is_keras_object(thing: Any) -> bool:
     """Whether Keras can write an object's config and find its class again."""
     is_registered = ">" in keras.saving.get_registered_name(type(thing))
     has_config = hasattr(thing, "get_config") and hasattr(thing, "from_config")
