@@ -9,7 +9,7 @@ import pytest
 from conftest import make_lm
 from keras import ops
 
-from keras_kvcache import DecoderLM, EncoderDecoderLM
+from keras_kvcache import DecoderLM
 from keras_kvcache.caches import CacheSpec, Rolling, Static
 from keras_kvcache.layers import CachedMultiHeadAttention, DecoderBlock, decoder_block
 from keras_kvcache.models import DecoderConfig, LayerConfig, RopeConfig
@@ -87,51 +87,6 @@ def test_a_config_does_not_change():
     changed = replace(config, sliding_window=5)
     assert [layer.sliding_window for layer in changed.layers] == [5, 5]
     assert [layer.sliding_window for layer in config.layers] == [None, None]
-
-
-@pytest.mark.parametrize("name", ["hidden_dim", "query_scale", "dropout", "activation"])
-def test_fields_are_shown_and_can_not_be_set(name):
-    """Set they would change nothing: the layers are made."""
-    lm = make_lm()
-    for shown in (lm, lm.blocks[0]):
-        if hasattr(shown.config, name) and (shown is lm or name != "activation"):
-            assert getattr(shown, name) == getattr(shown.config, name)
-            with pytest.raises(AttributeError, match=f"`{name}`.*constructor.*=31"):
-                setattr(shown, name, 31)
-    encoder = keras.Sequential([keras.Input((5, 7))])
-    lm = EncoderDecoderLM(101, 1, 3, 21, 13, encoder=encoder)
-    with pytest.raises(AttributeError, match="`hidden_dim`.*EncoderDecoderLM"):
-        lm.hidden_dim = 31
-
-
-def test_scores_in_configs():
-    """Written only where they are asked for; layers may differ in them."""
-    names = {"score_bias", "use_sink_logits"}
-    lm = make_lm()
-    assert not names & lm.get_config().keys()
-    assert not names & lm.blocks[0].get_config().keys()
-    varied = make_lm(
-        score_bias=7, layer_options=[{}, {"score_bias": None, "use_sink_logits": True}]
-    )
-    first, second = (block.attention for block in varied.blocks)
-    assert first.score_bias_table.shape == (6, 7) and first.sink_logits is None
-    assert second.score_bias_table is None and second.sink_logits.shape == (6,)
-    again = DecoderLM.from_config(json.loads(json.dumps(varied.get_config())))
-    assert again.config == varied.config
-
-
-@keras.saving.register_keras_serializable(package="test_config")
-def leaning(query, slot):
-    return -0.5 * ops.cast(query - slot, "float32")
-
-
-def test_a_bias_that_is_a_function_is_saved(tmp_path):
-    lm = make_lm(score_bias=leaning, layer_options=[{}, {"score_bias": leaning}])
-    assert np.abs(logits(lm) - logits(make_lm())).max() > 0.01
-    lm.save(tmp_path / "lm.keras")
-    loaded = keras.saving.load_model(tmp_path / "lm.keras")
-    assert loaded.config.score_bias is leaning
-    np.testing.assert_array_equal(logits(loaded), logits(lm))
 
 
 LAYERS = [
