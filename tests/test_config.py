@@ -9,7 +9,7 @@ import pytest
 from conftest import make_lm
 from keras import ops
 
-from keras_kvcache import DecoderLM
+from keras_kvcache import DecoderLM, EncoderDecoderLM
 from keras_kvcache.caches import CacheSpec, Rolling, Static
 from keras_kvcache.layers import CachedMultiHeadAttention, DecoderBlock, decoder_block
 from keras_kvcache.models import DecoderConfig, LayerConfig, RopeConfig
@@ -76,6 +76,51 @@ def test_a_preset_of_before_is_loaded(tmp_path):
     described = {"format_version": 1, "config": json.loads(WRITTEN)}
     (tmp_path / "config.json").write_text(json.dumps(described))
     np.testing.assert_array_equal(logits(DecoderLM.from_preset(tmp_path)), logits(lm))
+
+
+@pytest.mark.parametrize("name", ["hidden_dim", "query_scale", "dropout"])
+def test_fields_are_shown_and_can_not_be_set(name):
+    """Set they would change nothing: the layers are made."""
+    lm = make_lm()
+    sound = keras.Input((None, 7), name="encoder_sound")
+    encoder = keras.Model({"encoder_sound": sound}, keras.layers.Dense(5)(sound))
+    paired = EncoderDecoderLM(encoder, 101, 1, 3, 21, 13)
+    for shown in (lm, lm.blocks[0], paired):
+        if name == "query_scale" and shown is paired:
+            continue
+        assert getattr(shown, name) == getattr(shown.config, name)
+        words = f"`{name}`.*constructor.*{type(shown).__name__}.*=31"
+        with pytest.raises(AttributeError, match=words):
+            setattr(shown, name, 31)
+
+
+def test_scores_in_configs():
+    """Written only where they are asked for; layers may differ in them."""
+    names = {"score_bias", "use_sink_logits"}
+    lm = make_lm(num_layers=2)
+    assert not names & lm.get_config().keys()
+    assert not names & lm.blocks[0].get_config().keys()
+    options = [{}, {"score_bias": None, "use_sink_logits": True}]
+    lm = make_lm(num_layers=2, score_bias=7, layer_options=options)
+    first, second = (block.attention for block in lm.blocks)
+    assert first.score_bias_table.shape == (6, 7) and first.sink_logits is None
+    assert second.score_bias_table is None and second.sink_logits.shape == (6,)
+    again = DecoderLM.from_config(json.loads(json.dumps(lm.get_config())))
+    assert again.config == lm.config
+
+
+@keras.saving.register_keras_serializable(package="test_config")
+def leaning(query, slot):
+    return -0.5 * ops.cast(query - slot, "float32")
+
+
+def test_a_bias_that_is_a_function_is_saved(tmp_path):
+    lm = make_lm(num_layers=2, layer_options=[{"score_bias": leaning}, {}])
+    assert np.abs(logits(lm) - logits(make_lm(num_layers=2))).max() > 0.01
+    lm.save(tmp_path / "lm.keras")
+    loaded = keras.saving.load_model(tmp_path / "lm.keras")
+    assert loaded.config.layers[0].score_bias is leaning
+    np.testing.assert_array_equal(logits(loaded), logits(lm))
 
 
 def test_a_config_does_not_change():
