@@ -115,13 +115,18 @@ def leaning(query, slot):
     return -0.5 * ops.cast(query - slot, "float32")
 
 
-def test_a_bias_that_is_a_function_is_saved(tmp_path):
-    lm = make_lm(num_layers=2, layer_options=[{"score_bias": leaning}, {}])
+@pytest.mark.parametrize("bias", [leaning, "alibi"], ids=["function", "alibi"])
+def test_a_bias_without_weights_is_saved(tmp_path, bias):
+    lm = make_lm(num_layers=2, layer_options=[{"score_bias": bias}, {}])
     assert np.abs(logits(lm) - logits(make_lm(num_layers=2))).max() > 0.01
     lm.save(tmp_path / "lm.keras")
-    loaded = keras.saving.load_model(tmp_path / "lm.keras")
-    assert loaded.config.layers[0].score_bias is leaning
-    np.testing.assert_array_equal(logits(loaded), logits(lm))
+    lm.save_to_preset(tmp_path / "preset")
+    for loaded in (
+        keras.saving.load_model(tmp_path / "lm.keras"),
+        DecoderLM.from_preset(tmp_path / "preset"),
+    ):
+        assert loaded.config.layers[0].score_bias == bias
+        np.testing.assert_array_equal(logits(loaded), logits(lm))
 
 
 def test_a_config_does_not_change():

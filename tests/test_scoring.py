@@ -20,6 +20,7 @@ from keras_kvcache.attention import (
 )
 from keras_kvcache.attention.kernels.decode_attention import NAME
 from keras_kvcache.attention.kernels.triton_attention import attend_by_triton
+from keras_kvcache.attention.scoring import Alibi
 from keras_kvcache.caches import CacheSpec, Rolling
 from keras_kvcache.caches.trees import as_floats
 from keras_kvcache.layers import CachedMultiHeadAttention
@@ -402,7 +403,7 @@ def test_weights_of_scores_stay_as_precise_as_they_are_stored():
     [
         (dict(score_bias=0), ["`score_bias`", "0"]),
         (dict(score_bias=1.5), ["`score_bias`", "1.5"]),
-        (dict(score_bias="alibi"), ["`score_bias`", "'alibi'"]),
+        (dict(score_bias="slopes"), ["`score_bias`", "'slopes'"]),
         (dict(use_sink_logits=3), ["`use_sink_logits`", "3"]),
         (dict(score_bias=3, flash_attention=True), ["`score_bias`", "flash"]),
         (dict(use_sink_logits=True, flash_attention=True), ["`use_sink_logits`"]),
@@ -472,15 +473,22 @@ def logits_in_numpy(lm, ids, slopes, sinks):
     return normed(x, weights["final_norm/scale"]) @ table.T
 
 
-def bloom_slopes():
+def bloom_slopes(heads=N):
     """ALiBi's slopes of each head, as transformers' Bloom has them."""
     build = pytest.importorskip("transformers.models.bloom.modeling_bloom")
     torch = pytest.importorskip("torch")
-    alibi = build.build_alibi_tensor(torch.ones(1, 3), N, torch.float32)
+    alibi = build.build_alibi_tensor(torch.ones(1, 3), heads, torch.float32)
     return np.float64(alibi[:, 0, 1].numpy())
 
 
-@pytest.mark.parametrize("bias", ["table", "function"])
+def test_the_slopes_are_those_of_bloom():
+    """Of a power of two, and of numbers between two."""
+    for heads in (1, 2, 7, 8, 13, 32):
+        slopes = bloom_slopes(heads)
+        np.testing.assert_allclose(Alibi(heads).slopes, slopes, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bias", ["table", "function", "alibi"])
 def test_a_decoder_with_alibi_and_sinks(bias):
     """By the options of a family, and the weights of the bias and of the sinks."""
     slopes, length = bloom_slopes(), 19
@@ -498,7 +506,7 @@ def test_a_decoder_with_alibi_and_sinks(bias):
         intermediate_dim=INNER,
         max_sequence_length=97,
         position_embedding="none",
-        score_bias=97 if bias == "table" else alibi,
+        score_bias={"table": 97, "function": alibi}.get(bias, bias),
         layer_options=[{}, {"use_sink_logits": True}],
     )
     noise = np.random.default_rng(3)

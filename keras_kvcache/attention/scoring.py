@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from keras import ops
 
 from keras_kvcache.attention.trigonometry import tanh
@@ -25,12 +26,11 @@ class Scoring:
             https://arxiv.org/abs/2408.00118).
         bias: Table `(N, distances)`: entry `d` of a head is added where a slot stands
             `d` positions before the query, the last entry where it stands farther, the
-            first where it stands after it. That is ALiBi (Press et al., 2021,
-            https://arxiv.org/abs/2108.12409) and the buckets of T5 (Raffel et al.,
-            2019, https://arxiv.org/abs/1910.10683) in a decoder. Or a function of int32
+            first where it stands after it: the buckets of T5 (Raffel et al., 2019,
+            https://arxiv.org/abs/1910.10683) in a decoder. Or a function of int32
             positions of queries `(1 | B, 1, T, 1)` and of slots `(1 | B, 1, 1, n)`
-            whose result broadcasts to `(B, N, T, n)`; kernels don't take it. `None`
-            for no bias.
+            whose result broadcasts to `(B, N, T, n)`, such as `Alibi`; kernels don't
+            take it. `None` for no bias.
         sink: Logits `(N,)`, a score of each head that takes its share of the weights
             and has no value (gpt-oss, https://arxiv.org/abs/2508.10925). `None` for
             none.
@@ -92,6 +92,35 @@ class Scoring:
         distance = ops.clip(query - slot, 0, self.table.shape[1] - 1)
         bias = ops.take(ops.cast(self.table, dtype), distance[:, 0], axis=1)
         return ops.transpose(bias, (1, 0, 2, 3))
+
+
+@dataclass(frozen=True)
+class Alibi:
+    """The bias of ALiBi (Press et al., 2021, https://arxiv.org/abs/2108.12409).
+
+    A slot `d` positions before the query gets `-slope · d`, with a slope a head. Of `N`
+    heads, a power of two, the slopes are `2 ** (-8 / N)` and its powers. Of other
+    numbers, the first are those of the power of two below, and the rest every second
+    one of twice as many heads.
+
+    Attributes:
+        num_heads: `N`.
+    """
+
+    num_heads: int
+
+    @property
+    def slopes(self) -> np.ndarray:
+        """float32 `(N,)`."""
+        below = 2 ** (self.num_heads.bit_length() - 1)
+        slopes = 2.0 ** (-8 / below * np.arange(1, below + 1))
+        between = 2.0 ** (-4 / below * np.arange(1, 2 * below, 2))
+        return np.append(slopes, between)[: self.num_heads].astype("float32")
+
+    def __call__(self, query: Any, slot: Any) -> Any:
+        """A function of positions, as `Scoring.bias`."""
+        distance = ops.cast(ops.maximum(query - slot, 0), "float32")
+        return -ops.reshape(self.slopes, (-1, 1, 1)) * distance
 
 
 def check_scoring(scoring: Scoring, heads: int, positions: Any) -> None:

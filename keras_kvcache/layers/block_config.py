@@ -1,7 +1,7 @@
 """The config of one decoder block, and checks that all configs share."""
 
 import numbers
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -47,7 +47,7 @@ class BlockConfig:
     dropout: float = 0.0
     normalize_first: bool = True
     attention_kind: str = "multi_head"
-    score_bias: int | Callable | None = None
+    score_bias: int | str | Callable | None = None
     use_sink_logits: bool = False
 
     def __post_init__(self):
@@ -77,7 +77,7 @@ class BlockConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The arguments that make an equal config, without young ones at defaults."""
-        return without_young(self, dict(vars(self)))
+        return write_score_bias(without_young(self, dict(vars(self))))
 
 
 def without_young(config: Any, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -112,6 +112,14 @@ def read_score_bias(config: Any) -> None:
     if isinstance(config.score_bias, dict):
         bias = keras.saving.deserialize_keras_object(config.score_bias)
         object.__setattr__(config, "score_bias", bias)
+
+
+def write_score_bias(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments, with what JSON can hold in the place of a function or layer."""
+    written, bias = dict(arguments), arguments.get("score_bias")
+    if callable(bias):
+        written["score_bias"] = keras.saving.serialize_keras_object(bias)
+    return written
 
 
 def fill_in(config: Any, **defaults: Any) -> None:

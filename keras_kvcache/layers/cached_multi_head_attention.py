@@ -78,9 +78,9 @@ class CachedMultiHeadAttention(
         logit_soft_cap: If given, scores become `cap · tanh(scores / cap)`.
         score_bias: An integer for a weight `score_bias_table (N, score_bias)`, zeros at
             first, whose entry `d` is added to the score of a slot `d` positions back,
-            the last entry farther back: ALiBi, or T5's decoder. Or a serializable
-            function or layer, called as `keras_kvcache.attention.Scoring` has it, which
-            kernels don't take.
+            the last entry farther back, as in T5's decoder. Or `"alibi"`, or a
+            serializable function or layer, called as `keras_kvcache.attention.Scoring`
+            has it; kernels take neither.
         use_sink_logits: Whether heads have weights `sink_logits (N,)`, zeros at first,
             which share in the softmax and add no value, as in gpt-oss.
         **kwargs: Arguments of `keras.layers.Layer`.
@@ -133,7 +133,7 @@ class CachedMultiHeadAttention(
         key_norm: keras.layers.Layer | None = None,
         query_scale: float | None = None,
         logit_soft_cap: float | None = None,
-        score_bias: int | Callable | None = None,
+        score_bias: int | str | Callable | None = None,
         use_sink_logits: bool = False,
         **kwargs: Any,
     ) -> None:

@@ -351,12 +351,10 @@ class DecoderBlock(AdoptsParts):
 
     def get_config(self) -> dict[str, Any]:
         """Constructor arguments."""
-        rotary, own = self.rotary_embedding, self.config.to_dict()
-        if callable(own.get("score_bias")):
-            own["score_bias"] = keras.saving.serialize_keras_object(own["score_bias"])
+        rotary = self.rotary_embedding
         return {
             **super().get_config(),
-            **own,
+            **self.config.to_dict(),
             "rotary_embedding": rotary and keras.saving.serialize_keras_object(rotary),
             "activation": keras.activations.serialize(self.activation),
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),

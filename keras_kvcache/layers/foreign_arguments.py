@@ -59,7 +59,11 @@ ADVICE = {
         "write `logit_soft_cap`",
     ),
     **for_all(
-        "alibi use_alibi alibi_slopes position_bias relative_position_bias",
+        "alibi use_alibi alibi_slopes",
+        'write `score_bias="alibi"`',
+    ),
+    **for_all(
+        "position_bias relative_position_bias",
         "write `score_bias`, how many distances have a bias, or a function",
     ),
     **for_all(

@@ -6,10 +6,15 @@ import keras
 from keras import ops
 
 from keras_kvcache.attention import Scoring
+from keras_kvcache.attention.scoring import Alibi
 from keras_kvcache.runtime.concrete import is_integer
 
 # Constructor arguments, with the values by which products only are scaled.
 ARGUMENTS = {"logit_soft_cap": None, "score_bias": None, "use_sink_logits": False}
+
+
+# The `score_bias` that needs neither weights nor a function of one's own.
+ALIBI = "alibi"
 
 
 def check_scoring_arguments(layer: keras.layers.Layer) -> None:
@@ -27,10 +32,10 @@ def check_scoring_arguments(layer: keras.layers.Layer) -> None:
             )
     bias, sinks = layer.score_bias, layer.use_sink_logits
     is_count = is_integer(bias) and bias > 0
-    if not (bias is None or is_count or callable(bias)):
+    if not (bias in (None, ALIBI) or is_count or callable(bias)):
         raise ValueError(
-            "`score_bias` must be a positive integer, a function of positions or "
-            f"`None`. Received: {bias!r}"
+            f"`score_bias` must be a positive integer, {ALIBI!r}, a function of "
+            f"positions or `None`. Received: {bias!r}"
         )
     if not isinstance(sinks, bool):
         raise ValueError(
@@ -75,10 +80,14 @@ def build_scoring(layer: keras.layers.Layer) -> None:
 
 def scoring_of(layer: keras.layers.Layer) -> Scoring:
     """The `Scoring` of a layer that is built."""
-    table, sink = layer.score_bias_table, layer.sink_logits
+    bias, sink = layer.score_bias, layer.sink_logits
+    if layer.score_bias_table is not None:
+        bias = ops.convert_to_tensor(layer.score_bias_table)
+    elif bias == ALIBI:
+        bias = Alibi(layer.num_heads)
     return Scoring(
         layer._inverse_sqrt_key_dim,
         layer.logit_soft_cap,
-        layer.score_bias if table is None else ops.convert_to_tensor(table),
+        bias,
         None if sink is None else ops.convert_to_tensor(sink),
     )

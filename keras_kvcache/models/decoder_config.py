@@ -16,6 +16,7 @@ from keras_kvcache.layers.block_config import (
     read_score_bias,
     shared_fields,
     without_young,
+    write_score_bias,
 )
 
 POSITION_EMBEDDINGS = ("rotary", "learned", "none")
@@ -101,7 +102,7 @@ class DecoderConfig:
     dropout: float = 0.0
     has_last_position: bool | None = None
     attention_kind: str = "multi_head"
-    score_bias: int | Callable | None = None
+    score_bias: int | str | Callable | None = None
     use_sink_logits: bool = False
     layer_options: Sequence[Mapping[str, Any]] | None = None
     layers: tuple[LayerConfig, ...] = field(init=False)
@@ -203,12 +204,14 @@ class DecoderConfig:
         arguments = {
             each.name: getattr(self, each.name) for each in fields(self) if each.init
         }
-        for name in ("rope_frequency_factors", "layer_options"):
-            if arguments[name] is not None:
-                arguments[name] = list(arguments[name])
+        if self.rope_frequency_factors is not None:
+            arguments["rope_frequency_factors"] = list(self.rope_frequency_factors)
         if arguments["has_last_position"] == self._ends_by_nature:
             del arguments["has_last_position"]
-        return without_young(self, arguments)
+        if self.layer_options is not None:
+            options = (write_score_bias(each) for each in self.layer_options)
+            arguments["layer_options"] = list(options)
+        return write_score_bias(without_young(self, arguments))
 
 
 def check_names(argument: str, options: Any, config: Any) -> None:
