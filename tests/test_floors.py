@@ -123,6 +123,7 @@ ANNOTATED = (
     "errors",
     "families",
     "generation",
+    "hub",
     "known_names",
     "layers",
     "loaders",

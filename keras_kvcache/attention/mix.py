@@ -1,9 +1,9 @@
 """Weighted sums of values, to which values of weight 0 add nothing.
 
 A hidden slot may hold NaN or infinity: memory that nothing was written to, or the
-entries of a failed request. Times a weight of 0 that is NaN, so a plain product isn't
-enough. It's computed first all the same, as checking the values would be one more pass
-over the cache; the values are checked only if a sum isn't finite.
+entries of a failed request. 0 · NaN is NaN, so a plain product isn't enough. Checking
+all values would cost another pass over the cache, so the plain product is tried first,
+and values are checked only if a sum isn't finite.
 """
 
 from collections.abc import Callable

@@ -93,8 +93,8 @@ class RollingCache(Cache):
     def view(self, fill: Any = None) -> View:
         """The `View` for a call that only reads.
 
-        Without `fill` the cache counts as holding positions `0 … W - 1`, all of which
-        are seen: this is how a short sequence is read that was written whole.
+        Without `fill`, positions `0 … W - 1` count as held and all are seen, as for a
+        short sequence that was written in one call.
         """
         known = ops.full((1,), self.window, "int32") if fill is None else fill
         held = known if self.residual is None else self.residual.start

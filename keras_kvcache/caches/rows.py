@@ -190,8 +190,8 @@ def _check_alike(name, other, cache):
     differing = [pair for pair in zip(*sizes, strict=False) if pair[0] != pair[1]]
     if differing:
         raise ValueError(
-            f"`{name}` must have caches of the same capacity, as rows have that begin "
-            "with the same `max_length`, or that `resize` gives to caches. Received: "
+            f"`{name}` must have caches of the same capacity: begin the rows with the "
+            "same `max_length`, or call `resize` before. Received: "
             f"{differing[0][0]} slots for {differing[0][1]}"
         )
     pair = [jax.tree_util.tree_flatten(tree) for tree in (other, cache)]

@@ -12,11 +12,11 @@ FIRST_SEGMENT = 256
 def segment_sizes(capacity: int, kernels_read: bool) -> tuple[int, ...]:
     """How `capacity` slots are cut: 256, 768, 1024, 2048, …, the last cut short.
 
-    From the third on each doubles the number of slots, so that past 1024 at most twice
-    as many slots are read as are filled, in a number of segments that grows with the
-    logarithm; kernels stop where the fill ends. The second quadruples it: XLA's CPU
-    backend gives products with 512 slots of 64 numbers or fewer to one core, which
-    reads half as fast as two.
+    The second segment ends at 4 times the first, each later one at twice the one
+    before. So past 1024 at most twice the filled slots are read, in few segments;
+    kernels stop where the fill ends. The second isn't shorter as XLA's CPU backend
+    gives products with 512 slots of 64 numbers or fewer to one core, which reads half
+    as fast as two.
 
     A GPU takes longer to begin a write than to make it, and its kernel reads no further
     than a text reaches; so what it reads is one segment.

@@ -37,8 +37,7 @@ class CacheSpec:
         value_dim: Size of a value head; `None` for `head_dim`.
         codec: `"float32"`, `"float16"`, `"bfloat16"` or `"float64"` for entries as
             they are, `"int8"`, `"int4"`, or a `Codec`.
-        layout: `"head_major"`, or `"dense"` for slots before heads, which are kept as
-            they are: codes have no dense layout.
+        layout: `"head_major"`, or `"dense"`, slots before heads, for floats only.
         kind: `"static"`, `Static()` or a `Rolling`.
 
     Raises:

@@ -32,8 +32,8 @@ class SlotAxis(NamedTuple):
 class Storage(abc.ABC):
     """Some slots of keys and values, in one or more segments.
 
-    It knows slots and nothing of positions; new entries come as a storage too, of
-    one segment, the same layout and the same codec.
+    It doesn't keep positions: who calls it says them. New entries come as a storage
+    too, of one segment, the same layout and the same codec.
 
     Attributes:
         segments: For each segment a tuple of arrays, those of keys before those of

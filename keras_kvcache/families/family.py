@@ -22,13 +22,13 @@ class HuggingFace:
 
     Attributes:
         model_type: Value of `model_type` in `config.json`.
-        architectures: The classes of transformers whose weights the decoder has.
+        architectures: Names that `architectures` in `config.json` may have.
         read: Function of the config's fields that gives JSON-able arguments of
             `DecoderLM`, and the names of the tensors. Defaults are those of the
-            family's config class in transformers, whose files leave out what equals
-            them. Rates of dropout aren't taken over: a model is loaded as it answers,
-            not as it was trained. It raises `ValueError` for what the decoder
-            doesn't do.
+            family's config class in transformers: older files, and fields that all
+            configs share, leave out what equals them. Rates of dropout aren't taken
+            over: a model is loaded as it answers, not as it was trained. It raises
+            `ValueError` for what the decoder doesn't do.
     """
 
     model_type: str
@@ -71,7 +71,7 @@ class KerasHub:
         knows: The arguments of the backbone that `options` and the parts account for,
             or that make a difference to training alone, beyond those of all families.
             A model with any other argument that isn't at its default is refused.
-        end_of_turn: A token that ends an answer besides that of the end.
+        end_of_turn: A second token, beside the end-of-text token, that ends an answer.
         has_encoder: Whether it's an encoder-decoder.
         has_task: Whether keras-hub has a `CausalLM` class for it.
     """
@@ -94,7 +94,7 @@ class Family:
         name: For people.
         hugging_face, gguf, keras_hub: How its files and models are read.
         refused: Backbones of keras-hub that look as if they were known, each with the
-            reason why they aren't, which ends a message: ", whose … ".
+            reason why they aren't, written as the end of an error's sentence.
     """
 
     name: str

@@ -32,11 +32,11 @@ _TENSORS2 = replace(llama_like.TENSORS, parts=_FOUR_NORMS)
 _TENSORS3 = replace(llama_like.TENSORS, parts=_SIX_NORMS)
 
 
-def _read_shared(fields, activation, default_groups=4, default_theta=10_000.0):
+def _read_shared(fields, activation, default_key_value_heads=4, default_theta=10_000.0):
     """Reads the fields that all three share."""
     config = llama_like.read_fields(
         fields,
-        default_groups=default_groups,
+        default_key_value_heads=default_key_value_heads,
         default_head_dim=256,
         default_theta=default_theta,
         is_tied=True,
@@ -50,7 +50,7 @@ def _read_shared(fields, activation, default_groups=4, default_theta=10_000.0):
 
 
 def _read1(fields):
-    config = _read_shared(fields, "hidden_act", default_groups=16)
+    config = _read_shared(fields, "hidden_act", default_key_value_heads=16)
     named = fields.choice("hidden_activation", _ACTIVATIONS, "gelu_new")
     if fields.values.get("hidden_activation") and named != config["activation"]:
         raise ValueError(

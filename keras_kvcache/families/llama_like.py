@@ -59,7 +59,7 @@ def read_fields(
     fields: Fields,
     *,
     default_epsilon: float = 1e-6,
-    default_groups: int | None = None,
+    default_key_value_heads: int | None = None,
     default_head_dim: int | None = None,
     default_theta: float | None = 10_000.0,
     may_rotate_partly: bool = False,
@@ -72,7 +72,7 @@ def read_fields(
     Args:
         fields: Of the config.
         default_epsilon: Of the normalization.
-        default_groups: `K` if it isn't given; `None` for `N`, as is `null`.
+        default_key_value_heads: `K` if it isn't given; `None` for `N`, as is `null`.
         default_head_dim: `H` if it isn't given; `None` for `D / N`.
         default_theta: Base of the rotary frequencies; `None` for a family that says
             otherwise how it rotates.
@@ -82,7 +82,7 @@ def read_fields(
         activations: What their names stand for.
     """
     D, N = fields.size("hidden_size"), fields.size("num_attention_heads")
-    K = fields.size("num_key_value_heads", default_groups or N, null=N)
+    K = fields.size("num_key_value_heads", default_key_value_heads or N, null=N)
     H = fields.size("head_dim", default_head_dim)
     if H is None and D % N:
         raise ValueError(

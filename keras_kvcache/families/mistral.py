@@ -5,7 +5,7 @@ from keras_kvcache.families.family import Family, HuggingFace, KerasHub, classes
 
 
 def _read(fields):
-    config = llama_like.read_fields(fields, default_groups=8)
+    config = llama_like.read_fields(fields, default_key_value_heads=8)
     config |= llama_like.one_window(fields, config["num_layers"], 4096)
     return config, llama_like.TENSORS
 

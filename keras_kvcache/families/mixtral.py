@@ -21,7 +21,10 @@ _PARTS = {
 
 def _read(fields):
     config = llama_like.read_fields(
-        fields, default_epsilon=1e-5, default_groups=8, default_theta=1_000_000.0
+        fields,
+        default_epsilon=1e-5,
+        default_key_value_heads=8,
+        default_theta=1_000_000.0,
     )
     config |= llama_like.one_window(fields, config["num_layers"])
     config["num_experts"] = fields.size("num_local_experts", 8)

@@ -13,13 +13,15 @@ from keras_kvcache.families.window_fields import layer_types, window_options
 
 
 def _read2(fields):
-    config = llama_like.read_fields(fields, default_groups=32)
+    config = llama_like.read_fields(fields, default_key_value_heads=32)
     config |= _windows(fields, config["num_layers"])
     return config | {"attention_bias": True}, llama_like.TENSORS
 
 
 def _read3(fields):
-    config = llama_like.read_fields(fields, default_groups=32, default_head_dim=128)
+    config = llama_like.read_fields(
+        fields, default_key_value_heads=32, default_head_dim=128
+    )
     config |= _windows(fields, config["num_layers"])
     config["query_key_norm"] = True
     parts = {**llama_like.PARTS, **llama_like.QUERY_KEY_NORMS}

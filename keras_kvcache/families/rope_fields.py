@@ -12,7 +12,7 @@ _ROPE_TYPES = ("default", "linear", "llama3")
 
 
 def rope_options(
-    fields: Fields, head_dim: int, default_theta: float, may_be_partial: bool = False
+    fields: Fields, head_dim: int, default_theta: float, may_rotate_partly: bool = False
 ) -> dict[str, Any]:
     """Arguments of the decoder that say how positions are rotated.
 
@@ -23,7 +23,7 @@ def rope_options(
         fields: Of the config.
         head_dim: `H`.
         default_theta: The base of the frequencies if none is given.
-        may_be_partial: Whether the family rotates but a part of a head where it
+        may_rotate_partly: Whether the family rotates but a part of a head where it
             is told to.
     """
     path = "rope_scaling" if fields.mapping("rope_scaling") else "rope_parameters"
@@ -33,7 +33,7 @@ def rope_options(
     if partial is not None:
         values.setdefault("partial_rotary_factor", partial)
     rotation = read_rotation(
-        fields, values, f"{path}.", head_dim, theta, may_be_partial
+        fields, values, f"{path}.", head_dim, theta, may_rotate_partly
     )
     return as_rope_arguments(rotation)
 
@@ -54,7 +54,7 @@ def read_rotation(
     path: str,
     head_dim: int,
     theta: float,
-    may_be_partial: bool = False,
+    may_rotate_partly: bool = False,
 ) -> dict[str, Any]:
     """Options of one rotation, by `RotaryEmbedding`'s argument names.
 
@@ -64,7 +64,7 @@ def read_rotation(
         path: Before their keys in messages, such as `"rope_scaling."`.
         head_dim: `H`.
         theta: The base of the frequencies if `values` have none.
-        may_be_partial: As in `rope_options`.
+        may_rotate_partly: As in `rope_options`.
 
     Raises:
         ValueError: It's of a kind whose frequencies aren't fixed.
@@ -81,7 +81,7 @@ def read_rotation(
     theta = rope.real("rope_theta", theta)
     options = dict(max_wavelength=theta, scaling_factor=1.0, frequency_factors=None)
     rotary_dim = head_dim
-    if may_be_partial:
+    if may_rotate_partly:
         rotary_dim = int(head_dim * rope.real("partial_rotary_factor", 1.0))
         options["rotary_dim"] = None if rotary_dim == head_dim else rotary_dim
     else:

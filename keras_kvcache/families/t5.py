@@ -6,6 +6,6 @@ FAMILY = Family(
     "T5",
     refused={
         "T5Backbone": ", whose relative positions are a bias added to attention "
-        "scores, which no option of the models here hands to their attention yet"
+        "scores, which the encoder and decoder here have no option for yet"
     },
 )

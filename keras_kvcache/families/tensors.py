@@ -24,8 +24,8 @@ class Source:
         transposed: Whether the last two axes change places.
         part: An axis, 0 or 1, and from where to where on it, of a tensor that
             holds several weights; else `None`.
-        twin: A tensor that must equal it where it is stored, too, or `None`.
-        interleaved: Of a query or key projection whose rotary pairs lie side by side
+        twin: Another tensor that, if the file has it, must equal this one; or `None`.
+        interleaved: Of a query or key projection, whose rotary pairs lie side by side,
             its heads, head size and how many components of a head are rotated; else
             `None`.
     """
@@ -47,10 +47,10 @@ class TensorNames:
         token_embedding, final_norm: Of the layers around the blocks.
         block: Of a block, with `{}` in the place of its number.
         parts: For each layer of a `DecoderBlock`, by its path, its name within a
-            block, or several of which the first that is there counts. Layers of one
-            name lie in one tensor, one after the other. Kernels of experts are named
-            whole, with `{}` in the place of an expert's number if there is one tensor
-            an expert.
+            block; or several names, of which the first that exists is used. Layers of
+            one name lie in one tensor, one after the other. Kernels of experts are
+            named whole, with `{}` in the place of an expert's number if there is one
+            tensor an expert.
         prefix: What the names begin with, but for the language head's. Files of a
             model without its language head leave it out.
         lm_head: Of the language head, if it isn't the token embedding.
@@ -60,8 +60,8 @@ class TensorNames:
         interleaved: Whether the two components of a rotary pair lie side by side in
             the rows of query and key projections, `(2j, 2j + 1)`. The decoder pairs
             `j` with `j + rotary_dim / 2`.
-        zero_biases: Layers, as in `parts`, without a bias where the decoder, which
-            ties them to others, has one.
+        zero_biases: Layers, as in `parts`, that have no bias in the file but one in
+            the decoder, because one option switches several; theirs is zero.
         ignored: Pattern of tensors that are no weights and follow from the config.
     """
 

@@ -15,8 +15,8 @@ from keras_kvcache.generation.rows import NO_TOKEN, Rows
 # three programs.
 CHUNKS = (32, 128, 512)
 
-# Caches have 256, 512, 1024, 2048, 3072, 4096, 6144, … slots: large ones take memory
-# and, filled, time; small ones are worth no more programs.
+# Caches have 256, 512, 1024, 2048, 3072, 4096, 6144, … slots. Larger steps would waste
+# memory, and time once filled; smaller ones aren't worth a program each.
 SMALLEST_CAPACITY = 256
 LARGEST_DOUBLED = 2048
 
@@ -41,8 +41,8 @@ def capacity_for(length: int, limit: int | None = None) -> int:
 def chunk_sizes(length: int) -> list[int]:
     """Cuts a prompt of `length` tokens.
 
-    The last chunk may reach past the prompt, but by less than half: a longer rest
-    would cost more than the chunks that it saves.
+    The last chunk may reach past the prompt. At most half of it does, except in the
+    smallest: more would cost more than the chunks that it saves.
 
     Returns:
         A list of sizes from `CHUNKS` whose sum is at least `length`.

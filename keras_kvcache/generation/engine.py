@@ -84,7 +84,7 @@ class Engine:
     def _build(self):
         """Lets a model that was never called make its weights.
 
-        Made while a program is traced they would be of no use outside of it.
+        Weights made during tracing would be tracers, of no use afterwards.
         """
         model = self.model
         if model.built and all(layer.built for layer in model.layers):
@@ -210,7 +210,7 @@ class Engine:
             reader.close()
 
     def write(self, plan: Plan, capacities: Sequence[int]) -> list[list[int]]:
-        """Runs a `Plan` whose sampler moves rows to its end.
+        """Runs to its end a `Plan` whose sampler moves rows.
 
         What such a sampler gave a row before may be another row's by now, so answers
         are read from the rows at last.

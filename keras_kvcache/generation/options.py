@@ -26,8 +26,8 @@ class GenerateOptions:
     Attributes:
         max_length: The most tokens of prompt and answer together.
         max_new_tokens: The most new tokens. The smallest of both and of the model's own
-            limit counts. For a dictionary without either, `T` is the `max_length`, as
-            in keras-hub.
+            limit counts. If a dictionary comes and neither is given, its width
+            is the limit, as in keras-hub.
         stop_token_ids: Ids that end a row, which keeps them: `"auto"` for the
             tokenizer's, `None` for none, or ids.
         strip_prompt: Whether to give the new tokens or text only.
@@ -100,7 +100,9 @@ def takes_options(*left_out: Any) -> Callable:
 
 
 def takes_options_of(method: Callable) -> Callable:
-    """Gives one that passes its `**options` to `method` the signature of that.
+    """Decorates a function that passes `**options` on to `method`.
+
+    It gets the signature of `method`.
 
     A line `{options}` of its docstring is replaced by what they mean.
     """

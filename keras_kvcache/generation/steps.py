@@ -6,8 +6,9 @@
 4. `decode`, the loop, does the three until a number of steps is made or all rows are
    done. `prefill` does them for a chunk of prompts.
 
-Rows are right-padded: token `t` of a prompt goes to slot `t`. What padding writes lies
-at or past its row's fill, and decoding overwrites it before anything may attend it.
+Rows are right-padded: token `t` of a prompt has position `t`. In a static cache later
+tokens overwrite what padding wrote before anything may attend it; rolling caches, and
+codecs that code groups of tokens, drop it (`with_end`).
 """
 
 from collections.abc import Callable
@@ -182,9 +183,9 @@ def decode(
         sampler: What `samplers.get` gives.
         steps: int32 `()`, from 1 to `width`.
         width: Columns of the tokens.
-        channel: int32 `()`, what each step's tokens are announced to, with a 1 behind
-            them once all rows are done, else a 0. Once it is closed no other step is
-            made. `None` where programs can't announce.
+        channel: int32 `()`, the channel that gets each step's tokens, followed by 1 if
+            all rows are done, else 0. Once it is closed no other step is made. `None`
+            where programs can't announce.
 
     Returns:
         `(rows, tokens)`, the new tokens int32 `(B, width)`, a column a step;

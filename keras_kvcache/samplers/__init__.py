@@ -1,6 +1,7 @@
 """Samplers: logits `(B, V)` and a seed to token ids `(B,)`.
 
-A sampler is any callable `sampler(logits, seed) -> ids`. The ones made here
+A sampler is any callable `sampler(logits, seed) -> ids`, or an object with a state, as
+`samplers.stateful` says. The ones made here
 are a list of filters and a draw, compile once for all values of their
 parameters, and see the same noise for the same seed on every backend.
 """

@@ -1,11 +1,11 @@
 """Draws: `(logits, seed) -> token ids`, the last step of a sampler; and their noise.
 
-The noise depends on a row's own seed, its step and the token, and on nothing else.
-`keras.random` won't do: its PyTorch backend adds the two words of a seed, so
-that step 1 of seed 7 repeats step 0 of seed 8, and nothing promises that a
-row's noise stays the same when the batch around it changes. A counter-based
-generator gives both by construction, the same on every backend, and compiled
-by XLA for a CPU it is faster than `jax.random`.
+The noise depends on a row's key, which is its own seed and step, and on the token.
+Without keys a row's place is part of its seed. `keras.random` won't do: its PyTorch
+backend adds the two words of a seed, so that step 1 of seed 7 repeats step 0 of seed 8,
+and nothing promises that a row's noise stays the same when the batch around it changes.
+A counter-based generator gives both by construction, the same on every backend, and
+compiled by XLA for a CPU it is faster than `jax.random`.
 """
 
 import numbers

@@ -197,7 +197,7 @@ def get(identifier: Any) -> Callable[..., Any]:
         raise TypeError(
             f"`sampler` must be one of the names {', '.join(_RECIPES)}, a sampler "
             "made by a function of `samplers`, an instance of a keras-hub "
-            "sampler, or a function of (logits, seed). "
+            "sampler, a function of (logits, seed), or an object with a `start`. "
             f"Received: {identifier!r} of type {type(identifier).__name__}"
         )
     if jax.tree_util.all_leaves([identifier]):

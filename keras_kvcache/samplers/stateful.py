@@ -1,15 +1,15 @@
 """Samplers with state, and those without one called in the same way.
 
-A sampler with state is an object with two functions:
+A sampler with state is an object with two methods:
 
 - `start(rows) -> state`: the state that rows begin with, a pytree of arrays whose
   axis 0 is the rows. `rows` is a `keras_kvcache.generation.Rows`, the prompts in it.
-- `(logits (B, V), state, key (B, 3)) -> (ids (B,), state)`: the next token of each
-  row. A key holds a row's own seed and step; the draws of this package take it.
+- `__call__(logits (B, V), state, key (B, 3)) -> (ids (B,), state)`: the next token of
+  each row. A key holds a row's own seed and step; the draws of this package take it.
   A sampler that searches has `moves_rows = True` and gives `(ids, state, parents)`:
   row `b` goes on from what row `parents[b]` has read, int32 `(B,)`, and `state` is in
-  that order already. It isn't told which rows have ended: search without stop ids, and
-  end rows by the id `NO_TOKEN`.
+  that order already. It doesn't learn which rows met a stop id: search without stop
+  ids, and end a row by giving the id `NO_TOKEN`.
 
 Any other sampler has the state `()`.
 """
@@ -43,6 +43,8 @@ _SPREAD = 0x9E3779B1
 @dataclasses.dataclass(frozen=True)
 class Constant:
     """A sampler with state that isn't a pytree: a constant of compiled programs.
+
+    Each new object compiles anew. Registered as a pytree, its arrays are data.
 
     Attributes:
         sampler: Hashable, as functions and plain objects are.
