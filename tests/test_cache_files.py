@@ -589,6 +589,21 @@ def test_another_version(path):
     refused(path, "format version 3", "'2'")
 
 
+def test_a_file_of_before_the_residual_was_called_so(tmp_path):
+    spec = CacheSpec(2, 41, 3, 7, codec="int4")
+    save_caches(tmp_path / "cache", spec.allocate(), fill=0)
+
+    def rename(arrays, description):
+        for name in list(arrays):
+            arrays[name.replace("residual", "newest")] = arrays.pop(name)
+
+    rewrite(tmp_path / "cache", rename)
+    with safe_open(tmp_path / "cache", framework="numpy") as file:
+        assert any("newest" in name for name in file.keys())
+    loaded, fill = load_caches(tmp_path / "cache")
+    assert fill == 0 and loaded.residual.start.shape == (2,)
+
+
 def drop(arrays, description):
     arrays.pop("caches.end")
 

@@ -438,14 +438,13 @@ def test_caches_that_are_not_alike():
         larger = make_spec("static", "float32", "dense", capacity=more).allocate()
         static = make_spec("static", "float32", "dense").allocate()
         words = refusal(insert_rows, static, larger, 0)
-        assert "2, 41, 2, 7)" in words and f"2, {more}, 2, 7)" in words
+        assert "same capacity" in words and f"{more} slots for 41" in words
     small, large = (
         make_spec("static", "int4", "head_major", capacity=capacity).allocate()
         for capacity in (41, 43)
     )
     words = refusal(insert_rows, small, large, 0)
-    assert "capacity=41" in words and "capacity=43" in words
-    assert "and capacity" in words
+    assert "same capacity" in words
     assert "at least one" in refusal(join_rows, [])
     assert "same kind" in refusal(insert_rows, (cache, cache), (cache,), 0)
 

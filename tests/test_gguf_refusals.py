@@ -126,6 +126,9 @@ def test_missing_keys(small, key):
     ("key", "value", "words"),
     [
         ("llama.expert_count", 8, "mixtures of experts"),
+        ("llama.attention.causal", False, "must be true"),
+        ("llama.attention.scale", 0.5, "must be absent"),
+        ("llama.logit_scale", 8.0, "must be absent"),
         ("llama.rope.scaling.type", "yarn", "'yarn'"),
         ("llama.attention.head_count_kv", 4, "multiple"),
         ("llama.attention.head_count_kv", [3, 3], "type int"),

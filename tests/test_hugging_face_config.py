@@ -185,6 +185,7 @@ def rope(**values):
             "`quantization_config` must be absent.*gptq",
         ),
         ("llama", dict(rope_interleaved=True), "`rope_interleaved`.*True"),
+        ("qwen2", dict(is_causal=False), "`is_causal` must be True.*False"),
         ("llama", dict(sliding_window=7), "`sliding_window` must be absent"),
         (
             "llama",

@@ -59,7 +59,7 @@ def test_index_that_does_not_fit(index):
 
 @pytest.mark.parametrize("index", [True, 1.0, "3", np.bool_(True), np.float32(3)])
 def test_index_of_another_type(index):
-    with pytest.raises((TypeError, ValueError)):
+    with pytest.raises(TypeError, match="`cache_update_index` must be an integer"):
         normalize_index(index, 3, 5, 17)
 
 

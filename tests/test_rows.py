@@ -396,6 +396,66 @@ def test_rows_of_different_capacities_are_refused_by_name(verb):
         join_rows([small, large]) if verb == "join" else insert_rows(small, large, 0)
 
 
+def test_rows_of_different_capacities_are_resized_and_joined():
+    generator, prompts = small_lm().generator, [[3, 1, 4], [1, 5]]
+    whole = [
+        small_lm().generate(prompt, max_new_tokens=count)
+        for prompt, count in zip(prompts, (5, 300), strict=True)
+    ]
+    small, large = (
+        generator.start([prompt], max_new_tokens=count)
+        for prompt, count in zip(prompts, (5, 300), strict=True)
+    )
+    rows = join_rows([generator.resize(small, 512), large])
+    rows, _ = generator.decode(rows, 299)
+    assert written(rows) == whole
+    with pytest.raises(ValueError, match="capacity=256"):
+        generator.resize(rows, 256)  # 302 tokens are there
+
+
+def test_rows_that_end_by_other_ids_are_refused_by_name():
+    few, many = (
+        small_lm().generator.start([[3, 1]], max_new_tokens=5, stop_token_ids=range(n))
+        for n in (2, 9)
+    )
+    with pytest.raises(ValueError, match="stop_token_ids of shape"):
+        join_rows([few, many])
+
+
+def test_rows_go_on_with_the_sampler_that_they_began_with():
+    generator = small_lm().generator
+    plain = generator.start([[3, 1]], max_new_tokens=5)
+    with pytest.raises(ValueError, match="`sampler` must be the one.*began"):
+        generator.decode(plain, 2, sampler=NoRepeats())
+    rows = generator.start([[3, 1]], max_new_tokens=5, sampler=NoRepeats())
+    with pytest.raises(ValueError, match="`sampler` must be the one.*began"):
+        generator.decode(rows, 2)
+
+
+def test_a_state_may_have_an_array_twice():
+    class Twice(NoRepeats):
+        def start(self, rows):
+            seen = ops.convert_to_tensor(super().start(rows)["seen"])
+            return {"seen": seen, "same": seen}
+
+        def __call__(self, logits, state, key):
+            ids, other = super().__call__(logits, state, key)
+            return ids, {**state, **other}
+
+    answers = (
+        small_lm().generate([[3, 1]], max_new_tokens=9, sampler=sampler)
+        for sampler in (NoRepeats(), Twice())
+    )
+    assert next(answers) == next(answers)
+
+
+def test_a_generator_extends_by_lists():
+    lm = small_lm()
+    cache, logits = lm.generator.extend(lm.init_cache(2, 61), [[3, 1], [4, 1]], [0, 0])
+    right = ops.convert_to_numpy(lm(np.array([[3, 1], [4, 1]])))[:, -1]
+    np.testing.assert_allclose(ops.convert_to_numpy(logits), right, atol=1e-5)
+
+
 def test_a_row_that_was_emptied_is_over():
     generator = small_lm().generator
     rows = generator.start([[3, 1, 4], [1, 5]], **options("static", "random"))

@@ -187,7 +187,10 @@ def read_tree(
                 f"of {quoted(held)}"
             )
         expected = shapes_of(description["caches"], limit=path.stat().st_size)
-        _check_arrays(expected, {name: _shape_in(file, name) for name in file.keys()})
+        # Files of before the field was renamed call it `newest`.
+        stored = {name.replace(".newest.", ".residual."): name for name in file.keys()}
+        held_shapes = {name: _shape_in(file, stored[name]) for name in stored}
+        _check_arrays(expected, held_shapes)
         fill = None
         if holds == CACHES:
             fill = _read_fill(description["fill"], expected)
@@ -198,7 +201,7 @@ def read_tree(
                 f"{description['model']}"
             )
         shapes, form = named_arrays(expected)
-        arrays = [file.get_tensor(name) for name in shapes]
+        arrays = [file.get_tensor(stored[name]) for name in shapes]
         if _checksum(map(_bytes_of, arrays)) != description["checksum"]:
             raise ValueError("Arrays must be as they were written. Received: others")
         tensors = [_as_tensor(array) for array in arrays]

@@ -190,21 +190,23 @@ def _check_alike(name, other, cache):
     differing = [pair for pair in zip(*sizes, strict=False) if pair[0] != pair[1]]
     if differing:
         raise ValueError(
-            f"`{name}` must have caches of the same capacity: begin the rows with the "
-            "same `max_length`, or call `resize` before. Received: "
+            f"`{name}` must have caches of the same capacity: call "
+            "`keras_kvcache.caches.resize`, or a generator's `resize` for its rows, "
+            "before. Received: "
             f"{differing[0][0]} slots for {differing[0][1]}"
         )
-    pair = [jax.tree_util.tree_flatten(tree) for tree in (other, cache)]
+    pair = [jax.tree_util.tree_flatten_with_path(tree) for tree in (other, cache)]
     (leaves, structure), (expected, wanted) = pair
     if structure != wanted:
         raise ValueError(
             f"`{name}` must be caches of the same kind, codec, layout and capacity. "
             f"Received: {other!r} for {cache!r}"
         )
-    for array, like in zip(leaves, expected, strict=True):
+    for (path, array), (_, like) in zip(leaves, expected, strict=True):
         if array.shape[1:] != like.shape[1:] or array.dtype != like.dtype:
+            place = jax.tree_util.keystr(path) or "an array"
             raise ValueError(
-                f"`{name}` must differ in rows only. Received: an array of shape "
+                f"`{name}` must differ in rows only. Received: {place} of shape "
                 f"{tuple(array.shape)} and dtype {array.dtype}, for "
                 f"{tuple(like.shape)} and {like.dtype}"
             )

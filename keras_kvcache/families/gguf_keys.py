@@ -59,6 +59,9 @@ class Keys:
     def __contains__(self, key: str) -> bool:
         return self.named(key) in self._metadata
 
+    def __getitem__(self, key: str) -> Any:
+        return self._metadata[self.named(key)]
+
     def named(self, key: str) -> str:
         """The whole name of a key."""
         return f"{self._architecture}.{key}"

@@ -13,6 +13,17 @@ from keras_kvcache.families.rope_fields import rope_options
 from keras_kvcache.families.tensors import TensorNames
 from keras_kvcache.families.window_fields import layer_types
 
+# Keys that change numbers, of architectures that have them, in ways not read here.
+_CHANGING_KEYS = (
+    "attention.clamp_kqv",
+    "attention.max_alibi_bias",
+    "attention.scale",
+    "attn_logit_softcapping",
+    "embedding_scale",
+    "final_logit_softcapping",
+    "logit_scale",
+    "residual_scale",
+)
 PARTS = {
     "attention/query": "self_attn.q_proj",
     "attention/key": "self_attn.k_proj",
@@ -159,6 +170,11 @@ def read_keys(keys: Keys) -> dict[str, Any]:
         ValueError: A key is missing, has the wrong type or asks for what the
             decoder doesn't do. The message names the key and its value.
     """
+    for key in _CHANGING_KEYS:
+        if key in keys:
+            raise keys.error(key, "be absent", quoted(keys[key]))
+    if not keys.get("attention.causal", bool, True):
+        raise keys.error("attention.causal", "be true", False)
     experts = keys.get("expert_count", int, 0)
     if experts > 0:
         raise ValueError(

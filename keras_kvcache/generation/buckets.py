@@ -108,14 +108,31 @@ class Growth:
         if _shapes(cache) == _shapes(rows.cache):
             # All of it rolls: the newest tokens are enough.
             return replace(rows, cache=cache)
-        tokens = ops.convert_to_numpy(rows.tokens)
-        added = max(0, self._capacity - tokens.shape[1])
-        tokens = np.pad(tokens, [(0, 0), (0, added)], constant_values=NO_TOKEN)
-        return replace(rows, cache=cache, tokens=tokens)
+        width = max(self._capacity, rows.tokens.shape[1])
+        return with_columns(replace(rows, cache=cache), width)
 
     def advance(self, steps: int) -> None:
         """Counts steps that were made; rows may have stopped before."""
         self._fill += steps
+
+
+def with_columns(rows: Rows, width: int) -> Rows:
+    """Gives `Rows.tokens` another number of columns.
+
+    Raises:
+        ValueError: A row has more tokens, or has lost its first ones already.
+    """
+    tokens, index = map(ops.convert_to_numpy, (rows.tokens, rows.index))
+    longest = int(index.max()) + 1
+    if longest > min(width, tokens.shape[1]):
+        raise ValueError(
+            "`capacity` must be enough for all tokens of the rows, which must be there "
+            f"still. Received: {width} for {longest} tokens, of which "
+            f"{min(longest, tokens.shape[1])} are there"
+        )
+    added = max(0, width - tokens.shape[1])
+    tokens = np.pad(tokens[:, :width], [(0, 0), (0, added)], constant_values=NO_TOKEN)
+    return replace(rows, tokens=tokens)
 
 
 def _shapes(tree):

@@ -3,6 +3,7 @@
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,12 @@ import numpy as np
 from keras import ops
 
 from keras_kvcache.caches import batch_size
-from keras_kvcache.generation.buckets import CHUNKS, SMALLEST_CAPACITY, Growth
+from keras_kvcache.generation.buckets import (
+    CHUNKS,
+    SMALLEST_CAPACITY,
+    Growth,
+    with_columns,
+)
 from keras_kvcache.generation.multi_step import LONGEST_BURST, make_reader
 from keras_kvcache.generation.program import make_program
 from keras_kvcache.generation.prompts import padded_chunks
@@ -158,6 +164,17 @@ class Engine:
             )
             columns.append(ops.convert_to_numpy(tokens)[:, :count])
         return rows, np.concatenate(columns, axis=1)
+
+    def resize(self, rows: Rows, capacity: int) -> Rows:
+        """Gives rows more or fewer slots, as in `keras_kvcache.Generator`."""
+        if self.resize_cache is None:
+            raise ValueError(
+                "`resize_cache` must be given to the `Generator` to resize rows. "
+                "Received: None"
+            )
+        index = ops.convert_to_numpy(rows.index)
+        cache = self.resize_cache(rows.cache, capacity, index)
+        return with_columns(replace(rows, cache=cache), min(capacity, MOST_TOKENS))
 
     def extend(self, **arguments: Any) -> tuple[Any, Any]:
         """Runs tokens, as in `keras_kvcache.Generator`."""

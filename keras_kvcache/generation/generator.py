@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import jax
 import numpy as np
 
 from keras_kvcache import samplers
@@ -22,6 +23,7 @@ from keras_kvcache.generation.prompts import Prompts, read_prompts, write_answer
 from keras_kvcache.generation.rows import NO_TOKEN, Rows
 from keras_kvcache.generation.steps import StepFunctions
 from keras_kvcache.generation.stream import TextStream
+from keras_kvcache.samplers import stateful
 from keras_kvcache.samplers.stateful import moves_rows
 from keras_kvcache.tokenizers.detokenizer import new_text
 
@@ -271,10 +273,31 @@ class Generator:
             TypeError, ValueError: `steps` isn't a positive integer, or the sampler is
                 unknown.
         """
-        return self._engine.decode(rows, steps, self._sampler_for(sampler))
+        sampler = self._sampler_for(sampler)
+        begun = jax.tree_util.tree_structure(rows.sampler)
+        other = jax.tree_util.tree_structure(stateful.start(sampler, rows))
+        if begun != other:
+            raise ValueError(
+                "`sampler` must be the one with which the rows began, whose state is "
+                f"{begun}. Received: {sampler!r}, whose state is {other}"
+            )
+        return self._engine.decode(rows, steps, sampler)
+
+    def resize(self, rows: Rows, capacity: int) -> Rows:
+        """Gives rows more or fewer slots, so that they can join others.
+
+        Args:
+            rows: What `start` or `decode` gave.
+            capacity: The new number of slots `S`; rolling caches stay as they are.
+
+        Raises:
+            ValueError: `capacity` isn't a positive integer or less than the tokens of a
+                row, or there is no `resize_cache`.
+        """
+        return self._engine.resize(rows, capacity)
 
     def extend(
-        self, cache: Any, token_ids: Any, index: Any, lengths: Any
+        self, cache: Any, token_ids: Any, index: Any, lengths: Any = None
     ) -> tuple[Any, Any]:
         """Runs tokens without choosing any, as `keras_kvcache.generation.extend` does.
 
@@ -285,13 +308,20 @@ class Generator:
             cache: What `init_cache` or this gave, of `B` rows.
             token_ids: int32 `(B, T)`, right-padded.
             index: int32 `(B,)`, position of each row's first token here.
-            lengths: int32 `(B,)`, how many of the tokens are each row's.
+            lengths: int32 `(B,)`, how many of the tokens are each row's; `None` for
+                all.
 
         Returns:
             `(cache, logits (B, V))`, the logits after each row's last token.
         """
+        token_ids, index = np.asarray(token_ids, "int32"), np.asarray(index, "int32")
+        if lengths is None:
+            lengths = np.full(token_ids.shape[0], token_ids.shape[1])
         return self._engine.extend(
-            cache=cache, token_ids=token_ids, index=index, lengths=lengths
+            cache=cache,
+            token_ids=token_ids,
+            index=index,
+            lengths=np.asarray(lengths, "int32"),
         )
 
     def lower(

@@ -19,7 +19,7 @@ from keras_kvcache.samplers.hub import chooses_stepwise
 from keras_kvcache.samplers.hub_beams import is_hub_beams
 from keras_kvcache.samplers.hub_draws import next_seed, stepwise_sampler
 
-# Where positions are rotary, keras-hub sets no end to them.
+# The methods of a keras-hub model that an `Acceleration` stands in for.
 HOOKS = ("make_generate_function", "generate_step")
 
 
@@ -75,6 +75,7 @@ class Acceleration:
                 "`causal_lm` must be a `keras_hub.models.CausalLM`, which has the "
                 f"`generate` to accelerate. Received: {type(causal_lm).__name__}"
             )
+        # Where positions are rotary, keras-hub sets no end to them.
         self.model = share(causal_lm, FAR)
         self._has_encoder = isinstance(self.model, EncoderDecoderLM)
         prefix = "decoder_" if self._has_encoder else ""

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 
 from keras_kvcache.layers.normalization import NORMALIZATIONS
+from keras_kvcache.layers.scoring import check_bias_and_sinks
 from keras_kvcache.runtime.concrete import is_integer
 
 # Fields that configs of saved models and blocks need not have.
@@ -51,7 +52,7 @@ class BlockConfig:
     use_sink_logits: bool = False
 
     def __post_init__(self):
-        read_score_bias(self)
+        read_scores(self)
         fill_in(
             self,
             num_key_value_heads=self.num_query_heads,
@@ -107,11 +108,17 @@ def shared_fields(config: Any) -> dict:
     }
 
 
-def read_score_bias(config: Any) -> None:
+def read_scores(config: Any) -> None:
+    """Checks the bias and the sinks of a frozen config, and reads a saved bias."""
+    bias = read_score_bias(config.score_bias)
+    check_bias_and_sinks(bias, config.use_sink_logits)
+    object.__setattr__(config, "score_bias", int(bias) if is_integer(bias) else bias)
+
+
+def read_score_bias(bias: Any) -> Any:
     """Makes a function or layer of what a saved config has in its place."""
-    if isinstance(config.score_bias, dict):
-        bias = keras.saving.deserialize_keras_object(config.score_bias)
-        object.__setattr__(config, "score_bias", bias)
+    is_saved = isinstance(bias, dict)
+    return keras.saving.deserialize_keras_object(bias) if is_saved else bias
 
 
 def write_score_bias(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """How an attention layer makes scores: its arguments, its weights, its `Scoring`."""
 
 import numbers
+from typing import Any
 
 import keras
 from keras import ops
@@ -30,22 +31,30 @@ def check_scoring_arguments(layer: keras.layers.Layer) -> None:
             raise ValueError(
                 f"`{name}` must be a positive number or `None`. Received: {factor!r}"
             )
-    bias, sinks = layer.score_bias, layer.use_sink_logits
-    is_count = is_integer(bias) and bias > 0
-    if not (bias in (None, ALIBI) or is_count or callable(bias)):
-        raise ValueError(
-            f"`score_bias` must be a positive integer, {ALIBI!r}, a function of "
-            f"positions or `None`. Received: {bias!r}"
-        )
-    if not isinstance(sinks, bool):
-        raise ValueError(
-            f"`use_sink_logits` must be True or False. Received: {sinks!r}"
-        )
+    check_bias_and_sinks(layer.score_bias, layer.use_sink_logits)
     asked = next(iter(asked_of_scores(layer)), None)
     if layer._flash_attention and asked is not None:
         raise ValueError(
             f"`{asked}` can't be combined with `flash_attention=True`. "
             f"Received: {asked}={getattr(layer, asked)}"
+        )
+
+
+def check_bias_and_sinks(score_bias: Any, use_sink_logits: Any) -> None:
+    """Refuses arguments that are no bias, or don't say whether there are sinks.
+
+    Raises:
+        ValueError: One is something else.
+    """
+    is_count = is_integer(score_bias) and score_bias > 0
+    if not (is_count or callable(score_bias) or score_bias in (None, ALIBI)):
+        raise ValueError(
+            f"`score_bias` must be a positive integer, {ALIBI!r}, a function of "
+            f"positions or `None`. Received: {score_bias!r}"
+        )
+    if not isinstance(use_sink_logits, bool):
+        raise ValueError(
+            f"`use_sink_logits` must be True or False. Received: {use_sink_logits!r}"
         )
 
 

@@ -90,6 +90,7 @@ def _read_config(values: dict[str, Any]) -> tuple[dict[str, Any], TensorNames]:
     fields.must_be("add_cross_attention", False)
     fields.must_be("rope_interleaved", False)
     fields.must_be("use_bidirectional_attention", False)
+    fields.must_be("is_causal", True)
     return family.read(fields)
 
 

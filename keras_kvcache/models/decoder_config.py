@@ -14,6 +14,7 @@ from keras_kvcache.layers.block_config import (
     fill_in,
     given,
     read_score_bias,
+    read_scores,
     shared_fields,
     without_young,
     write_score_bias,
@@ -112,7 +113,7 @@ class DecoderConfig:
         check_sizes(self, *names, "max_sequence_length")
         check_sizes(self, "intermediate_dim", *given(self, *OPTIONAL_SIZES))
         check_head_dim(self)
-        read_score_bias(self)
+        read_scores(self)
         if self.head_dim is None:
             fill_in(self, head_dim=self.hidden_dim // self.num_query_heads)
         unfilled = shared_fields(self)
@@ -155,6 +156,9 @@ class DecoderConfig:
                     f"{self.num_layers}. Received: {len(self.layer_options)}"
                 )
             own = tuple(map(dict, self.layer_options))
+            for options in own:
+                if "score_bias" in options:
+                    options["score_bias"] = read_score_bias(options["score_bias"])
             object.__setattr__(self, "layer_options", own)
         return tuple(
             self._make_layer(index, unfilled, options)

@@ -8,8 +8,8 @@ A sampler with state is an object with two methods:
   each row. A key holds a row's own seed and step; the draws of this package take it.
   A sampler that searches has `moves_rows = True` and gives `(ids, state, parents)`:
   row `b` goes on from what row `parents[b]` has read, int32 `(B,)`, and `state` is in
-  that order already. It doesn't learn which rows met a stop id: search without stop
-  ids, and end a row by giving the id `NO_TOKEN`.
+  that order already. A row and its parent must have one prompt. It doesn't learn which
+  rows met a stop id: search without stop ids, and end a row by the id `NO_TOKEN`.
 
 Any other sampler has the state `()`.
 """
@@ -77,8 +77,19 @@ def moves_rows(sampler: Any) -> bool:
 
 
 def start(sampler: Any, rows: Any) -> Any:
-    """The state that `rows` begin with; `()` for a sampler without one."""
-    return sampler.start(rows) if has_state(sampler) else ()
+    """The state that `rows` begin with; `()` for a sampler without one.
+
+    An array that it has twice is copied, as programs donate each only once.
+    """
+    leaves, structure = jax.tree_util.tree_flatten(
+        sampler.start(rows) if has_state(sampler) else ()
+    )
+    seen = set()
+    for place, leaf in enumerate(leaves):
+        if id(leaf) in seen and ops.is_tensor(leaf):
+            leaves[place] = ops.copy(leaf)
+        seen.add(id(leaf))
+    return jax.tree_util.tree_unflatten(structure, leaves)
 
 
 def sample(sampler: Any, logits: Any, state: Any, key: Any) -> tuple[Any, Any, Any]:
