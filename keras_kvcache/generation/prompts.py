@@ -5,12 +5,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import keras
 import numpy as np
 from keras import ops
 
 from keras_kvcache.errors import quoted
-from keras_kvcache.generation.buckets import CHUNKS, chunk_sizes
+from keras_kvcache.generation.buckets import chunk_sizes
 
 
 @dataclass(frozen=True)
@@ -200,13 +199,7 @@ def padded_chunks(rows: Any) -> Iterator[tuple[int, np.ndarray]]:
         Pairs of a position and the token ids from there on, int32 `(B, C)`, padded on
         the right with zeros.
     """
-    longest = max(len(row) for row in rows)
-    if keras.backend.backend() == "jax":
-        sizes = chunk_sizes(longest)
-    else:
-        # Nothing is compiled, so nothing need be padded.
-        starts = range(0, longest, CHUNKS[-1])
-        sizes = [min(CHUNKS[-1], longest - first) for first in starts]
+    sizes = chunk_sizes(max(len(row) for row in rows))
     token_ids = np.zeros((len(rows), sum(sizes)), "int32")
     for padded, row in zip(token_ids, rows, strict=True):
         padded[: len(row)] = row
