@@ -132,7 +132,7 @@ def with_columns(rows: Rows, width: int) -> Rows:
         )
     added = max(0, width - tokens.shape[1])
     tokens = np.pad(tokens[:, :width], [(0, 0), (0, added)], constant_values=NO_TOKEN)
-    return replace(rows, tokens=tokens)
+    return replace(rows, tokens=ops.convert_to_tensor(tokens))
 
 
 def _shapes(tree):
