@@ -274,12 +274,16 @@ class Generator:
                 unknown.
         """
         sampler = self._sampler_for(sampler)
-        begun = jax.tree_util.tree_structure(rows.sampler)
-        other = jax.tree_util.tree_structure(stateful.start(sampler, rows))
-        if begun != other:
+        has_begun = bool(jax.tree_util.tree_leaves(rows.sampler))
+        # A sampler whose state has no arrays is rare, and asked only then.
+        has_state = stateful.has_state(sampler) and (
+            has_begun or bool(jax.tree_util.tree_leaves(sampler.start(rows)))
+        )
+        if has_begun != has_state:
             raise ValueError(
-                "`sampler` must be the one with which the rows began, whose state is "
-                f"{begun}. Received: {sampler!r}, whose state is {other}"
+                "`sampler` must be the one with which the rows began. Received: "
+                f"{sampler!r}, for rows {'with' if has_begun else 'without'} the "
+                "state of a sampler"
             )
         return self._engine.decode(rows, steps, sampler)
 

@@ -63,6 +63,17 @@ class Rows:
         return ops.concatenate([self.seed, self.step[:, None]], axis=1)
 
 
+def padded_stop_ids(stop_token_ids: Sequence[int]) -> np.ndarray:
+    """Stop ids, int32, filled up with `NO_TOKEN` to one of a few sizes.
+
+    So the number of stop ids compiles nothing.
+    """
+    size = max(8, 1 << len(stop_token_ids).bit_length())
+    padded = np.full(size, NO_TOKEN, "int32")
+    padded[: len(stop_token_ids)] = stop_token_ids
+    return padded
+
+
 def start_rows(
     cache: Any,
     prompts: Any,
@@ -91,9 +102,6 @@ def start_rows(
     tokens = np.full((batch, width), NO_TOKEN, "int32")
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    # A few sizes, so that the number of stop tokens compiles nothing.
-    stop = np.full((batch, max(8, 1 << len(stop_token_ids).bit_length())), NO_TOKEN)
-    stop[:, : len(stop_token_ids)] = stop_token_ids
     numbers = np.arange(batch, dtype="uint32")
     seeds = np.stack([np.full_like(numbers, seed), numbers], axis=1)
     rows = Rows(
@@ -101,7 +109,7 @@ def start_rows(
         tokens=tokens,
         index=lengths - 1,
         end=np.asarray(ends, "int32"),
-        stop_token_ids=stop.astype("int32"),
+        stop_token_ids=np.tile(padded_stop_ids(stop_token_ids), (batch, 1)),
         seed=seeds.view("int32"),
         step=np.zeros(batch, "int32"),
         sampler=(),

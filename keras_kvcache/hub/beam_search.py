@@ -11,7 +11,7 @@ from keras_kvcache.caches import repeat_rows
 from keras_kvcache.generation import Generator
 from keras_kvcache.generation.buckets import capacity_for
 from keras_kvcache.generation.prompts import padded_chunks
-from keras_kvcache.generation.rows import start_rows
+from keras_kvcache.generation.rows import padded_stop_ids, start_rows
 from keras_kvcache.samplers.hub_beams import HubBeams
 from keras_kvcache.samplers.stateful import NO_TOKEN
 
@@ -72,9 +72,7 @@ def search_beams(
         width=capacity,
     )
     rows = replace(rows, tokens=padded)
-    stop = np.full(max(8, 1 << len(stop_token_ids or ()).bit_length()), NO_TOKEN)
-    stop[: len(stop_token_ids or ())] = stop_token_ids or ()
-    search = HubBeams(sampler, stop.astype("int32"))
+    search = HubBeams(sampler, padded_stop_ids(stop_token_ids or ()))
     rows = replace(
         rows,
         sampler=search.start(rows),
